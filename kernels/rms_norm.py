@@ -1,0 +1,338 @@
+"""RMSNorm, alone or fused with the addition of the residual stream before it.
+
+Purpose:    y = norm(x) w, or h = x + residual; y = norm(h) w, each tensor read once and written once, in one pass.
+Principle:  r = 1 / sqrt(mean(h^2) + eps);  n = h r;  y = n w
+            g = dy w;  dh += r (g - n mean(g n));  dw = sum over tokens of dy n
+            `cast_first` (MiniMind2) rounds n to x's dtype before it meets w, in y and in dw.
+Properties: bytes a token in 16 bits: alone 4D forward, 6D backward; fused 8D forward (read x, residual; write y, h) and
+            8D backward (read dy, dh, h; write the one gradient that x and residual share). 4 more for r, which is saved
+            in float32 because recomputing it would put a second reduction before the backward's own; n is recomputed
+            from h and r. About 6 FLOPs a value forward, 12 backward: bound by memory.
+            dw: each program of a fixed grid sums its rows in registers and writes one float32 partial row; a second,
+            small kernel adds those in a fixed order. No atomics: two runs on one card agree bitwise (another card has
+            another number of multiprocessors, so another order of the sum).
+            Float32 inside (float64 for float64); h is rounded as eager rounds it, y and the gradients once.
+
+Shapes: T tokens (all leading dimensions), D hidden.
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; the partial sums of dw follow Triton's
+    layer-norm tutorial, without its locks; Liger-Kernel's single rows a program, slow at small D, are what the tiles here avoid.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A warp holds whole rows, so that the sums over D are shuffles and no program ever waits at a barrier: one warp up to
+# 1024 columns, doubled with D beyond. An SM keeps 32 such programs, so their number is never what limits the memory.
+COLUMNS_PER_WARP = 1024
+MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: more would not fit a row and its gradients in registers
+# Values of a tile per thread, which sets the rows of a program. Forward 48 (D 768 and 512: 2 rows; 64: 16): a warp has
+# 6 KB of x and residual in flight, and reads w once for two rows. Backward 24 (768: 1 row): three tiles are live there.
+VALUES_PER_THREAD_FWD = 48
+VALUES_PER_THREAD_BWD = 24
+# Backward warps on each SM. 16 keep 16 x 4.6 KB = 74 KB in flight (HBM's latency asks for about 30 KB), and their
+# partial rows of dw (132 x 16 x 3 KB = 6.5 MB) stay in L2 until they are added.
+WARPS_PER_SM_BWD = 16
+# Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
+CPU_PROGRAMS = 3
+# The sum of the partial rows: 64-byte pieces of 256 rows at a time, so that D / 16 programs share the work.
+DW_BLOCK_ROWS, DW_BLOCK_D, DW_NUM_WARPS = 256, 16, 8
+
+
+def _pieces(D: int) -> tuple[int, int]:
+    """Split D into two power-of-two pieces: 768 = 512 + 256, 640 = 512 + 128, 512 = 512 + 0, 100 = 64 + 64 (masked).
+
+    One padded block of 1024 lanes would idle a quarter of them at 768; two pieces idle at most a quarter of the second.
+    """
+    first = 1 << (D.bit_length() - 1)
+    rest = D - first
+    return first, triton.next_power_of_2(rest) if rest else 0
+
+
+def _launch_params(kernel: str, D: int) -> dict[str, int]:
+    """Choose the tile and the warps for a hidden size.
+
+    Args:
+        kernel: "fwd", "bwd" or "dw".
+        D: columns.
+    Returns:
+        The kernel's block sizes, num_warps and num_stages, as keyword arguments of the launch.
+    """
+    if kernel == "dw":
+        return {"BLOCK_ROWS": DW_BLOCK_ROWS, "BLOCK_D": DW_BLOCK_D, "num_warps": DW_NUM_WARPS, "num_stages": 1}
+    first, second = _pieces(D)
+    num_warps = max(1, triton.next_power_of_2(triton.cdiv(D, COLUMNS_PER_WARP)))
+    values = {"fwd": VALUES_PER_THREAD_FWD, "bwd": VALUES_PER_THREAD_BWD}[kernel] * 32 * num_warps
+    rows = 1 << max(0, (values // (first + second)).bit_length() - 1)
+    return {"ROWS": rows, "BLOCK_A": first, "BLOCK_B": second, "num_warps": num_warps, "num_stages": 1}
+
+
+@triton.jit
+def _load(ptr, rows, stride, cols, mask, wide: tl.constexpr):
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(wide)
+
+
+@triton.jit
+def _store(ptr, rows, stride, cols, mask, value):
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normalise(h, rstd, CAST_FIRST: tl.constexpr, narrow: tl.constexpr, wide: tl.constexpr):
+    """-> h * rstd, rounded to the input's dtype where the model does so before the weight."""
+    n = h * rstd[:, None]
+    return n.to(narrow).to(wide) if CAST_FIRST else n
+
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, num_rows, x_stride, residual_stride, eps,
+    D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CAST_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    narrow: tl.constexpr = x_ptr.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if narrow == tl.float64 else tl.float32
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < num_rows
+    a, mask_a = tl.arange(0, BLOCK_A), live[:, None]
+    h_a = _load(x_ptr, rows, x_stride, a, mask_a, wide)
+    if BLOCK_B > 0:
+        b = BLOCK_A + tl.arange(0, BLOCK_B)
+        mask_b = live[:, None] & (b < D)[None, :] if BLOCK_A + BLOCK_B != D else live[:, None]
+        h_b = _load(x_ptr, rows, x_stride, b, mask_b, wide)
+    if HAS_RESIDUAL:
+        h_a = (h_a + _load(residual_ptr, rows, residual_stride, a, mask_a, wide)).to(narrow).to(wide)
+        _store(h_ptr, rows, D, a, mask_a, h_a)
+        if BLOCK_B > 0:
+            h_b = (h_b + _load(residual_ptr, rows, residual_stride, b, mask_b, wide)).to(narrow).to(wide)
+            _store(h_ptr, rows, D, b, mask_b, h_b)
+
+    squares = tl.sum(h_a * h_a, axis=1)
+    if BLOCK_B > 0:
+        squares += tl.sum(h_b * h_b, axis=1)
+    rstd = tl.rsqrt(squares / D + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=live)
+
+    w_a = tl.load(weight_ptr + a).to(wide)
+    _store(y_ptr, rows, D, a, mask_a, _normalise(h_a, rstd, CAST_FIRST, narrow, wide) * w_a[None, :])
+    if BLOCK_B > 0:
+        w_b = tl.load(weight_ptr + b, mask=b < D, other=0.0).to(wide)
+        _store(y_ptr, rows, D, b, mask_b, _normalise(h_b, rstd, CAST_FIRST, narrow, wide) * w_b[None, :])
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, num_rows, dy_stride, dh_stride, h_stride,
+    D: tl.constexpr, HAS_DH: tl.constexpr, WANT_DX: tl.constexpr, WANT_DW: tl.constexpr, CAST_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    narrow: tl.constexpr = h_ptr.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if narrow == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    a = tl.arange(0, BLOCK_A)
+    w_a = tl.load(weight_ptr + a).to(wide)[None, :]
+    dw_a = tl.zeros((BLOCK_A,), dtype=wide)
+    if BLOCK_B > 0:
+        b = BLOCK_A + tl.arange(0, BLOCK_B)
+        w_b = tl.load(weight_ptr + b, mask=b < D, other=0.0).to(wide)[None, :]
+        dw_b = tl.zeros((BLOCK_B,), dtype=wide)
+
+    for tile in range(pid, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        live = rows < num_rows
+        mask_a = live[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
+        dy_a = _load(dy_ptr, rows, dy_stride, a, mask_a, wide)
+        h_a = _load(h_ptr, rows, h_stride, a, mask_a, wide)
+        if BLOCK_B > 0:
+            mask_b = live[:, None] & (b < D)[None, :] if BLOCK_A + BLOCK_B != D else live[:, None]
+            dy_b = _load(dy_ptr, rows, dy_stride, b, mask_b, wide)
+            h_b = _load(h_ptr, rows, h_stride, b, mask_b, wide)
+        if HAS_DH and WANT_DX:
+            dh_a = _load(dh_ptr, rows, dh_stride, a, mask_a, wide)
+            if BLOCK_B > 0:
+                dh_b = _load(dh_ptr, rows, dh_stride, b, mask_b, wide)
+
+        if WANT_DW:
+            dw_a += tl.sum(dy_a * _normalise(h_a, rstd, CAST_FIRST, narrow, wide), axis=0)
+            if BLOCK_B > 0:
+                dw_b += tl.sum(dy_b * _normalise(h_b, rstd, CAST_FIRST, narrow, wide), axis=0)
+        if WANT_DX:
+            n_a, g_a = h_a * rstd[:, None], dy_a * w_a
+            dot = tl.sum(g_a * n_a, axis=1)
+            if BLOCK_B > 0:
+                n_b, g_b = h_b * rstd[:, None], dy_b * w_b
+                dot += tl.sum(g_b * n_b, axis=1)
+            mean = (dot / D)[:, None]
+            dx_a = (g_a - n_a * mean) * rstd[:, None]
+            if HAS_DH:
+                dx_a += dh_a
+            _store(dx_ptr, rows, D, a, mask_a, dx_a)
+            if BLOCK_B > 0:
+                dx_b = (g_b - n_b * mean) * rstd[:, None]
+                if HAS_DH:
+                    dx_b += dh_b
+                _store(dx_ptr, rows, D, b, mask_b, dx_b)
+
+    if WANT_DW:
+        partial_at = partial_ptr + pid.to(tl.int64) * D
+        tl.store(partial_at + a, dw_a)
+        if BLOCK_B > 0:
+            tl.store(partial_at + b, dw_b, mask=b < D)
+
+
+@triton.jit
+def _rms_norm_dw_kernel(
+    partial_ptr, dw_ptr, num_partials, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_D), dtype=partial_ptr.dtype.element_ty)
+    for start in range(0, num_partials, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        mask = (rows < num_partials)[:, None] & (cols < D)[None, :]
+        total += tl.load(partial_ptr + rows[:, None].to(tl.int64) * D + cols[None, :], mask=mask, other=0.0)
+    tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < D)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View as (T, columns) with adjacent columns; copies only what has no such view."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _num_programs(x: Tensor, tiles: int, num_warps: int) -> int:
+    """Fix the grid of the backward by the card, not by the data, and with it the order of dw's sum."""
+    if not x.is_cuda:
+        return min(tiles, CPU_PROGRAMS)
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return min(tiles, multiprocessors * max(1, WARPS_PER_SM_BWD // num_warps))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("minimind_fast::rms_norm_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _rms_norm_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cast_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, h (empty without a residual), rstd."""
+    D = x.shape[-1]
+    y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_wide(x))
+    h = x.new_empty(0 if residual is None else x.shape)
+    if x.numel() > 0:
+        x2, params = _rows(x), _launch_params("fwd", D)
+        r2 = x2 if residual is None else _rows(residual)
+        with torch.cuda.device_of(x):
+            _rms_norm_fwd_kernel[(triton.cdiv(x2.shape[0], params["ROWS"]),)](
+                x2, r2, weight.contiguous(), y, h, rstd, x2.shape[0], x2.stride(0), r2.stride(0), eps,
+                D, residual is not None, cast_first, **params,
+            )  # fmt: skip
+    return y, h, rstd
+
+
+@_rms_norm_fwd.register_fake
+def _(x, residual, weight, eps, cast_first):
+    h = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=_wide(x))
+
+
+@torch.library.custom_op("minimind_fast::rms_norm_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _rms_norm_bwd(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    cast_first: bool,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> dx (of h, and so of x and of residual) and dw, each empty where not wanted."""
+    D = h.shape[-1]
+    dx = h.new_empty(h.shape if want_dx else 0)
+    dw = weight.new_empty(weight.shape if want_dw else 0)
+    if h.numel() == 0:
+        return dx, dw.zero_()
+    h2, dy2, params = _rows(h), _rows(dy), _launch_params("bwd", D)
+    dh2 = dy2 if dh is None else _rows(dh)
+    num_rows = h2.shape[0]
+    programs = _num_programs(h, triton.cdiv(num_rows, params["ROWS"]), params["num_warps"])
+    partial = h.new_empty((programs, D) if want_dw else 0, dtype=_wide(h))
+    with torch.cuda.device_of(h):
+        _rms_norm_bwd_kernel[(programs,)](
+            dy2, dh2, h2, weight.contiguous(), rstd, dx, partial, num_rows, dy2.stride(0), dh2.stride(0), h2.stride(0),
+            D, dh is not None, want_dx, want_dw, cast_first, **params,
+        )  # fmt: skip
+        if want_dw:
+            params = _launch_params("dw", D)
+            _rms_norm_dw_kernel[(triton.cdiv(D, params["BLOCK_D"]),)](partial, dw, programs, D, **params)
+    return dx, dw
+
+
+@_rms_norm_bwd.register_fake
+def _(dy, dh, h, weight, rstd, cast_first, want_dx, want_dw):
+    return h.new_empty(h.shape if want_dx else 0), weight.new_empty(weight.shape if want_dw else 0)
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, _, ctx.cast_first = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh, _):
+    h, weight, rstd = ctx.saved_tensors
+    want_dx, want_dw = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    dy = torch.zeros_like(h) if dy is None else dy
+    dx, dw = _rms_norm_bwd(dy, dh if ctx.has_residual else None, h, weight, rstd, ctx.cast_first, want_dx, want_dw)
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        dx if ctx.needs_input_grad[1] else None,
+        dw if want_dw else None,
+        None,
+        None,
+    )
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("rms_norm's kernel has no second derivative: use mm.ops.use('none') for this computation.")
+
+
+_rms_norm_fwd.register_autograd(_backward, setup_context=_save)
+_rms_norm_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, cast_first: bool = False):
+    """Normalise by the root mean square, optionally after adding to the residual stream.
+
+    Args:
+        x: (..., D) float32, bfloat16, float16 or float64; any strides (a copy is made where the last dimension is not
+            contiguous or the leading ones do not fold into one).
+        weight: (D,) scale, of any floating-point dtype.
+        eps: added to the mean square.
+        residual: (..., D) residual stream, in x's dtype; the sum is rounded to that dtype.
+        cast_first: round the normalised value to x's dtype before it meets the weight (MiniMind2), not after.
+    Returns:
+        y (..., D) in x's dtype, or (y, h) with h = x + residual.
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, or D above 16384.
+        RuntimeError: a second derivative is asked for.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+    """
+    if x.dim() == 0 or not x.is_floating_point() or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"rms_norm needs a floating-point x (..., D) and a weight (D,), got {x.dtype} {tuple(x.shape)} "
+            f"and {tuple(weight.shape)}."
+        )
+    if x.shape[-1] > MAX_COLUMNS:
+        raise ValueError(f"rms_norm's kernel holds whole rows, up to {MAX_COLUMNS} columns; got {x.shape[-1]}.")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"rms_norm needs the residual in x's shape and dtype, {tuple(x.shape)} {x.dtype}, "
+            f"got {tuple(residual.shape)} {residual.dtype}."
+        )
+    y, h, _ = _rms_norm_fwd(x, residual, weight, eps, cast_first)
+    return y if residual is None else (y, h)

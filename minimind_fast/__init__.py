@@ -1,0 +1,25 @@
+"""minimind_fast: train a tiny language model from nothing, at the speed of the machine.
+
+Purpose: the names that users import.
+Principle: `import minimind_fast as mm`; everything else lies one module deeper.
+Properties: importing it starts nothing and needs no GPU.
+"""
+
+from minimind_fast import ops
+from minimind_fast.checkpoint import load_pretrained, save_pretrained
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.model import MiniMind
+from minimind_fast.reference import IGNORE_INDEX
+from minimind_fast.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+__all__ = [
+    "IGNORE_INDEX",
+    "MiniMind",
+    "ModelConfig",
+    "Tokenizer",
+    "TrainConfig",
+    "load_pretrained",
+    "ops",
+    "save_pretrained",
+]

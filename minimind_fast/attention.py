@@ -1,0 +1,180 @@
+"""Causal attention over packed documents, by whichever backend is there.
+
+Purpose: one call for all: `attention(q, k, v, cu_seqlens, max_seqlen)` never lets a token see another document.
+Principle: softmax(q k^T / sqrt(hd)) v within each document. On a GPU a varlen flash kernel reads `cu_seqlens` itself.
+    On a CPU documents of like length are gathered into small rectangles and given to PyTorch's flash SDPA; a causal row
+    padded at its right end is exact, as real queries never look to the right.
+Properties: memory grows with T; work grows with the sum of squared document lengths (within the rounding of the
+    rectangles, at most 1.6x), never with T squared. `eager` builds the T x T mask on purpose: it is the plainest truth.
+
+Backends: flash_attn (Dao-AILab: `flash_attn.cute` 4, `flash_attn_interface` 3, `flash_attn` 2, the first that imports),
+    torch_varlen (`torch.nn.attention.varlen`), sdpa, eager.
+Shapes: T tokens, H query heads, K kv heads, hd head_dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
+
+
+@lru_cache(maxsize=1)
+def _flash_attn() -> tuple[str, Callable] | None:
+    """(name, function) of the newest Dao-AILab flash attention that imports, or None."""
+    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
+        try:
+            return module, importlib.import_module(module).flash_attn_varlen_func
+        except (ImportError, AttributeError, OSError):
+            continue
+    return None
+
+
+@lru_cache(maxsize=1)
+def _torch_varlen() -> Callable | None:
+    try:
+        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+
+
+def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """The backend that will run, and why.
+
+    Args:
+        backend: one of BACKENDS.
+        device_type: "cuda" or "cpu".
+        dtype: of q, k and v; flash kernels take bfloat16 and float16 only.
+
+    Returns:
+        (backend, reason).
+
+    Raises:
+        ValueError: an unknown name, or a backend asked for by name that cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    half = dtype in (torch.bfloat16, torch.float16)
+    can_flash = device_type == "cuda" and half
+    if backend == "flash_attn":
+        if not can_flash:
+            raise ValueError(f"--attention flash_attn needs a GPU and bf16 or fp16, not {device_type} and {dtype}")
+        if _flash_attn() is None:
+            raise ValueError("--attention flash_attn: the package is not installed (pip install flash-attn)")
+        return "flash_attn", "asked for"
+    if backend == "torch_varlen":
+        if not can_flash or _torch_varlen() is None:
+            raise ValueError("--attention torch_varlen needs a GPU, bf16 or fp16, and a PyTorch with torch.nn.attention.varlen")
+        return "torch_varlen", "asked for"
+    if backend != "auto":
+        return backend, "asked for"
+    if can_flash and (found := _flash_attn()) is not None:
+        return "flash_attn", f"{found[0]} is installed"
+    if can_flash and _torch_varlen() is not None:
+        return "torch_varlen", "flash-attn is not installed"
+    return "sdpa", "no GPU" if device_type != "cuda" else "no varlen flash attention for this dtype"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str = "auto",
+    dropout: float = 0.0,
+    lengths: list[int] | None = None,
+) -> Tensor:
+    """Causal self-attention within each packed document.
+
+    Args:
+        q: (T, H, hd).
+        k: (T, K, hd), K divides H.
+        v: (T, K, hd).
+        cu_seqlens: (documents + 1,) int32, document i is [cu[i], cu[i + 1]).
+        max_seqlen: the longest document, in tokens.
+        backend: one of BACKENDS.
+        dropout: of the attention probabilities.
+        lengths: document lengths on the host where the caller has them; only sdpa needs them.
+
+    Returns:
+        (T, H, hd) in q's dtype.
+
+    Source: Dao, FlashAttention-2, 2023 (the varlen interface).
+    """
+    name, _ = resolve(backend, q.device.type, q.dtype)
+    if name == "flash_attn":
+        return _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout)
+    if name == "torch_varlen":
+        varlen = _torch_varlen()
+        assert varlen is not None
+        if dropout:
+            raise ValueError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
+        known = inspect.signature(varlen).parameters  # torch 2.11 says is_causal, later ones window_size and enable_gqa
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and "enable_gqa" not in known:
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        extra = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+        if "enable_gqa" in known:
+            extra["enable_gqa"] = groups > 1
+        return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
+    if name == "eager":
+        return _run_eager(q, k, v, cu_seqlens, dropout)
+    return _run_sdpa(q, k, v, cu_seqlens.tolist() if lengths is None else _offsets(lengths), dropout)
+
+
+def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout):
+    found = _flash_attn()
+    assert found is not None
+    name, function = found
+    extra = {"dropout_p": dropout} if name == "flash_attn" and dropout else {}
+    if dropout and not extra:
+        raise ValueError(f"{name} has no dropout; use --attention sdpa or --dropout 0")
+    out = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, **extra)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _run_eager(q, k, v, cu_seqlens, dropout):
+    """The definition, with the whole T x T mask."""
+    t, heads, head_dim = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    where = torch.arange(t, device=q.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), where, right=True)
+    allowed = (document[:, None] == document[None, :]) & (where[:, None] >= where[None, :])
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(head_dim)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    probs = scores.to(wide).masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", F.dropout(probs, dropout), v)
+
+
+def _offsets(lengths: list[int]) -> list[int]:
+    out = [0]
+    for n in lengths:
+        out.append(out[-1] + n)
+    return out
+
+
+def _run_sdpa(q, k, v, offsets: list[int], dropout: float):
+    """Documents one by one, as views of the packed tensors; equal neighbours (rows) in one call."""
+    groups = q.shape[1] // k.shape[1]
+    outs, i, last = [], 0, len(offsets) - 1
+    while i < last:
+        n = offsets[i + 1] - offsets[i]
+        j = i + 1
+        while j < last and offsets[j + 1] - offsets[j] == n:
+            j += 1
+        if n:
+            part = slice(offsets[i], offsets[j])
+            qs, ks, vs = (x[part].unflatten(0, (j - i, n)).transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, dropout_p=dropout, enable_gqa=groups > 1)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        i = j
+    return torch.cat(outs) if outs else torch.empty_like(q)

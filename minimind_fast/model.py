@@ -1,0 +1,479 @@
+"""MiniMind: one decoder-only transformer for both generations, dense and mixture of experts.
+
+Purpose: tokens in, logits or per-token log-probabilities of the targets out.
+Principle: everything runs on one packed stream of T tokens. Rows (B, T) are a stream of B equal documents. Each block
+    takes the residual stream h and the last branch's output, adds and normalises them in one op, and returns the same
+    pair, so that no addition stands alone. How a token attends is decided by a context object: packed training here,
+    a KV cache in `generate.py`.
+Properties: q, k, v are one matmul, gate and up another, experts are stacked; `checkpoint.py` translates to MiniMind's
+    names on disk. The head's matmul and the cross-entropy are one op inside the head's own forward, so that whole logits
+    are never stored and ZeRO-3 gathers the head's weight as it does for any module.
+
+Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E experts, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minimind_fast import ops
+from minimind_fast.config import ModelConfig
+
+INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)
+
+
+@dataclass
+class ModelOutput:
+    """What `MiniMind.forward` returns; fields that were not asked for are None."""
+
+    logits: Tensor | None = None  # (..., V)
+    logprobs: Tensor | None = None  # (...) float32 of the targets, 0 where ignored
+    entropy: Tensor | None = None  # (...) float32
+    kl: Tensor | None = None  # (...) float32, against a teacher
+    hidden: Tensor | None = None  # (..., D) after the last norm
+    aux_loss: Tensor | None = None  # () float32, times its coefficient, summed over layers; 0 when not training
+
+
+class AttentionContext(Protocol):
+    """Who may see whom: one object a forward pass, asked once a layer."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
+        ...
+
+
+@dataclass
+class Packed:
+    """Causal attention within each document of a packed stream."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    backend: str = "auto"
+    dropout: float = 0.0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, self.backend, self.dropout)
+
+
+def rope_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's rotation angles, YaRN included.
+
+    Args:
+        config: gives head_dim, rope_theta, rope_scaling.
+        length: number of positions; max_position_embeddings if None.
+
+    Returns:
+        cos, sin: (length, hd // 2) float32.
+
+    Source: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023 (blend of interpolated and kept frequencies by wavelength).
+    """
+    head_dim = config.head_dim
+    assert head_dim is not None
+    length = length or config.max_position_embeddings
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    scale = 1.0
+    if config.rope_scaling:
+        yarn = config.rope_scaling
+        original = yarn["original_max_position_embeddings"]
+        scale = float(yarn.get("attention_factor", 1.0))
+        if config.max_position_embeddings > original:
+
+            def dimension(rotations: float) -> float:
+                """The pair that turns this often within the original context."""
+                return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+            low = max(math.floor(dimension(yarn["beta_fast"])), 0)
+            high = min(math.ceil(dimension(yarn["beta_slow"])), head_dim // 2 - 1)
+            ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+            frequencies = frequencies * (1 - ramp + ramp / yarn["factor"])
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+class RotaryTables(nn.Module):
+    """cos and sin as buffers that follow the model's device but stay float32 whatever the model is cast to."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            device = self.cos.device
+            self.cos, self.sin = (table.to(device) for table in rope_tables(self.config))
+        return self
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm, alone or of a sum with the residual stream."""
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        assert config.rms_norm_eps is not None and config.norm_cast_first is not None
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.cast_first = config.rms_norm_eps, config.norm_cast_first
+
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        return ops.rms_norm(x, self.weight, self.eps, residual, self.cast_first)
+
+
+class HeadNorm(nn.Module):
+    """Holds the weight of a q or k norm; the norm itself is part of the rope op."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self) -> Tensor:
+        """The weight; a call rather than an attribute, so that ZeRO-3 gathers it."""
+        return self.weight.view_as(self.weight)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one matmul for q, k and v."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hd = config.head_dim
+        assert hd is not None and config.rms_norm_eps is not None
+        self.layer, self.heads, self.kv_heads = layer, config.num_attention_heads, config.num_key_value_heads
+        self.eps, self.dropout = config.rms_norm_eps, config.dropout
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * hd, bias=False)
+        self.o_proj = nn.Linear(self.heads * hd, config.hidden_size, bias=False)
+        self.q_norm = HeadNorm(hd) if config.qk_norm else None
+        self.k_norm = HeadNorm(hd) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        q_weight = self.q_norm() if self.q_norm is not None else None
+        k_weight = self.k_norm() if self.k_norm is not None else None
+        qkv = self.qkv_proj(x)
+        q, k, v = ops.rope(qkv, cos, sin, positions, self.heads, self.kv_heads, q_weight, k_weight, self.eps)
+        out = self.o_proj(context.attend(self.layer, q, k, v).flatten(-2))
+        return F.dropout(out, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward with one matmul for gate and up."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.down_proj(ops.swiglu(self.gate_up_proj(x))), self.dropout, self.training)
+
+
+class Router(nn.Module):
+    """Scores the experts; its weight is `mlp.gate.weight` on disk."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_experts_per_tok is not None
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None) -> ops.Routing:
+        return ops.moe_route(x, self.weight, self.top_k, self.normalize, cu_seqlens, valid)
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked, so that optimizer and ZeRO see two large tensors."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        e, d, f = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        assert f is not None
+        self.gate_up = nn.Parameter(torch.empty(e, 2 * f, d))
+        self.down = nn.Parameter(torch.empty(e, d, f))
+
+    def forward(self, x: Tensor, routing: ops.Routing) -> Tensor:
+        return ops.moe_mlp(x, routing, self.gate_up, self.down)
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared ones; n shared experts are one MLP of n times the width."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate, self.experts = Router(config), Experts(config)
+        width = config.moe_intermediate_size
+        assert width is not None and config.num_shared_experts is not None
+        self.shared = MLP(config, width * config.num_shared_experts) if config.num_shared_experts else None
+        self.per_sequence, self.coefficient = config.aux_loss_per_sequence, config.router_aux_loss_coef
+        self.dropout = config.dropout
+        self.last_counts: Tensor | None = None  # (E,) slots of each expert in the last pass
+        self.last_entropy: Tensor | None = None  # () mean entropy of the router in the last pass, nats
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        routing = self.gate(x, cu_seqlens if self.per_sequence else None, valid)
+        y = F.dropout(self.experts(x, routing), self.dropout, self.training)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        if self.training:
+            scores = routing.scores.detach()
+            self.last_counts = routing.counts.detach()
+            self.last_entropy = -torch.special.xlogy(scores, scores).sum(-1).mean()
+            return y, routing.aux_loss * self.coefficient
+        return y, routing.aux_loss.new_zeros(())
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on the pair (branch output, residual stream)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        assert config.intermediate_size is not None
+        self.mlp = MoE(config) if config.use_moe else MLP(config, config.intermediate_size)
+
+    def forward(
+        self,
+        branch: Tensor | None,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        cu_seqlens: Tensor,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(branch, h) with h + branch still to be added -> the same for the next block, and this layer's aux loss."""
+        if branch is None:
+            x = self.input_layernorm(h)
+        else:
+            x, h = self.input_layernorm(branch, h)
+        x, h = self.post_attention_layernorm(self.self_attn(x, cos, sin, positions, context), h)
+        if isinstance(self.mlp, MoE):
+            branch, aux = self.mlp(x, cu_seqlens, valid)
+            return branch, h, aux
+        return self.mlp(x), h, None
+
+
+class Body(nn.Module):
+    """Embedding, blocks and last norm: tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config, config.hidden_size)
+        self.rotary = RotaryTables(config)
+        self.dropout = config.dropout
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        cu_seqlens: Tensor,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(T,) tokens at (T,) positions -> hidden (T, D), aux loss ()."""
+        h = F.dropout(self.embed_tokens(input_ids), self.dropout, self.training)
+        branch, aux_loss = None, h.new_zeros((), dtype=torch.float32)
+        rest = (self.rotary.cos, self.rotary.sin, positions, context, cu_seqlens, valid)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                branch, h, aux = checkpoint(layer, branch, h, *rest, use_reentrant=False)
+            else:
+                branch, h, aux = layer(branch, h, *rest)
+            if aux is not None:
+                aux_loss = aux_loss + aux
+        y, _ = self.norm(branch, h)
+        return y, aux_loss
+
+
+class Head(nn.Module):
+    """The vocabulary projection, and every quantity that needs its logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        teacher: Teacher | None = None,
+    ) -> ModelOutput:
+        """Logits if no targets are given, else their log-probabilities (and the entropy, and the KL to a teacher)."""
+        if targets is None:
+            return ModelOutput(logits=F.linear(hidden, self.weight))
+        out = ModelOutput()
+        result = ops.linear_cross_entropy(hidden, self.weight, targets, temperature, return_entropy)
+        out.logprobs, out.entropy = result if return_entropy else (result, None)
+        if teacher is not None:
+            mask = targets != ops.IGNORE_INDEX
+            out.kl = ops.linear_kl(
+                hidden, self.weight, teacher.hidden, teacher.weight, mask, teacher.temperature, teacher.reverse
+            )
+        return out
+
+
+@dataclass
+class Teacher:
+    """A teacher's view of the same tokens, for distillation."""
+
+    hidden: Tensor  # (T, D')
+    weight: Tensor  # (V', D')
+    temperature: float = 1.0
+    reverse: bool = False
+
+
+class MiniMind(nn.Module):
+    """A MiniMind language model.
+
+    Args:
+        config: its shape; weights are drawn from N(0, 0.02), norms start at 1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.lm_head = Head(config)
+        self.attention = "auto"
+        self.reset_parameters()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def reset_parameters(self) -> None:
+        """Draw new weights from torch's default generator."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=INIT_STD)
+            else:
+                nn.init.ones_(parameter)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        valid: Tensor | None = None,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        return_hidden: bool = False,
+        teacher: Teacher | None = None,
+    ) -> ModelOutput:
+        """Logits, or log-probabilities of targets.
+
+        Args:
+            input_ids: (B, T) rows without padding, or (T,) packed with cu_seqlens. int64.
+            targets: the same shape; the token to predict after each position, IGNORE_INDEX for none. Without targets
+                the result holds logits.
+            cu_seqlens: (documents + 1,) int32 from 0 to T; required for packed input.
+            max_seqlen: the longest document; given by loaders so that nothing waits for the GPU.
+            valid: the same shape as input_ids, bool: tokens that are not padding (only MoE balancing asks).
+            temperature: divides the logits inside the log-probabilities.
+            return_entropy: also the entropy at each position with a target.
+            return_hidden: also the hidden states before the head (and no logits).
+            teacher: also the KL divergence to this teacher.
+
+        Returns:
+            ModelOutput, its tensors in input_ids' shape.
+
+        Raises:
+            ValueError: shapes that do not fit, or a document longer than max_position_embeddings.
+        """
+        shape = input_ids.shape
+        if input_ids.dim() == 2 and cu_seqlens is None:
+            rows, length = shape
+            cu_seqlens = torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length
+            positions = torch.arange(length, device=input_ids.device).repeat(rows)
+            max_seqlen = length
+        elif input_ids.dim() == 1 and cu_seqlens is not None:
+            positions = packed_positions(cu_seqlens, input_ids.numel())
+            max_seqlen = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+        else:
+            raise ValueError(f"input_ids must be (B, T), or (T,) with cu_seqlens; got {tuple(shape)}")
+        if max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a document of {max_seqlen} tokens exceeds max_position_embeddings ({self.config.max_position_embeddings})"
+            )
+        if targets is not None and targets.shape != shape:
+            raise ValueError(f"targets {tuple(targets.shape)} must have input_ids' shape {tuple(shape)}")
+        dropout = self.config.dropout if self.training else 0.0
+        context = Packed(cu_seqlens, max_seqlen, self.attention, dropout)
+        flat_valid = None if valid is None else valid.flatten()
+        hidden, aux_loss = self.model(input_ids.flatten(), positions, context, cu_seqlens, flat_valid)
+        hidden = hidden.view(*shape, -1)
+        if return_hidden and targets is None:
+            return ModelOutput(hidden=hidden, aux_loss=aux_loss)
+        out = self.lm_head(hidden, targets, temperature, return_entropy, teacher)
+        out.aux_loss, out.hidden = aux_loss, hidden if return_hidden else None
+        return out
+
+    def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
+        """Continue each row; see `minimind_fast.generate.generate` for the options.
+
+        Args:
+            input_ids: (B, T) int64.
+            kwargs: max_new_tokens, temperature, top_p, top_k, ...
+
+        Returns:
+            (B, T + new) int64.
+        """
+        from minimind_fast.generate import generate  # generate imports the model
+
+        return generate(self, input_ids, **kwargs)
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Number of parameters, a tied head counted once; with `active`, those that one token meets."""
+        total = sum(p.numel() for p in self.parameters())
+        if active and self.config.use_moe:
+            c = self.config
+            assert c.num_experts_per_tok is not None
+            experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+            total -= experts * (c.num_experts - c.num_experts_per_tok) // c.num_experts
+        return total
+
+    def flops(self, tokens: int, pairs: int) -> int:
+        """FLOPs of forward and backward: 2MNK a matmul, causal pairs only, nothing for recomputation.
+
+        Args:
+            tokens: positions through the model.
+            pairs: (query, key) pairs that attend: the sum of n (n + 1) / 2 over documents.
+        """
+        c = self.config
+        assert c.head_dim is not None
+        matmul = self.num_parameters(active=True)
+        if not c.tie_word_embeddings:
+            matmul -= c.vocab_size * c.hidden_size
+        return 6 * matmul * tokens + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+
+
+def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Position of each token within its document.
+
+    Args:
+        cu_seqlens: (documents + 1,) int32.
+        total: T, the number of tokens.
+
+    Returns:
+        (T,) int64. No host synchronisation.
+    """
+    where = torch.arange(total, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), where, right=True)
+    return where - cu_seqlens.long()[document]

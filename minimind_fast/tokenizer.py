@@ -1,0 +1,453 @@
+"""Text to token ids and back: load or train a byte-level BPE, render a chat, stream decoded text.
+
+Purpose: one `Tokenizer` for both MiniMind generations and for tokenizers trained here. It gives the ids and the chat
+text that Transformers gives for the same folder, without needing Transformers.
+
+Principle: the Rust library `tokenizers` does the BPE; the folder's own Jinja template lays out a chat. Byte-level BPE
+first splits text by GPT-2's pattern, writes each UTF-8 byte as one printable character, then merges neighbouring
+pieces in the learned order. As all 256 bytes are in the vocabulary, every text has ids and comes back unchanged.
+
+Properties: `encode_batch` runs on all cores. Nothing is added to the text: a caller who wants bos or eos adds them.
+Templates run in a sandbox, since a downloaded template is foreign code. The fingerprint covers what decides the ids
+and nothing else, so that a new chat template does not make a token cache stale.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+# MiniMind3's ids 0-35: the first 21 are control tokens that `skip_special_tokens` leaves out of decoded text, the other
+# 15 are ordinary text to a reader (a tool call, a thought) and only kept whole by the tokenizer.
+CONTROL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>",
+    "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>",
+)  # fmt: skip
+TEXT_TOKENS = (
+    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+    *(f"<|buffer{i}|>" for i in range(1, 10)),
+)  # fmt: skip
+NUM_BYTES = 256
+
+# The chat layout of tokenizers trained here: ChatML, as MiniMind3 reads it. Each assistant turn opens with its thought,
+# empty when there is none, so that the generation prompt (thought open or closed and empty) is always a trained prefix.
+CHAT_TEMPLATE = r"""
+{%- macro text(message) -%}
+    {{- message.content if message.content is string else '' -}}
+{%- endmacro -%}
+{%- macro open_turn(role) -%}
+    {{- '<|im_start|>' ~ role ~ '\n' -}}
+{%- endmacro -%}
+{%- set end_turn = '<|im_end|>\n' -%}
+{%- set leading_system = messages[0].role == 'system' -%}
+
+{%- if tools -%}
+    {{- open_turn('system') -}}
+    {%- if leading_system and text(messages[0]) -%}{{- text(messages[0]) ~ '\n\n' -}}{%- endif -%}
+    {{- 'You can call these functions, one JSON description per line:\n<tools>\n' -}}
+    {%- for tool in tools -%}{{- tool | tojson ~ '\n' -}}{%- endfor -%}
+    {{- '</tools>\n\nTo call one, write its name and arguments as JSON in this form:\n' -}}
+    {{- '<tool_call>\n{"name": "function", "arguments": {"argument": "value"}}\n</tool_call>' ~ end_turn -}}
+{%- elif leading_system -%}
+    {{- open_turn('system') ~ text(messages[0]) ~ end_turn -}}
+{%- endif -%}
+
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {%- if not loop.first -%}{{- open_turn('system') ~ text(message) ~ end_turn -}}{%- endif -%}
+    {%- elif message.role == 'user' -%}
+        {{- open_turn('user') ~ text(message) ~ end_turn -}}
+    {%- elif message.role == 'tool' -%}
+        {{- '\n' if loop.previtem and loop.previtem.role == 'tool' else open_turn('user') -}}
+        {{- '<tool_response>\n' ~ text(message) ~ '\n</tool_response>' -}}
+        {%- if loop.last or loop.nextitem.role != 'tool' -%}{{- end_turn -}}{%- endif -%}
+    {%- elif message.role == 'assistant' -%}
+        {%- set turn = namespace(thought='', answer=text(message)) -%}
+        {%- if message.reasoning_content is string -%}
+            {%- set turn.thought = message.reasoning_content -%}
+        {%- elif '</think>' in turn.answer -%}
+            {%- set parts = turn.answer.split('</think>', 1) -%}
+            {%- set turn.thought = parts[0].split('<think>')[-1] -%}
+            {%- set turn.answer = parts[1] -%}
+        {%- endif -%}
+        {%- set turn.answer = turn.answer.lstrip('\n') -%}
+        {{- open_turn('assistant') ~ '<think>\n' ~ turn.thought.strip('\n') ~ '\n</think>\n\n' ~ turn.answer -}}
+        {%- for item in message.tool_calls or [] -%}
+            {%- set call = item.function or item -%}
+            {%- if turn.answer or not loop.first -%}{{- '\n' -}}{%- endif -%}
+            {{- '<tool_call>\n{"name": ' ~ call.name | tojson ~ ', "arguments": ' -}}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
+            {{- '}\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- end_turn -}}
+    {%- else -%}
+        {{- raise_exception('unknown role ' ~ message.role ~ ': use system, user, assistant or tool') -}}
+    {%- endif -%}
+{%- endfor -%}
+
+{%- if add_generation_prompt -%}
+    {{- open_turn('assistant') ~ ('<think>\n' if open_thinking or enable_thinking else '<think>\n\n</think>\n\n') -}}
+{%- endif -%}
+"""
+
+
+class Tokenizer:
+    """A tokenizer.json with its special tokens and its chat template.
+
+    Args:
+        backend: the Rust tokenizer.
+        config: the content of tokenizer_config.json: `bos_token`, `eos_token`, `pad_token`, `chat_template`, ...
+        source: where it came from, for error messages.
+
+    Raises:
+        ValueError: bos, eos or pad is not named in the config, or is not in the vocabulary.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], source: str = "tokenizer"):
+        # A stored padding or truncation rule would change ids silently; batches are shaped in data.py.
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.config = dict(config)
+        self.source = source
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        added = backend.get_added_tokens_decoder()
+        self.special_tokens: dict[str, int] = {token.content: index for index, token in sorted(added.items())}
+        self.control_ids = frozenset(index for index, token in added.items() if token.special)
+        self.bos_id = self._named_id("bos_token")
+        self.eos_id = self._named_id("eos_token")
+        self.pad_id = self._named_id("pad_token")
+        self._fingerprint: str | None = None
+        self._token_bytes: list[bytes] | None = None
+        self._templates: dict[str, Any] = {}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Open a tokenizer folder, or a tokenizer.json file with what lies beside it.
+
+        Args:
+            path: a folder with tokenizer.json (and tokenizer_config.json, chat_template.jinja), or the file itself.
+
+        Raises:
+            ValueError: the path, the file or a field in it is missing or cannot be read.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(f"tokenizer path {path} does not exist: give a folder with tokenizer.json, or that file")
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{path} has no tokenizer.json: train one with train/tokenizer.py, or give another folder")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library raises plain Exception
+            raise ValueError(f"{file} is not a tokenizer of the `tokenizers` library: {error}") from error
+        config: dict[str, Any] = {}
+        config_file = file.with_name("tokenizer_config.json")
+        if config_file.is_file():
+            try:
+                config = json.loads(config_file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{config_file} is not JSON in UTF-8: {error}") from error
+            if not isinstance(config, dict):
+                raise ValueError(f"{config_file} must hold a JSON object, not {type(config).__name__}")
+        else:
+            config = {"bos_token": CONTROL_TOKENS[1], "eos_token": CONTROL_TOKENS[2], "pad_token": CONTROL_TOKENS[0]}
+        template_file = file.with_name("chat_template.jinja")
+        if template_file.is_file():  # where newer Transformers puts it; it wins there too
+            config["chat_template"] = template_file.read_text(encoding="utf-8")
+        return cls(backend, config, source=str(path))
+
+    def _named_id(self, field: str) -> int:
+        token = self.config.get(field)
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str):
+            raise ValueError(f"{self.source}: tokenizer_config.json lacks the field {field!r}")
+        index = self.backend.token_to_id(content)
+        if index is None:
+            raise ValueError(f"{self.source}: {field} {content!r} is not in the vocabulary of tokenizer.json")
+        return index
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a text into ids; special tokens written in it become their ids, nothing is added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Turn many texts into ids on all cores; the same ids as `encode` for each."""
+        # The "fast" form leaves out character offsets, which nobody here reads.
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Turn ids into text; bytes that are not UTF-8 come out as U+FFFD.
+
+        Args:
+            ids: token ids.
+            skip_special_tokens: leave out control tokens such as `<|im_end|>` (`<think>` and tool tags stay).
+        """
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self) -> list[bytes]:
+        """Give the bytes that each id stands for, indexed by id.
+
+        Raises:
+            ValueError: the tokenizer is not byte-level, so that an id has no bytes of its own.
+        """
+        if self._token_bytes is None:
+            if not isinstance(self.backend.decoder, decoders.ByteLevel):
+                raise ValueError(f"{self.source} is not a byte-level tokenizer: its ids cannot be decoded one by one")
+            to_byte = _byte_of_character()
+            table = [b""] * self.vocab_size
+            for token, index in self.backend.get_vocab(with_added_tokens=True).items():
+                known = all(character in to_byte for character in token)
+                table[index] = bytes(to_byte[c] for c in token) if known else token.encode("utf-8")
+            self._token_bytes = table
+        return self._token_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal exactly when the ids of every text are decided by the same rules."""
+        if self._fingerprint is None:
+            state = json.loads(self.backend.to_str())
+            rules = {key: state.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+            # Fields at their "off" value are left out: a newer library that writes one more of them changes no ids.
+            rules["model"] = {key: value for key, value in rules["model"].items() if value not in (None, False)}
+            canonical = json.dumps(rules, sort_keys=True, separators=(",", ":"))
+            self._fingerprint = hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
+        return self._fingerprint
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """Lay out a conversation as the text that the model is trained on.
+
+        Args:
+            messages: dicts with `role`, `content` and, where they apply, `reasoning_content`, `tool_calls`.
+            tools: JSON schemas of the functions that the assistant may call.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            template_kwargs: further variables of the template, such as `open_thinking=True`.
+
+        Returns:
+            The text, equal to what Transformers' `apply_chat_template(..., tokenize=False)` gives for the same folder.
+
+        Raises:
+            ValueError: no messages, no template, or the template refuses the messages.
+        """
+        if not messages:
+            raise ValueError("a chat needs at least one message")
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError('each chat message must be an object such as {"role": "user", "content": "..."}')
+        variables = {name: token for name in self.config if (token := _token_text(name, self.config[name])) is not None}
+        variables.update(_plain(template_kwargs))
+        template = self._template(with_tools=tools is not None)
+        chat = [_with_reasoning({k: v for k, v in message.items() if v is not None}) for message in messages]
+        try:
+            return template.render(
+                messages=_plain(chat),
+                tools=_plain(tools),
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template of {self.source} cannot lay out these messages: {error}") from error
+
+    def _template(self, with_tools: bool) -> Any:
+        source = self.config.get("chat_template")
+        if isinstance(source, list):  # the older form: several named templates
+            source = {item["name"]: item["template"] for item in source}
+        if isinstance(source, dict):
+            source = source.get("tool_use" if with_tools and "tool_use" in source else "default")
+        if not source:
+            raise ValueError(f"{self.source} has no chat template: add `chat_template` to its tokenizer_config.json")
+        if source not in self._templates:
+            try:
+                self._templates[source] = _template_environment().from_string(source)
+            except TemplateError as error:
+                raise ValueError(f"{self.source}: its chat template is not valid Jinja: {error}") from error
+        return self._templates[source]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which Transformers' `AutoTokenizer` opens too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
+        _write_text(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
+        # A template left from an earlier tokenizer in this folder would win over ours.
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+
+
+class StreamDecoder:
+    """Turn ids into text one at a time, never giving out half a character.
+
+    Args:
+        tokenizer: a byte-level tokenizer.
+        skip_special_tokens: as in `Tokenizer.decode`.
+
+    All pieces joined, `finish` included, equal `tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
+        self._bytes = tokenizer.token_bytes()
+        self._skip = tokenizer.control_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Take one id; give the text that is complete with it, often empty inside a multi-byte character."""
+        if token_id in self._skip or not 0 <= token_id < len(self._bytes):
+            return ""
+        return self._utf8.decode(self._bytes[token_id])
+
+    def finish(self) -> str:
+        """Give what is left, a broken character as U+FFFD, and start anew."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int = 6400, show_progress: bool = False) -> Tokenizer:
+    """Train a byte-level BPE with MiniMind3's special tokens at ids 0-35 and our ChatML template.
+
+    Args:
+        texts: the corpus, read once; memory grows with the number of different words, not with the text.
+        vocab_size: entries in all, the 36 special tokens and the 256 bytes included.
+        show_progress: show the Rust library's progress bars.
+
+    Raises:
+        ValueError: the size does not fit, or the texts have too few repeated pieces for it.
+
+    Source: Sennrich et al. 2016 (BPE); GPT-2 (byte level). Token names and ids are MiniMind3's.
+    """
+    special = [*CONTROL_TOKENS, *TEXT_TOKENS]
+    if vocab_size < len(special) + NUM_BYTES:
+        raise ValueError(f"vocab_size {vocab_size} is too small: {len(special)} special tokens and {NUM_BYTES} bytes")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(t, normalized=False, special=True) for t in CONTROL_TOKENS]
+        + [AddedToken(t, normalized=False, special=False) for t in TEXT_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    size = backend.get_vocab_size(with_added_tokens=True)
+    if size != vocab_size:
+        raise ValueError(f"the texts give only {size} of {vocab_size} tokens: give more text or a smaller vocab_size")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return Tokenizer(backend, config, source="the trained tokenizer")
+
+
+class _GenerationTag(Extension):
+    """`{% generation %} ... {% endgeneration %}`: marks the model's own text for others; it changes no character."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class _PlainNamespace(Namespace):
+    """Jinja's namespace without names that start with an underscore, which lead to Python's internals."""
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a chat template may not store {name!r} in a namespace")
+        super().__setitem__(name, value)
+
+
+def _template_environment() -> ImmutableSandboxedEnvironment:
+    """The Jinja set-up that Transformers' chat templates are written for."""
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # Jinja's own filter escapes <, > and & for HTML, which would spoil tool schemas.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["namespace"] = _PlainNamespace
+    return environment
+
+
+def _token_text(name: str, value: Any) -> str | None:
+    """The text of a config entry such as bos_token, which templates see as a variable; None for other entries."""
+    if not name.endswith("_token"):
+        return None
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Offer a thought under the name that templates read, whichever of its usual names the caller used."""
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if message.get(name) is not None:
+            return {"thinking": message[name], **message, "reasoning_content": message[name]}
+    return message
+
+
+def _plain(value: Any) -> Any:
+    """Rebuild a value from JSON's own types: objects with methods have no place inside a sandbox."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return f"<{type(value).__name__}>"
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others for U+0100, U+0101, ... in order."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in visible}
+    hidden = [byte for byte in range(NUM_BYTES) if byte not in set(visible)]
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write aside and rename, so that a killed save leaves the old file whole."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,51 @@
+"""Package definition. Dependencies are few, and each is here for a reason of its own."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.11",  # tensors, autograd, the reference implementation
+    "triton>=3.6; platform_system == 'Linux'",  # the kernels (also interpreted and cross-compiled where there is no GPU)
+    "deepspeed>=0.19.8",  # ZeRO, the launcher and the training engine
+    "tokenizers>=0.21",  # byte-level BPE in Rust, the format of MiniMind's own tokenizer.json
+    "numpy>=1.26",  # the memory-mapped token cache
+    "safetensors>=0.4",  # weights on disk
+    "jinja2>=3.1",  # chat templates, rendered as Transformers does (sandboxed)
+    "tqdm>=4.66",  # the progress bar
+    "tensorboard>=2.16",  # curves on disk that any viewer opens
+    "matplotlib>=3.8",  # the loss curve as PNG at the end of a run
+    "psutil>=5.9",  # memory of the process, for the log
+]
+
+EXTRAS = {
+    # flash-attn builds against the CUDA toolkit; without it PyTorch's own varlen flash attention is used.
+    "flash": ["flash-attn>=2.7"],
+    "wandb": ["wandb"],
+    "swanlab": ["swanlab"],
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "transformers>=5,<6",  # tests only: exports and tokenizers are checked against it
+        "ruff>=0.9",
+        "pyright>=1.1.390",
+    ],
+}
+
+setup(
+    name="minimind_fast",
+    version="0.1.0",
+    description="Train a tiny language model from nothing, at the speed of the machine",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["minimind_fast", "minimind_fast.kernels", "minimind_fast.samples"],
+    package_dir={"minimind_fast.kernels": "kernels"},
+    package_data={"minimind_fast.samples": ["*.jsonl", "tokenizer/*"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["minimind-fast=minimind_fast.cli:main"]},
+)

@@ -1,0 +1,197 @@
+"""What the kernel tests share: the process they run in, the error rule, poisoned memory, broken variants.
+
+Purpose:    one place that says when a kernel counts as right, so that every kernel is held to the same rule.
+Principle:  truth is the reference in float64. For an output and for each gradient
+            |kernel - truth| <= |eager at the same dtype - truth| + tol, for every element and for the norm (there
+            eager's error counts 1.25 times). The tolerance of an element is one unit in the last place of its own value
+            (kernel and eager may round to different sides) plus the float32 noise of a sum over values of the tensor's
+            size; the norm gets only the noise.
+Properties: import this module before anything imports triton: it chooses the interpreter where there is no GPU
+            (Triton decides at import). The interpreter is wrong in bfloat16, so there bfloat16 is tested on a GPU only.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
+# A few roundings of a float32 sum, relative to the tensor's largest value.
+FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
+
+
+def assert_error_rule(name: str, kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
+    """Hold a kernel's result to truth, with eager's own error at the same dtype as the measure.
+
+    Args:
+        name: what is compared, for the message.
+        kernel: the kernel's result, any shape, any dtype.
+        eager: the reference's result at the same dtype.
+        truth: the reference's result in float64, same shape.
+    Raises:
+        AssertionError: shape or dtype differ, an element breaks the rule, or the norm of the error does.
+    """
+    assert kernel.shape == eager.shape == truth.shape, f"{name}: {kernel.shape} {eager.shape} {truth.shape}"
+    assert kernel.dtype == eager.dtype, f"{name}: kernel gives {kernel.dtype}, eager {eager.dtype}"
+    if kernel.numel() == 0:
+        return
+    finfo = torch.finfo(kernel.dtype)
+    kernel, eager, truth = (t.detach().to("cpu", torch.float64) for t in (kernel, eager, truth))
+    # Where eager overflows or meets inf and nan, the kernel may do the same, element for element, or know better.
+    same_special = ~eager.isfinite() & ((kernel == eager) | (kernel.isnan() & eager.isnan()))
+    finite = ~same_special
+    kernel, eager, truth = kernel[finite], eager[finite], truth[finite]
+    if kernel.numel() == 0:
+        return
+    assert kernel.isfinite().all(), (
+        f"{name}: {int((~kernel.isfinite()).sum())} elements are inf or nan, and not as eager's are"
+    )
+    eager = eager.where(eager.isfinite(), torch.inf)
+    scale = truth.abs().max()
+    error, allowed = (kernel - truth).abs(), (eager - truth).abs()
+    tol = finfo.eps * truth.abs() + FLOAT32_NOISE * scale + finfo.smallest_normal * finfo.eps
+    worst = (error - allowed - tol).argmax()
+    assert (error <= allowed + tol).all(), (
+        f"{name}: {int((error > allowed + tol).sum())} of {error.numel()} elements break the error rule; the worst is "
+        f"{kernel[worst]:.8g}, truth {truth[worst]:.8g}, eager {eager[worst]:.8g}, tolerance {tol[worst]:.3g}"
+    )
+    norm_tol = FLOAT32_NOISE * truth.norm() + finfo.smallest_normal * finfo.eps * error.numel() ** 0.5
+    assert error.norm() <= 1.25 * allowed.norm() + norm_tol, (
+        f"{name}: error norm {error.norm():.4g}, eager's {allowed.norm():.4g}, truth's {truth.norm():.4g}"
+    )
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN (integers: the largest), so that an element nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all(), "this PyTorch does not fill empty tensors"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before
+
+
+def run(
+    op: Callable[..., object],
+    inputs: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None] | None,
+    wanted: Sequence[bool] | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Run an op on copies of its inputs, backward too, and check that it wrote to none of them.
+
+    Args:
+        op: takes the tensors in order and returns a tensor or a tuple of tensors.
+        inputs: tensors of any dtype; strides are kept.
+        grads: the gradient of each output (None: no backward through it); None: no backward at all.
+        wanted: for each input, whether its gradient is asked for; default: every floating-point input's.
+    Returns:
+        Detached outputs, and each input's gradient (None where not asked for).
+    """
+    if wanted is None:
+        wanted = [t.is_floating_point() for t in inputs]
+    wanted = [w and grads is not None for w in wanted]
+    leaves = [t.detach().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+    kept = [t.detach().clone() for t in inputs]
+    outputs = op(*leaves)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)  # type: ignore[arg-type]
+    results = [o.detach().clone() for o in outputs]
+    gradients: list[torch.Tensor | None] = [None] * len(leaves)
+    if grads is not None:
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(
+            torch.autograd.grad([o for o, _ in pairs], asked, [g.to(o.dtype) for o, g in pairs], allow_unused=True)
+        )
+        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        for output, result in zip(outputs, results, strict=True):
+            assert torch.equal(output.detach().nan_to_num(), result.nan_to_num()), "the backward wrote to an output"
+    for i, (leaf, before) in enumerate(zip(leaves, kept, strict=True)):
+        same = leaf.detach() == before
+        if leaf.is_floating_point():
+            same = same | (leaf.detach().isnan() & before.isnan())
+        assert same.all(), f"the op wrote to its input {i}"
+    return results, gradients
+
+
+def assert_op(
+    name: str,
+    kernel: Callable[..., object],
+    reference: Callable[..., object],
+    inputs: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None] | None,
+    wanted: Sequence[bool] | None = None,
+    float64: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Hold an op's outputs and gradients to the error rule, in poisoned memory.
+
+    Args:
+        name: of the case, for messages.
+        kernel, reference: the two implementations; both take the inputs in order.
+        inputs: at the dtype under test, on DEVICE.
+        grads: the gradient of each output.
+        wanted: which inputs' gradients are asked for.
+        float64: how an input becomes its float64 self; default: every floating-point tensor is cast.
+    """
+    float64 = float64 or (lambda t: t.double() if t.is_floating_point() else t)
+    truth = run(reference, [float64(t) for t in inputs], grads, wanted)
+    eager = run(reference, inputs, grads, wanted)
+    with poisoned_memory():
+        ours = run(kernel, inputs, grads, wanted)
+    for kind, got, plain, true in zip(("output", "gradient"), ours, eager, truth, strict=True):
+        for i, (k, e, t) in enumerate(zip(got, plain, true, strict=True)):
+            if t is None and e is None and kind == "gradient":
+                assert k is None or not k.any(), f"{name}: gradient {i} where the reference has none"
+                continue
+            assert k is not None and e is not None and t is not None, f"{name}: {kind} {i} is missing"
+            assert_error_rule(f"{name}: {kind} {i}", k, e, t)
+
+
+def broken_variant(module: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
+    """Load a copy of a kernel file with one piece of its source replaced, under its own op names.
+
+    Args:
+        module: the healthy kernel module.
+        folder: an empty folder for the copy (Triton reads a kernel's source from a file).
+        old, new: the text to replace, which must occur in the file, and what to write there.
+    Returns:
+        The module of the broken copy.
+    """
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
+    assert old in source, f"{old!r} does not occur in {module.__name__}: mend the test"
+    name = f"broken_{module.__name__.rsplit('.', 1)[-1]}_{abs(hash((str(folder), old, new)))}"
+    source = source.replace(old, new, 1).replace("minimind_fast::", f"{name}::")
+    path = folder / f"{name}.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def assert_broken(check: Callable[[ModuleType], None], module: ModuleType, folder: Path, old: str, new: str) -> None:
+    """Check that a check which the healthy module passes fails for a broken copy."""
+    check(module)
+    with pytest.raises(AssertionError):
+        check(broken_variant(module, folder, old, new))
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal values drawn on the CPU from a seed, so that a case is the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float32) * scale).to(DEVICE, dtype)
