@@ -15,7 +15,7 @@ Properties: bytes a token in 16 bits: alone 4D forward, 6D backward; fused 8D fo
 
 Shapes: T tokens (all leading dimensions), D hidden.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; the partial sums of dw follow Triton's
-    layer-norm tutorial, without its locks; Liger-Kernel's single rows a program, slow at small D, are what the tiles here avoid.
+    layer-norm tutorial, without its locks; one row a program, slow at small D, is the lesson of Liger-Kernel.
 """
 
 import torch
@@ -31,9 +31,11 @@ MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: more would not fit a row and it
 # 6 KB of x and residual in flight, and reads w once for two rows. Backward 24 (768: 1 row): three tiles are live there.
 VALUES_PER_THREAD_FWD = 48
 VALUES_PER_THREAD_BWD = 24
-# Backward warps on each SM. 16 keep 16 x 4.6 KB = 74 KB in flight (HBM's latency asks for about 30 KB), and their
-# partial rows of dw (132 x 16 x 3 KB = 6.5 MB) stay in L2 until they are added.
-WARPS_PER_SM_BWD = 16
+# Backward warps on each SM, as many as its registers hold at once (128 a thread at 768 columns, 168 at 1024), for a
+# grid that waits for room would give some programs twice the time. 16 keep 16 x 4.6 KB = 74 KB in flight (HBM's latency asks
+# for about 30 KB), and their partial rows of dw (132 x 16 x 3 KB = 6.5 MB) stay in L2 until they are added. Without dw
+# there is no such grid: one tile a program.
+WARPS_PER_SM_BWD, WARPS_PER_SM_BWD_WIDE, WIDE_COLUMNS = 16, 12, 768
 # Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
 CPU_PROGRAMS = 3
 # The sum of the partial rows: 64-byte pieces of 256 rows at a time, so that D / 16 programs share the work.
@@ -101,12 +103,12 @@ def _rms_norm_fwd_kernel(
         b = BLOCK_A + tl.arange(0, BLOCK_B)
         mask_b = live[:, None] & (b < D)[None, :] if BLOCK_A + BLOCK_B != D else live[:, None]
         h_b = _load(x_ptr, rows, x_stride, b, mask_b, wide)
-    if HAS_RESIDUAL:
+    if HAS_RESIDUAL:  # all loads before the first store: nothing may be read early past a store
         h_a = (h_a + _load(residual_ptr, rows, residual_stride, a, mask_a, wide)).to(narrow).to(wide)
-        _store(h_ptr, rows, D, a, mask_a, h_a)
         if BLOCK_B > 0:
             h_b = (h_b + _load(residual_ptr, rows, residual_stride, b, mask_b, wide)).to(narrow).to(wide)
             _store(h_ptr, rows, D, b, mask_b, h_b)
+        _store(h_ptr, rows, D, a, mask_a, h_a)
 
     squares = tl.sum(h_a * h_a, axis=1)
     if BLOCK_B > 0:
@@ -201,12 +203,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _num_programs(x: Tensor, tiles: int, num_warps: int) -> int:
+def _num_programs(x: Tensor, num_warps: int) -> int:
     """Fix the grid of the backward by the card, not by the data, and with it the order of dw's sum."""
     if not x.is_cuda:
-        return min(tiles, CPU_PROGRAMS)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return min(tiles, multiprocessors * max(1, WARPS_PER_SM_BWD // num_warps))
+        return CPU_PROGRAMS
+    warps = WARPS_PER_SM_BWD if x.shape[-1] <= WIDE_COLUMNS else WARPS_PER_SM_BWD_WIDE
+    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(1, warps // num_warps)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -258,7 +260,8 @@ def _rms_norm_bwd(
     h2, dy2, params = _rows(h), _rows(dy), _launch_params("bwd", D)
     dh2 = dy2 if dh is None else _rows(dh)
     num_rows = h2.shape[0]
-    programs = _num_programs(h, triton.cdiv(num_rows, params["ROWS"]), params["num_warps"])
+    tiles = triton.cdiv(num_rows, params["ROWS"])
+    programs = min(tiles, _num_programs(h, params["num_warps"])) if want_dw else tiles
     partial = h.new_empty((programs, D) if want_dw else 0, dtype=_wide(h))
     with torch.cuda.device_of(h):
         _rms_norm_bwd_kernel[(programs,)](

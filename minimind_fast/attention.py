@@ -72,7 +72,9 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
         return "flash_attn", "asked for"
     if backend == "torch_varlen":
         if not can_flash or _torch_varlen() is None:
-            raise ValueError("--attention torch_varlen needs a GPU, bf16 or fp16, and a PyTorch with torch.nn.attention.varlen")
+            raise ValueError(
+                "--attention torch_varlen needs a GPU, bf16 or fp16, and a PyTorch with torch.nn.attention.varlen"
+            )
         return "torch_varlen", "asked for"
     if backend != "auto":
         return backend, "asked for"

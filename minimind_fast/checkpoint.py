@@ -226,7 +226,7 @@ class written_aside:
         if kind is not None:
             _remove(self.aside)
             return
-        _sync(self.aside)
+        sync_to_disk(self.aside)
         if self.path.is_dir():
             old = self.path.with_name(f".{self.path.name}.old-{uuid.uuid4().hex[:6]}")
             os.replace(self.path, old)
@@ -243,7 +243,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Push a file, or all files of a folder, to the disk."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         handle = os.open(file, os.O_RDONLY)
@@ -254,6 +254,16 @@ def _sync(path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- read
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """The folder that holds the weights: `path` itself, or `path/weights` where `path` is a run's folder.
+
+    Args:
+        path: as a user gives it.
+    """
+    path = Path(path)
+    return path / "weights" if not (path / "config.json").exists() and (path / "weights").is_dir() else path
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -347,7 +357,7 @@ def load_pretrained(
     Raises:
         ValueError: what is wrong with the path, the config or the weights.
     """
-    path = Path(path)
+    path = resolve_folder(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_file() and config is None:

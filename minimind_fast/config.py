@@ -129,7 +129,9 @@ class ModelConfig:
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func must be 'softmax', not {self.scoring_func!r}: MiniMind has no other")
         if self.use_moe and self.num_experts_per_tok > self.num_experts:  # type: ignore[operator]
-            raise ValueError(f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})")
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
+            )
         kind = (self.rope_scaling or {}).get("type", (self.rope_scaling or {}).get("rope_type", "yarn"))
         if kind != "yarn":
             raise ValueError(f"rope_scaling type {kind!r} is not known; MiniMind has 'yarn' only")
@@ -172,7 +174,9 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         if "generation" not in raw:
-            values["generation"] = 2 if "n_routed_experts" in raw else 3 if {"num_experts", "head_dim"} & set(raw) else 2
+            values["generation"] = (
+                2 if "n_routed_experts" in raw else 3 if {"num_experts", "head_dim"} & set(raw) else 2
+            )
         for key, value in raw.items():
             name = _ALIASES.get(key, key)
             if name in known:
@@ -245,7 +249,9 @@ class TrainConfig:
     norm_topk_prob: bool | None = option(None, "normalise the routing weights (MiniMind3's top-1 form if set)")
     dropout: float = option(0.0, "dropout in attention and residual branches")
     # data
-    batch_size: int = option(32, "rows in a micro-batch on each device; a packed batch holds batch_size * max_seq_len tokens")
+    batch_size: int = option(
+        32, "rows in a micro-batch on each device; a packed batch holds batch_size * max_seq_len tokens"
+    )
     max_seq_len: int = option(340, "longest document in tokens; longer ones are cut into pieces")
     accumulation_steps: int = option(8, "micro-batches in an optimizer step")
     packing: bool = option(True, "pack documents without padding; --no_packing gives MiniMind's padded rows")
@@ -255,7 +261,9 @@ class TrainConfig:
     # optimisation
     epochs: int = option(2, "passes over the data")
     max_steps: int = option(0, "stop after this many optimizer steps (0: by epochs)")
-    max_minutes: float = option(0.0, "stop after this many minutes of training, the schedule fitted to it (0: no limit)")
+    max_minutes: float = option(
+        0.0, "stop after this many minutes of training, the schedule fitted to it (0: no limit)"
+    )
     learning_rate: float = option(5e-4, "peak learning rate")
     lr_schedule: str = option("minimind", "shape of the learning rate", choices=("minimind", "cosine", "constant"))
     warmup_steps: int = option(0, "optimizer steps of linear warmup")
@@ -265,7 +273,9 @@ class TrainConfig:
     grad_clip: float = option(1.0, "clip the gradient norm to this (0: no clipping)")
     seed: int = option(42, "seed of weights, data order and dropout")
     # how
-    dtype: str = option("bfloat16", "training precision, with fp32 master weights", choices=("bfloat16", "float16", "float32"))
+    dtype: str = option(
+        "bfloat16", "training precision, with fp32 master weights", choices=("bfloat16", "float16", "float32")
+    )
     kernels: str = option("auto", "Triton kernels: auto, all, none or names such as rms_norm,swiglu")
     attention: str = option("auto", "attention backend: auto, flash_attn, torch_varlen, sdpa or eager")
     zero_stage: int = option(-1, "DeepSpeed ZeRO stage 0-3 (-1: chosen by world size)", choices=(-1, 0, 1, 2, 3))
@@ -280,10 +290,18 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "checkpoints to keep")
     val_interval: int = option(0, "optimizer steps between validations (0: at each save and at the end)")
     from_resume: bool = option(False, "go on from the newest checkpoint of this run")
-    max_nonfinite_steps: int = option(5, "stop after this many skipped steps in a row with a loss or gradient that is not finite")
+    max_nonfinite_steps: int = option(
+        5, "stop after this many skipped steps in a row with a loss or gradient that is not finite"
+    )
     use_wandb: bool = option(False, "also log to Weights & Biases")
     use_swanlab: bool = option(False, "also log to SwanLab")
     sample_prompts: list[str] = option([], "prompts to continue at the end of the run")
+    # names of the options that were typed, filled in by `parse`
+    given: set[str] = field(default_factory=set, repr=False)
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
 
     def check(self) -> None:
         """Refuse values that cannot work, before anything is loaded.
@@ -294,7 +312,15 @@ class TrainConfig:
         for name in ("batch_size", "max_seq_len", "accumulation_steps", "epochs", "log_interval", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "max_minutes", "warmup_steps", "weight_decay", "grad_clip", "save_interval", "num_threads"):
+        for name in (
+            "max_steps",
+            "max_minutes",
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "save_interval",
+            "num_threads",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
         if self.learning_rate <= 0:
@@ -328,41 +354,40 @@ def parse(cls: type[Config], argv: list[str] | None = None, description: str = "
     Returns:
         An instance of cls.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with defaults for these options")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="JSON file with defaults for these options")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}  # type: ignore[arg-type]
     for name, f in fields.items():
         _add(parser, name, hints[name], f)
-    first, _ = parser.parse_known_args(argv)
-    if first.config:
-        parser.set_defaults(**_read_defaults(parser, first.config, set(fields)))
-    values = vars(parser.parse_args(argv))
+    typed = vars(parser.parse_args(argv))
+    typed.pop("local_rank", None)
+    file = typed.pop("config", None)
+    values = {**_read_defaults(parser, file, set(fields)), **typed} if file else typed
     try:
-        config = cls(**{name: values[name] for name in fields})
+        config = cls(**values)
         if isinstance(config, TrainConfig):
+            config.given = set(values)
             config.check()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
     return config
 
 
 def _add(parser: argparse.ArgumentParser, name: str, hint: Any, f: dataclasses.Field) -> None:
-    text = f.metadata.get("help", "").replace("%", "%%")
     default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+    shown = "none" if default in (None, "", []) else default
+    text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
     inner = [a for a in typing.get_args(hint) if a is not type(None)] if isinstance(hint, types.UnionType) else [hint]
     kind = inner[0]
     if kind is bool:
-        parser.add_argument(f"--{name}", nargs="?", const=True, default=default, type=_to_bool, help=text)
+        parser.add_argument(f"--{name}", nargs="?", const=True, type=_to_bool, help=text)
         parser.add_argument(f"--no_{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
-        parser.set_defaults(**{name: default})
     elif typing.get_origin(kind) is list:
-        parser.add_argument(f"--{name}", nargs="+", default=default, type=typing.get_args(kind)[0], help=text)
+        parser.add_argument(f"--{name}", nargs="+", type=typing.get_args(kind)[0], help=text)
     else:
-        parser.add_argument(f"--{name}", default=default, type=kind, choices=f.metadata.get("choices"), help=text)
+        parser.add_argument(f"--{name}", type=kind, choices=f.metadata.get("choices"), help=text)
 
 
 def _read_defaults(parser: argparse.ArgumentParser, file: str, known: set[str]) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def _read(spec: str) -> dict[str, str]:
     asked = [part.strip() for part in spec.split(",") if part.strip()]
     unknown = [part for part in asked if part not in NAMES]
     if unknown or not asked:
-        raise ValueError(f"unknown kernel {', '.join(unknown) or repr(spec)}; choose auto, all, none or of {', '.join(NAMES)}")
+        raise ValueError(
+            f"unknown kernel {', '.join(unknown) or repr(spec)}; choose auto, all, none or of {', '.join(NAMES)}"
+        )
     return {name: "kernel" if name in asked else "reference" for name in NAMES}
 
 

@@ -163,7 +163,9 @@ def linear_kl(
     """
     vocab = student_weight.shape[0]
     if teacher_weight.shape[0] < vocab:
-        raise ValueError(f"the teacher's vocabulary ({teacher_weight.shape[0]}) is smaller than the student's ({vocab})")
+        raise ValueError(
+            f"the teacher's vocabulary ({teacher_weight.shape[0]}) is smaller than the student's ({vocab})"
+        )
     wide = _accum(student_hidden.dtype)
     student = ((student_hidden @ student_weight.t()).to(wide) / temperature).log_softmax(-1)
     with torch.no_grad():

@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -213,6 +214,32 @@ def build_cache(
     return cache
 
 
+def read_texts(
+    paths: Sequence[str | os.PathLike[str]], *, on_bad_line: str = "error", log: Callable[[str], None] = print
+) -> Iterator[str]:
+    """Give the non-empty texts of `{"text": ...}` JSONL files one by one, without holding a file in memory.
+
+    Args:
+        paths, on_bad_line, log: as for `build_cache`.
+
+    Raises:
+        DataError: a file is missing or empty, or a line is unusable.
+    """
+    sources = [Path(path) for path in paths]
+    for source in sources:
+        _check_readable(source)
+    lines = _Lines(stop=on_bad_line == "error")
+    for path, numbers, rows in _read_rows(sources, lines, log):
+        for number, row in zip(numbers, rows, strict=True):
+            text = string_field(row, "text")
+            if isinstance(text, BadRow):
+                lines.bad(path, number, text.problem)
+            elif text.strip():
+                yield text
+    if lines.count:
+        log(f"left out {lines.count:,} unusable lines, the first: {lines.first[0]}")
+
+
 class _Lines:
     """Counts unusable lines, or stops at the first."""
 
@@ -239,7 +266,8 @@ def _build(
     on_bad_line: str,
     log: Callable[[str], None],
 ) -> TokenCache:
-    aside = Path(tempfile.mkdtemp(prefix=f"{final.name}.", suffix=".tmp", dir=final.parent))
+    aside = final.with_name(f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    aside.mkdir()
     try:
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         lines = _Lines(stop=on_bad_line == "error")
@@ -350,7 +378,7 @@ def _read_rows(
                         last_log = now
                         rate = done / (now - start)
                         left_s = (total - done) / rate
-                        log(f"tokenizing {path.name}: {done / total:.0%}, {rate / 1e6:.1f} MB/s, {left_s:.0f} s left")
+                        log(f"reading {path.name}: {done / total:.0%}, {rate / 1e6:.1f} MB/s, {left_s:.0f} s left")
         yield path, numbers, rows
         done += size
 

@@ -346,12 +346,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 6400, show_progress: bool 
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(t, normalized=False, special=True) for t in CONTROL_TOKENS]
-        + [AddedToken(t, normalized=False, special=False) for t in TEXT_TOKENS],
+        special_tokens=[AddedToken(token, normalized=False) for token in special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
     backend.train_from_iterator(texts, trainer=trainer)
+    # The trainer marks all of them as control tokens; thoughts and tool calls must stay in decoded text.
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] in CONTROL_TOKENS
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     size = backend.get_vocab_size(with_added_tokens=True)
     if size != vocab_size:
         raise ValueError(f"the texts give only {size} of {vocab_size} tokens: give more text or a smaller vocab_size")

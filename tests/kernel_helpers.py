@@ -2,10 +2,10 @@
 
 Purpose:    one place that says when a kernel counts as right, so that every kernel is held to the same rule.
 Principle:  truth is the reference in float64. For an output and for each gradient
-            |kernel - truth| <= |eager at the same dtype - truth| + tol, for every element and for the norm (there
-            eager's error counts 1.25 times). The tolerance of an element is one unit in the last place of its own value
-            (kernel and eager may round to different sides) plus the float32 noise of a sum over values of the tensor's
-            size; the norm gets only the noise.
+            |kernel - truth| <= |eager at the same dtype - truth| + tol.
+            By element: no element may be off by more than eager's worst element, plus one unit in the last place of its
+            own value, plus the float32 noise of a sum over values of the tensor's size (which element eager happens to
+            hit exactly is luck, and no measure). By norm: 1.25 times eager's error, plus the noise.
 Properties: import this module before anything imports triton: it chooses the interpreter where there is no GPU
             (Triton decides at import). The interpreter is wrong in bfloat16, so there bfloat16 is tested on a GPU only.
 """
@@ -56,14 +56,17 @@ def assert_error_rule(name: str, kernel: torch.Tensor, eager: torch.Tensor, trut
     assert kernel.isfinite().all(), (
         f"{name}: {int((~kernel.isfinite()).sum())} elements are inf or nan, and not as eager's are"
     )
-    eager = eager.where(eager.isfinite(), torch.inf)
+    # Where eager overflows and the kernel does not, eager is no measure.
+    eager = eager.where(eager.isfinite(), truth)
     scale = truth.abs().max()
     error, allowed = (kernel - truth).abs(), (eager - truth).abs()
     tol = finfo.eps * truth.abs() + FLOAT32_NOISE * scale + finfo.smallest_normal * finfo.eps
-    worst = (error - allowed - tol).argmax()
-    assert (error <= allowed + tol).all(), (
-        f"{name}: {int((error > allowed + tol).sum())} of {error.numel()} elements break the error rule; the worst is "
-        f"{kernel[worst]:.8g}, truth {truth[worst]:.8g}, eager {eager[worst]:.8g}, tolerance {tol[worst]:.3g}"
+    excess = error - allowed.max() - tol
+    worst = excess.argmax()
+    assert not (excess > 0).any(), (
+        f"{name}: {int((excess > 0).sum())} of {error.numel()} elements break the error rule; the worst is "
+        f"{kernel[worst]:.8g}, truth {truth[worst]:.8g}, eager {eager[worst]:.8g}, tolerance {tol[worst]:.3g} "
+        f"plus eager's worst {allowed.max():.3g}"
     )
     norm_tol = FLOAT32_NOISE * truth.norm() + finfo.smallest_normal * finfo.eps * error.numel() ** 0.5
     assert error.norm() <= 1.25 * allowed.norm() + norm_tol, (

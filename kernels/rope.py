@@ -1,0 +1,465 @@
+"""Rotary positions on a fused QKV projection, with the RMSNorm of the q and k heads in the same pass.
+
+Purpose:    from rows q | k | v of one matmul to q and k ready for attention: each value read once and written once,
+            where eager takes a split, two norms, two gathers and a dozen products. v is a view of the projection.
+Principle:  a head (x1, x2) of two halves at position p, angles t = p theta_i from a table:
+            n = x w / sqrt(mean(x^2) + eps), where the model has the norm, else n = x
+            y1 = n1 cos t - n2 sin t;  y2 = n2 cos t + n1 sin t
+            Backward turns the other way, g1 = dy1 cos t + dy2 sin t, g2 = dy2 cos t - dy1 sin t, then as in RMSNorm:
+            dx = r (g w - m mean(g w m)), m = x r;  dw = sum over tokens and heads of g m
+Properties: bytes a token in 16 bits: forward 4 (H + K) hd. Backward 6 (H + K) hd with norms, 4 (H + K) hd without, and
+            4 K hd to put dv into its columns of d_qkv (a concatenation would move all of d_qkv once more).
+            About 10 FLOPs a value forward, 25 backward: bound by memory.
+            Saved: qkv where there are norms, else only positions and tables. The norms' 1/rms is recomputed: its heads
+            are in registers anyway, and saving it would move 4 (H + K) bytes a token twice.
+            dw as in rms_norm: partial sums in registers, one float32 row a program, added in a fixed order by a second
+            kernel. No atomics: two runs on one card agree bitwise. Float32 inside (float64 for float64), one rounding.
+            Positions are not checked against the tables, for that would wait for the device.
+
+Shapes: T tokens (all leading dimensions), H query heads, K kv heads, hd head_dim.
+Source: Su et al., RoFormer, 2021, in the half form of Llama and MiniMind; Qwen3 for the norms of q and k.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A program holds all heads of its tokens, so that the cosines are read once for all of them, and a head lies within
+# one warp, so that its norm is a shuffle. Up to this many values of q and k a thread: MiniMind3 has 48 with one token in
+# one warp (12 heads of 96, padded to 128), MiniMind2 80 with four tokens (head_dim 64) or two (80, 96).
+VALUES_PER_THREAD = 96
+# With norms the backward holds inputs, gradients and the sums of dw of a tile at once: half of that.
+VALUES_PER_THREAD_NORM_BWD = 48
+# The k tile's values a thread that make 16-byte loads: where there is room, a program takes tokens up to that.
+VECTOR = 8
+MAX_WARPS = 16
+# Backward warps on each SM, as many as its registers hold at once (195 a thread for MiniMind3), for a grid that waits
+# for room would give some programs twice the time: 10 x 5.4 KB in flight. Without dw, one tile a program.
+WARPS_PER_SM_BWD = 10
+# Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
+CPU_PROGRAMS = 3
+# The sum of the partial rows: 64-byte pieces of 256 rows at a time.
+DW_BLOCK_ROWS, DW_BLOCK_D, DW_NUM_WARPS = 256, 16, 8
+
+
+def _launch_params(kernel: str, num_heads: int, num_kv_heads: int, head_dim: int, has_norm: bool) -> dict[str, int]:
+    """Choose the tile and the warps for a model's heads.
+
+    Args:
+        kernel: "fwd", "bwd" or "dw".
+        num_heads: H.
+        num_kv_heads: K.
+        head_dim: hd.
+        has_norm: whether q or k are normalised.
+    Returns:
+        The kernel's block sizes, num_warps and num_stages, as keyword arguments of the launch.
+    """
+    if kernel == "dw":
+        return {"BLOCK_ROWS": DW_BLOCK_ROWS, "BLOCK_D": DW_BLOCK_D, "num_warps": DW_NUM_WARPS, "num_stages": 1}
+    block_h, block_k = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_kv_heads)
+    block_half = triton.next_power_of_2(head_dim // 2)
+    limit = VALUES_PER_THREAD_NORM_BWD if kernel == "bwd" and has_norm else VALUES_PER_THREAD
+    block_t, num_warps = 1, 1
+    values = (block_h + block_k) * 2 * block_half / 32  # a thread's, for one token in one warp
+    while values / num_warps > limit and num_warps < MAX_WARPS:
+        num_warps *= 2
+    while 2 * block_t * values / num_warps <= limit and block_t * block_k * block_half < VECTOR * 32 * num_warps:
+        block_t *= 2
+    params = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_K": block_k, "BLOCK_HALF": block_half}
+    if kernel == "bwd":
+        side_by_side = max(1, VECTOR * 32 * num_warps // block_half)
+        params["FOLD_Q"] = min(block_t * block_h, side_by_side)
+        params["FOLD_K"] = min(block_t * block_k, side_by_side)
+    return params | {"num_warps": num_warps, "num_stages": 1}
+
+
+@triton.jit
+def _at(ptr, tokens, token_stride, head_stride, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """-> pointers (tokens, heads, first half of a head)."""
+    heads, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_HALF)
+    return ptr + tokens[:, None, None] * token_stride + heads[None, :, None] * head_stride + d[None, None, :]
+
+
+@triton.jit
+def _mask(live, N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """-> mask of the same tile; what is always true is left out."""
+    mask = live[:, None, None]
+    if BLOCK_N != N:
+        mask = mask & (tl.arange(0, BLOCK_N) < N)[None, :, None]
+    if BLOCK_HALF != HALF:
+        mask = mask & (tl.arange(0, BLOCK_HALF) < HALF)[None, None, :]
+    return mask
+
+
+@triton.jit
+def _angles(cos_ptr, sin_ptr, positions, live, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, wide: tl.constexpr):
+    """-> cos and sin (tokens, 1, half) of the tokens' positions."""
+    d = tl.arange(0, BLOCK_HALF)
+    mask = live[:, None]
+    if BLOCK_HALF != HALF:
+        mask = mask & (d < HALF)[None, :]
+    at = positions.to(tl.int64)[:, None] * HALF + d[None, :]
+    c = tl.load(cos_ptr + at, mask=mask, other=0.0).to(wide)
+    s = tl.load(sin_ptr + at, mask=mask, other=0.0).to(wide)
+    return c[:, None, :], s[:, None, :]
+
+
+@triton.jit
+def _weight(ptr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, wide: tl.constexpr):
+    """-> both halves of a norm's weight, (1, 1, half)."""
+    d = tl.arange(0, BLOCK_HALF)
+    w1 = tl.load(ptr + d, mask=d < HALF, other=0.0).to(wide)
+    w2 = tl.load(ptr + HALF + d, mask=d < HALF, other=0.0).to(wide)
+    return w1[None, None, :], w2[None, None, :]
+
+
+@triton.jit
+def _rstd(x1, x2, eps, HALF: tl.constexpr):
+    return tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=2) / (2 * HALF) + eps)[:, :, None]
+
+
+@triton.jit
+def _rotate_and_store(at, mask, x1, x2, c, s, HALF: tl.constexpr):
+    narrow: tl.constexpr = at.dtype.element_ty
+    tl.store(at, (x1 * c - x2 * s).to(narrow), mask=mask)
+    tl.store(at + HALF, (x2 * c + x1 * s).to(narrow), mask=mask)
+
+
+@triton.jit
+def _rope_fwd_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, num_tokens, qkv_stride, eps,
+    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    wide: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    live = tokens < num_tokens
+    positions = tl.load(positions_ptr + tokens, mask=live, other=0)
+    mask_q = _mask(live, H, HALF, BLOCK_H, BLOCK_HALF)
+    mask_k = _mask(live, K, HALF, BLOCK_K, BLOCK_HALF)
+    q_at = _at(qkv_ptr, tokens, qkv_stride, 2 * HALF, BLOCK_H, BLOCK_HALF)
+    k_at = _at(qkv_ptr + H * 2 * HALF, tokens, qkv_stride, 2 * HALF, BLOCK_K, BLOCK_HALF)
+    q1 = tl.load(q_at, mask=mask_q, other=0.0).to(wide)
+    q2 = tl.load(q_at + HALF, mask=mask_q, other=0.0).to(wide)
+    k1 = tl.load(k_at, mask=mask_k, other=0.0).to(wide)
+    k2 = tl.load(k_at + HALF, mask=mask_k, other=0.0).to(wide)
+    c, s = _angles(cos_ptr, sin_ptr, positions, live, HALF, BLOCK_HALF, wide)
+    if Q_NORM:
+        w1, w2 = _weight(q_weight_ptr, HALF, BLOCK_HALF, wide)
+        rstd = _rstd(q1, q2, eps, HALF)
+        q1, q2 = q1 * rstd * w1, q2 * rstd * w2
+    if K_NORM:
+        w1, w2 = _weight(k_weight_ptr, HALF, BLOCK_HALF, wide)
+        rstd = _rstd(k1, k2, eps, HALF)
+        k1, k2 = k1 * rstd * w1, k2 * rstd * w2
+    q_at = _at(q_ptr, tokens, H * 2 * HALF, 2 * HALF, BLOCK_H, BLOCK_HALF)
+    k_at = _at(k_ptr, tokens, K * 2 * HALF, 2 * HALF, BLOCK_K, BLOCK_HALF)
+    _rotate_and_store(q_at, mask_q, q1, q2, c, s, HALF)
+    _rotate_and_store(k_at, mask_k, k1, k2, c, s, HALF)
+
+
+@triton.jit
+def _norm_bwd(x1, x2, g1, g2, w1, w2, eps, HALF: tl.constexpr):
+    """-> the gradient of the norm's input in halves, and the terms of its weight's gradient."""
+    rstd = _rstd(x1, x2, eps, HALF)
+    m1, m2 = x1 * rstd, x2 * rstd
+    p1, p2 = g1 * m1, g2 * m2
+    g1, g2 = g1 * w1, g2 * w2
+    mean = tl.sum(g1 * m1 + g2 * m2, axis=2)[:, :, None] / (2 * HALF)
+    return (g1 - m1 * mean) * rstd, (g2 - m2 * mean) * rstd, p1, p2
+
+
+@triton.jit
+def _fold(p, ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """-> the tile's heads summed down to those side by side in the warps: adds within a thread, no shuffles."""
+    return tl.sum(tl.reshape(p, (ROWS // FOLD, FOLD, BLOCK_HALF)), axis=0)
+
+
+@triton.jit
+def _store_dw(ptr, dw1, dw2, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    d = tl.arange(0, BLOCK_HALF)
+    tl.store(ptr + d, tl.sum(dw1, axis=0), mask=d < HALF)
+    tl.store(ptr + HALF + d, tl.sum(dw2, axis=0), mask=d < HALF)
+
+
+@triton.jit
+def _rope_bwd_kernel(
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_weight_ptr, k_weight_ptr, d_qkv_ptr, partial_ptr,
+    num_tokens, dq_stride, dq_head_stride, dk_stride, dk_head_stride, dv_stride, dv_head_stride, qkv_stride, eps,
+    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    WANT_DX: tl.constexpr, WANT_DW: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    FOLD_Q: tl.constexpr, FOLD_K: tl.constexpr,
+):  # fmt: skip
+    narrow: tl.constexpr = d_qkv_ptr.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if narrow == tl.float64 else tl.float32
+    row: tl.constexpr = (H + 2 * K) * 2 * HALF
+    pid = tl.program_id(0)
+    if Q_NORM and WANT_DW:
+        dwq1 = tl.zeros((FOLD_Q, BLOCK_HALF), dtype=wide)
+        dwq2 = tl.zeros((FOLD_Q, BLOCK_HALF), dtype=wide)
+    if K_NORM and WANT_DW:
+        dwk1 = tl.zeros((FOLD_K, BLOCK_HALF), dtype=wide)
+        dwk2 = tl.zeros((FOLD_K, BLOCK_HALF), dtype=wide)
+
+    for tile in range(pid, tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
+        tokens = (tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        live = tokens < num_tokens
+        positions = tl.load(positions_ptr + tokens, mask=live, other=0)
+        mask_q = _mask(live, H, HALF, BLOCK_H, BLOCK_HALF)
+        mask_k = _mask(live, K, HALF, BLOCK_K, BLOCK_HALF)
+        dq_at = _at(dq_ptr, tokens, dq_stride, dq_head_stride, BLOCK_H, BLOCK_HALF)
+        dk_at = _at(dk_ptr, tokens, dk_stride, dk_head_stride, BLOCK_K, BLOCK_HALF)
+        q1 = tl.load(dq_at, mask=mask_q, other=0.0).to(wide)
+        q2 = tl.load(dq_at + HALF, mask=mask_q, other=0.0).to(wide)
+        k1 = tl.load(dk_at, mask=mask_k, other=0.0).to(wide)
+        k2 = tl.load(dk_at + HALF, mask=mask_k, other=0.0).to(wide)
+        if WANT_DX:
+            dv_at = _at(dv_ptr, tokens, dv_stride, dv_head_stride, BLOCK_K, BLOCK_HALF)
+            v1 = tl.load(dv_at, mask=mask_k, other=0.0)
+            v2 = tl.load(dv_at + HALF, mask=mask_k, other=0.0)
+        if Q_NORM:
+            q_at = _at(qkv_ptr, tokens, qkv_stride, 2 * HALF, BLOCK_H, BLOCK_HALF)
+            xq1 = tl.load(q_at, mask=mask_q, other=0.0).to(wide)
+            xq2 = tl.load(q_at + HALF, mask=mask_q, other=0.0).to(wide)
+        if K_NORM:
+            k_at = _at(qkv_ptr + H * 2 * HALF, tokens, qkv_stride, 2 * HALF, BLOCK_K, BLOCK_HALF)
+            xk1 = tl.load(k_at, mask=mask_k, other=0.0).to(wide)
+            xk2 = tl.load(k_at + HALF, mask=mask_k, other=0.0).to(wide)
+        c, s = _angles(cos_ptr, sin_ptr, positions, live, HALF, BLOCK_HALF, wide)
+
+        # v, then k, then q: what is done with is stored before the largest tile needs the registers.
+        out = _at(d_qkv_ptr, tokens, row, 2 * HALF, BLOCK_H, BLOCK_HALF)
+        k_out = _at(d_qkv_ptr + H * 2 * HALF, tokens, row, 2 * HALF, BLOCK_K, BLOCK_HALF)
+        if WANT_DX:
+            tl.store(k_out + K * 2 * HALF, v1, mask=mask_k)
+            tl.store(k_out + K * 2 * HALF + HALF, v2, mask=mask_k)
+        k1, k2 = k1 * c + k2 * s, k2 * c - k1 * s
+        if K_NORM:
+            w1, w2 = _weight(k_weight_ptr, HALF, BLOCK_HALF, wide)
+            k1, k2, p1, p2 = _norm_bwd(xk1, xk2, k1, k2, w1, w2, eps, HALF)
+            if WANT_DW:
+                dwk1 += _fold(p1, BLOCK_T * BLOCK_K, FOLD_K, BLOCK_HALF)
+                dwk2 += _fold(p2, BLOCK_T * BLOCK_K, FOLD_K, BLOCK_HALF)
+        if WANT_DX:
+            tl.store(k_out, k1.to(narrow), mask=mask_k)
+            tl.store(k_out + HALF, k2.to(narrow), mask=mask_k)
+        q1, q2 = q1 * c + q2 * s, q2 * c - q1 * s
+        if Q_NORM:
+            w1, w2 = _weight(q_weight_ptr, HALF, BLOCK_HALF, wide)
+            q1, q2, p1, p2 = _norm_bwd(xq1, xq2, q1, q2, w1, w2, eps, HALF)
+            if WANT_DW:
+                dwq1 += _fold(p1, BLOCK_T * BLOCK_H, FOLD_Q, BLOCK_HALF)
+                dwq2 += _fold(p2, BLOCK_T * BLOCK_H, FOLD_Q, BLOCK_HALF)
+        if WANT_DX:
+            tl.store(out, q1.to(narrow), mask=mask_q)
+            tl.store(out + HALF, q2.to(narrow), mask=mask_q)
+
+    if WANT_DW:
+        partial_at = partial_ptr + pid * (4 * HALF)
+        if Q_NORM:
+            _store_dw(partial_at, dwq1, dwq2, HALF, BLOCK_HALF)
+        if K_NORM:
+            _store_dw(partial_at + 2 * HALF, dwk1, dwk2, HALF, BLOCK_HALF)
+
+
+@triton.jit
+def _rope_dw_kernel(
+    partial_ptr, dw_ptr, num_partials, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_D), dtype=partial_ptr.dtype.element_ty)
+    for start in range(0, num_partials, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        mask = (rows < num_partials)[:, None] & (cols < D)[None, :]
+        total += tl.load(partial_ptr + rows[:, None] * D + cols[None, :], mask=mask, other=0.0)
+    tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < D)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View as (T, columns) with adjacent columns; copies only what has no such view."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> Tensor:
+    """View as (T, heads, hd) with adjacent hd; copies only what has no such view."""
+    x = x.reshape(-1, *x.shape[-2:])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _num_programs(x: Tensor, num_warps: int) -> int:
+    """Fix the grid of the backward by the card, not by the data, and with it the order of dw's sum."""
+    if not x.is_cuda:
+        return CPU_PROGRAMS
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return multiprocessors * max(1, WARPS_PER_SM_BWD // num_warps)
+
+
+@torch.library.custom_op("minimind_fast::rope_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _rope_fwd(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    num_heads: int, num_kv_heads: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    q = qkv.new_empty(*qkv.shape[:-1], num_heads, head_dim)
+    k = qkv.new_empty(*qkv.shape[:-1], num_kv_heads, head_dim)
+    if qkv.numel() > 0:
+        x, params = (
+            _rows(qkv),
+            _launch_params("fwd", num_heads, num_kv_heads, head_dim, q_weight is not None or k_weight is not None),
+        )
+        wq = x if q_weight is None else q_weight.contiguous()
+        wk = x if k_weight is None else k_weight.contiguous()
+        with torch.cuda.device_of(x):
+            _rope_fwd_kernel[(triton.cdiv(x.shape[0], params["BLOCK_T"]),)](
+                x, cos.contiguous(), sin.contiguous(), positions.contiguous(), wq, wk, q, k, x.shape[0], x.stride(0),
+                eps, num_heads, num_kv_heads, head_dim // 2, q_weight is not None, k_weight is not None, **params,
+            )  # fmt: skip
+    return q, k
+
+
+@_rope_fwd.register_fake
+def _(qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps):
+    head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    q = qkv.new_empty(*qkv.shape[:-1], num_heads, head_dim)
+    return q, qkv.new_empty(*qkv.shape[:-1], num_kv_heads, head_dim)
+
+
+@torch.library.custom_op("minimind_fast::rope_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _rope_bwd(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
+    qkv: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, want_dx: bool, want_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> d_qkv and the norm weights' gradients (2, hd) of q and k, each empty where not wanted."""
+    num_heads, num_kv_heads, head_dim = dq.shape[-2], dk.shape[-2], dq.shape[-1]
+    d_qkv = dq.new_empty((*dq.shape[:-2], (num_heads + 2 * num_kv_heads) * head_dim) if want_dx else 0)
+    weight = q_weight if q_weight is not None else k_weight
+    dw = dq.new_empty((2, head_dim) if want_dw else 0, dtype=dq.dtype if weight is None else weight.dtype)
+    if dq.numel() == 0:
+        return d_qkv, dw.zero_()
+    dq, dk, dv = _heads(dq), _heads(dk), _heads(dv)
+    x = dq if qkv is None else _rows(qkv)
+    wq = dq if q_weight is None else q_weight.contiguous()
+    wk = dq if k_weight is None else k_weight.contiguous()
+    params = _launch_params("bwd", num_heads, num_kv_heads, head_dim, qkv is not None)
+    tiles = triton.cdiv(dq.shape[0], params["BLOCK_T"])
+    programs = min(tiles, _num_programs(dq, params["num_warps"])) if want_dw else tiles
+    wide = torch.float64 if dq.dtype == torch.float64 else torch.float32
+    # The norm that is not there leaves its half of the partial rows unwritten.
+    new = dq.new_empty if q_weight is not None and k_weight is not None else dq.new_zeros
+    partial = new((programs, 2 * head_dim) if want_dw else 0, dtype=wide)
+    with torch.cuda.device_of(dq):
+        _rope_bwd_kernel[(programs,)](
+            dq, dk, dv, x, cos.contiguous(), sin.contiguous(), positions.contiguous(), wq, wk, d_qkv, partial,
+            dq.shape[0], dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), x.stride(0),
+            eps, num_heads, num_kv_heads, head_dim // 2, q_weight is not None, k_weight is not None, want_dx, want_dw,
+            **params,
+        )  # fmt: skip
+        if want_dw:
+            params = _launch_params("dw", num_heads, num_kv_heads, head_dim, True)
+            _rope_dw_kernel[(triton.cdiv(2 * head_dim, params["BLOCK_D"]),)](
+                partial, dw, programs, 2 * head_dim, **params
+            )
+    return d_qkv, dw
+
+
+@_rope_bwd.register_fake
+def _(dq, dk, dv, cos, sin, positions, qkv, q_weight, k_weight, eps, want_dx, want_dw):
+    num_heads, num_kv_heads, head_dim = dq.shape[-2], dk.shape[-2], dq.shape[-1]
+    d_qkv = dq.new_empty((*dq.shape[:-2], (num_heads + 2 * num_kv_heads) * head_dim) if want_dx else 0)
+    weight = q_weight if q_weight is not None else k_weight
+    return d_qkv, dq.new_empty((2, head_dim) if want_dw else 0, dtype=dq.dtype if weight is None else weight.dtype)
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("rope's kernel has no second derivative: use mm.ops.use('none') for this computation.")
+
+
+_rope_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+class _Rope(torch.autograd.Function):
+    """The autograd of the two ops. A custom op may not return a view of its input, and this may: v stays in place."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps):
+        q, k = _rope_fwd(qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps)
+        v = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, q.shape[-1])).narrow(
+            -2, num_heads + num_kv_heads, num_kv_heads
+        )
+        has_norm = q_weight is not None or k_weight is not None
+        ctx.save_for_backward(cos, sin, positions, qkv if has_norm else None, q_weight, k_weight)
+        ctx.eps = eps
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        cos, sin, positions, qkv, q_weight, k_weight = ctx.saved_tensors
+        want_dx, _, _, _, want_q, want_k, *_ = ctx.needs_input_grad
+        d_qkv, dw = _rope_bwd(
+            dq, dk, dv, cos, sin, positions, qkv, q_weight, k_weight, ctx.eps, want_dx, want_q or want_k
+        )
+        return (
+            d_qkv if want_dx else None, None, None, None, dw[0] if want_q else None, dw[1] if want_k else None,
+            None, None, None,
+        )  # fmt: skip
+
+
+def rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused QKV projection, normalise q and k where the model does, and rotate them by their positions.
+
+    Args:
+        qkv: (..., (H + 2K) * hd) float32, bfloat16, float16 or float64, in the order q | k | v; any strides (a copy is
+            made where the last dimension is not contiguous or the leading ones do not fold into one).
+        cos: (max_positions, hd // 2) float32 table.
+        sin: (max_positions, hd // 2) float32 table.
+        positions: (...) int32 or int64, rows of the tables (not checked); broadcast over missing leading dimensions.
+        num_heads: H.
+        num_kv_heads: K.
+        q_weight: (hd,) weight of the RMSNorm over each q head, or None.
+        k_weight: (hd,) the same for k, in the same dtype.
+        eps: of those norms.
+    Returns:
+        q (..., H, hd) and k (..., K, hd), contiguous, and v (..., K, hd), a view of qkv; all in qkv's dtype.
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, or an odd head_dim.
+        RuntimeError: a second derivative is asked for.
+    Source: Su et al., RoFormer, 2021; the half form (not interleaved), as Llama and MiniMind use it.
+    """
+    heads = num_heads + 2 * num_kv_heads
+    if qkv.dim() == 0 or not qkv.is_floating_point() or qkv.shape[-1] % heads or qkv.shape[-1] // heads % 2:
+        raise ValueError(
+            f"rope needs a floating-point qkv (..., ({num_heads} + 2 * {num_kv_heads}) * head_dim) with an even "
+            f"head_dim, got {qkv.dtype} {tuple(qkv.shape)}."
+        )
+    head_dim = qkv.shape[-1] // heads
+    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[1] != head_dim // 2 or cos.dtype != sin.dtype:
+        raise ValueError(
+            f"rope needs cos and sin of shape (max_positions, {head_dim // 2}) in one dtype, "
+            f"got {cos.dtype} {tuple(cos.shape)} and {sin.dtype} {tuple(sin.shape)}."
+        )
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rope needs positions in int32 or int64, got {positions.dtype}.")
+    if positions.shape != qkv.shape[:-1]:
+        try:
+            positions = positions.expand(qkv.shape[:-1])
+        except RuntimeError as error:
+            raise ValueError(f"rope: positions {tuple(positions.shape)} do not fit qkv {tuple(qkv.shape)}.") from error
+    for weight in (q_weight, k_weight):
+        if weight is not None and weight.shape != (head_dim,):
+            raise ValueError(f"rope needs norm weights of shape ({head_dim},), got {tuple(weight.shape)}.")
+    if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
+        raise ValueError(f"rope needs both norm weights in one dtype, got {q_weight.dtype} and {k_weight.dtype}.")
+    return _Rope.apply(qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps)  # type: ignore[return-value]

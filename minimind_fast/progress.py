@@ -1,0 +1,224 @@
+"""What a run shows and writes while it goes.
+
+Purpose: a progress bar or plain lines, a JSONL log, TensorBoard files, wandb or SwanLab if asked, a picture of the loss.
+Principle: one dict of numbers a log step; every sink gets the same dict. Only rank 0 has one.
+Properties: on a terminal a bar with the latest numbers, elsewhere one line a log step; MFU is told with the peak that it
+    is a share of. Nothing here touches the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 peaks without sparsity, TFLOP/s, by what a device calls itself; vendors' data sheets.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GB200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "H800": 989.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "RTX 5090": 209.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that the device can reach in a matmul, and where the number is from.
+
+    Args:
+        device: of the training.
+        dtype: of its matmuls; a CPU, and a GPU that is not in the table, is measured with one.
+
+    Returns:
+        (FLOP/s, "data sheet" or "measured").
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name and dtype in (torch.bfloat16, torch.float16):
+                return tflops * 1e12, f"{known} data sheet"
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(4):
+        begin = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best, f"measured, {n}^3 matmul"
+
+
+def clock(seconds: float) -> str:
+    """A duration for people: 42s, 3m05s, 2h10m.
+
+    Args:
+        seconds: not negative.
+    """
+    s = int(seconds + 0.5)
+    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+def _show(name: str, value: Any) -> str:
+    if name == "lr":
+        return f"lr {value:.2e}"
+    if name == "tokens_per_s":
+        return f"{value:,.0f} tok/s"
+    if name == "mfu":
+        return f"MFU {value:.1%}"
+    if name == "memory_gib":
+        return f"{value:.1f} GiB"
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+
+
+class Progress:
+    """All sinks of a run.
+
+    Args:
+        folder: of the run; log.jsonl and tensorboard/ go there.
+        total_steps: for the bar.
+        first_step: where a resumed run begins.
+        options: of the run, for wandb and SwanLab.
+        name: of the run.
+        use_wandb, use_swanlab: also log there.
+
+    Raises:
+        ValueError: wandb or swanlab asked for but not installed.
+    """
+
+    SHOWN = ("loss", "aux_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        first_step: int,
+        options: dict[str, Any],
+        name: str,
+        use_wandb: bool = False,
+        use_swanlab: bool = False,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.total, self.step = folder, total_steps, first_step
+        self.sinks = [_import(sink) for sink, on in (("wandb", use_wandb), ("swanlab", use_swanlab)) if on]
+        for sink in self.sinks:
+            sink.init(project="minimind_fast", name=name, config=options)
+        self.file = (folder / "log.jsonl").open("a" if first_step else "w", encoding="utf-8")
+        self.board: Any = None
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            layout = "{desc}{percentage:3.0f}%|{bar:18}| {n_fmt}/{total_fmt} {postfix}"
+            self.bar = tqdm(
+                total=total_steps, initial=first_step, file=sys.stdout, bar_format=layout, dynamic_ncols=True
+            )
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar.
+
+        Args:
+            text: the line.
+        """
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def record(self, step: int, numbers: dict[str, Any]) -> None:
+        """Give one step's numbers to every sink but the screen.
+
+        Args:
+            step: optimizer steps done.
+            numbers: by name; floats, ints or lists of them.
+        """
+        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self.file.flush()
+        flat = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second; the first step should not wait for it
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
+        for key, value in flat.items():
+            self.board.add_scalar(key, value, step)
+        for sink in self.sinks:
+            sink.log(flat, step=step)
+
+    def log(self, step: int, numbers: dict[str, Any], left_s: float) -> None:
+        """Record one step's numbers and show them.
+
+        Args:
+            step: optimizer steps done.
+            numbers: as for `record`.
+            left_s: seconds to go.
+        """
+        self.record(step, numbers)
+        text = "  ".join(_show(k, numbers[k]) for k in self.SHOWN if k in numbers) + f"  left {clock(left_s)}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.step)
+        else:
+            print(f"step {step:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
+        self.step = step
+
+    def close(self) -> None:
+        """Finish every sink; the picture of the loss is drawn from the log."""
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+        for sink in self.sinks:
+            sink.finish()
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"--use_{name} needs the package: pip install {name}") from None
+
+
+def draw_loss(log: Path, picture: Path, title: str) -> None:
+    """Draw the training and validation loss of a log.
+
+    Args:
+        log: a log.jsonl.
+        picture: the PNG to write.
+        title: above the curve.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    # A resumed run repeats the steps after its checkpoint; the later line is the one that counts.
+    rows = {row["step"]: row for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("val_loss", "validation")):
+        points = sorted((step, row[key]) for step, row in rows.items() if key in row)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, markersize=3)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)

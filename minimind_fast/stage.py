@@ -1,0 +1,207 @@
+"""What the scripts in `train/` share around the Trainer: where the model, the tokenizer and the data come from.
+
+Purpose: each stage script says only what is its own.
+Principle: weights that are given decide the model and its tokenizer; else a preset and the shipped tokenizer do. The
+    tokenizer's fingerprint travels with the weights, and another tokenizer is refused by name.
+Properties: user errors end in one sentence on rank 0, without a traceback.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minimind_fast import engine, ops, samples
+from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.data import Batch, Batches, PackedBatches, PaddedBatches
+from minimind_fast.model import MiniMind
+from minimind_fast.token_cache import Encoder, build_cache
+from minimind_fast.tokenizer import Tokenizer
+from minimind_fast.trainer import TrainingStopped
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a stage's main function; a user's error becomes a sentence and exit code 1.
+
+    Args:
+        main: the script's function without arguments.
+    """
+    try:
+        main()
+    except (ValueError, TrainingStopped) as error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"\nError: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def begin(config: TrainConfig) -> torch.device:
+    """Become a rank, choose kernels, seed every generator.
+
+    Args:
+        config: num_threads, kernels, seed.
+
+    Returns:
+        This rank's device.
+    """
+    ops.use(config.kernels)
+    device = engine.prepare(config.num_threads)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
+        seed(config.seed)
+    return device
+
+
+def load_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of --tokenizer_path, else that of the weights, else the shipped one.
+
+    Args:
+        config: tokenizer_path, from_weight.
+
+    Raises:
+        ValueError: it is not the one that the weights were trained with.
+    """
+    weights = resolve_folder(config.from_weight) if config.from_weight != "none" else None
+    has_own = weights is not None and (weights / "tokenizer.json").is_file()
+    path = config.tokenizer_path or (str(weights) if has_own else str(samples.path("tokenizer")))
+    tokenizer = Tokenizer.load(path)
+    if weights is not None and weights.is_dir():
+        trained_with = tokenizer_fingerprint(weights)
+        if trained_with not in (None, tokenizer.fingerprint):
+            raise ValueError(
+                f"{weights} was trained with tokenizer {trained_with}, but {path} is {tokenizer.fingerprint}: the ids would "
+                "mean other words. Leave --tokenizer_path out, or give the folder that it was trained with."
+            )
+    return tokenizer
+
+
+def load_model(config: TrainConfig, tokenizer: Tokenizer, auto: str = "tiny") -> MiniMind:
+    """The model of --from_weight, else a new one of --preset.
+
+    Args:
+        config: from_weight, preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob, dropout.
+        tokenizer: its ids must fit the model.
+        auto: what the preset `auto` means on a CPU; on a GPU it is minimind3.
+
+    Raises:
+        ValueError: the tokenizer has more ids than the model has rows.
+    """
+    if config.preset == "auto":
+        config.preset = "minimind3" if torch.cuda.is_available() else auto
+    if config.from_weight != "none":
+        path = Path(config.from_weight)
+        shape = preset_config(config, tokenizer) if path.is_file() else None
+        model = load_pretrained(path, config=shape, dtype=torch.float32)
+        model.config.dropout = config.dropout
+        if "preset" not in config.given:
+            config.preset = path.name
+    else:
+        model = MiniMind(preset_config(config, tokenizer))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model only {model.config.vocab_size}: "
+            "give the tokenizer that belongs to the weights"
+        )
+    return model
+
+
+def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The shape that --preset and its overrides describe.
+
+    Args:
+        config: preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob, dropout.
+        tokenizer: gives the vocabulary's size and the special ids.
+    """
+    name = config.preset
+    if config.use_moe and not name.endswith("-moe"):
+        name = f"{name.removesuffix('-small')}-moe"
+    changes: dict[str, Any] = {"vocab_size": max(tokenizer.vocab_size, 6400), "dropout": config.dropout}
+    changes.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    changes["max_position_embeddings"] = max(32768, config.max_seq_len)
+    for field in ("hidden_size", "num_hidden_layers"):
+        if getattr(config, field):
+            changes[field] = getattr(config, field)
+    if config.norm_topk_prob is not None:
+        changes["norm_topk_prob"] = config.norm_topk_prob
+    return ModelConfig.preset(name, **changes)
+
+
+def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encode: Encoder, training: bool) -> Batches:
+    """Tokenised, cached and batched JSONL.
+
+    Args:
+        config: batch_size, max_seq_len, packing, truncate, seed, cache_dir, on_bad_line.
+        paths: JSONL files.
+        tokenizer: of the model.
+        encode: rows to documents, the stage's own.
+        training: shuffle.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    rank, world_size = engine.world()
+    log = print if rank == 0 else lambda _text: None
+    cache = build_cache(
+        paths, tokenizer, cache_dir=config.cache_dir or None, encode=encode, on_bad_line=config.on_bad_line, log=log
+    )
+    if not config.packing:
+        return PaddedBatches(
+            cache, batch_size=config.batch_size, max_seq_len=config.max_seq_len, rank=rank, world_size=world_size
+        )
+    return PackedBatches(
+        cache,
+        batch_tokens=config.batch_size * config.max_seq_len,
+        max_seq_len=config.max_seq_len,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        truncate=config.truncate,
+        shuffle=training,
+    )
+
+
+def one_pass(batches: Batches) -> Callable[[], Iterator[Batch]]:
+    """A function that starts the same single pass each time, for validation.
+
+    Args:
+        batches: at its beginning.
+    """
+    begin_state = batches.state_dict()
+
+    def again() -> Iterator[Batch]:
+        batches.load_state_dict(begin_state)
+        return iter(batches)
+
+    return again
+
+
+def show_samples(weights: Path, prompts: list[str], new_tokens: int = 60) -> None:
+    """Continue prompts with the weights on disk, as anybody else would read them.
+
+    Args:
+        weights: a folder written by `save_pretrained`.
+        prompts: texts to continue.
+        new_tokens: at most, for each.
+    """
+    from minimind_fast.generate import generate_batch  # only rank 0 at the end of a run needs it
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_pretrained(weights, device=device), Tokenizer.load(weights)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    begin_s = time.perf_counter()
+    outs = generate_batch(model, ids, max_new_tokens=new_tokens, temperature=0.7, top_p=0.9, seed=0)
+    seconds = time.perf_counter() - begin_s
+    print(f"\nThe model continues ({sum(map(len, outs)):,} tokens in {seconds:.1f}s):")
+    for prompt, out in zip(prompts, outs, strict=True):
+        text = tokenizer.decode(out, skip_special_tokens=True).replace("\n", " ")
+        print(f"  {prompt} → {text}")

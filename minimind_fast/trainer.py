@@ -1,0 +1,522 @@
+"""The one training loop, for every stage.
+
+Purpose: a stage gives a model, batches and a loss; `Trainer.run` does the rest: engine, schedule, accumulation, logs,
+    validation, checkpoints, resume, a clean stop.
+Principle: an optimizer step is a group of micro-batches. Their targets are counted over all ranks first, so that the loss
+    is the mean over the counted tokens of the whole global batch, however they are spread. The position in the data, the
+    random generators and the optimizer are saved together, so that a resumed run repeats the uninterrupted one bit for bit.
+Properties: nothing waits for the GPU between log lines except DeepSpeed's own overflow check; a signal, a full disk or
+    memory that runs out ends in a sentence, and never costs a finished checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minimind_fast import engine as ds
+from minimind_fast import ops, resume
+from minimind_fast.attention import resolve
+from minimind_fast.checkpoint import save_pretrained
+from minimind_fast.config import TrainConfig
+from minimind_fast.data import Batch, Batches, Prefetcher
+from minimind_fast.model import MiniMind, MoE
+from minimind_fast.progress import Progress, clock, draw_loss, peak_flops
+from minimind_fast.tokenizer import Tokenizer
+
+SAVE_EVERY_S = 600  # with --save_interval 0
+BACKWARD_AND_STEP = 4.0  # a whole step in forward passes: 1 forward, 2 backward, the optimizer and a margin
+SECOND_SIGNAL_S = 2.0  # a launcher passes Ctrl-C on as SIGTERM at once; a later second signal means "now"
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass
+class StepLoss:
+    """What a stage's loss function returns for one micro-batch.
+
+    Attributes:
+        total: () sum over counted units (tokens, pairs); the trainer divides by their number in the global batch.
+        aux: () added as a mean over micro-batches, or None.
+        metrics: further sums over counted units, for the log.
+    """
+
+    total: Tensor
+    aux: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+LossFunction = Callable[[Any, Batch], StepLoss]
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        config: learning_rate, lr_schedule, warmup_steps.
+        step: optimizer steps done, from 0.
+        total: optimizer steps of the whole run.
+
+    Returns:
+        Linear warmup, then MiniMind's lr * (0.1 + 0.45 * (1 + cos)) from 1 to a tenth ("minimind"), a cosine to zero
+        ("cosine"), or a constant.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+    wave = 1 + math.cos(math.pi * min(done, 1.0))
+    floor, height = (0.1, 0.45) if config.lr_schedule == "minimind" else (0.0, 0.5)
+    return config.learning_rate * (floor + height * wave)
+
+
+class Trainer:
+    """One run of one stage.
+
+    Args:
+        config: the options, checked.
+        name: of the stage; the run's folder is save_dir/(save_weight or name).
+        model: on the CPU; the same weights on every rank are ensured by DeepSpeed.
+        tokenizer: saved with the weights.
+        data: training batches of this rank.
+        loss: (engine or model, batch) -> StepLoss.
+        device: of `engine.prepare`.
+        val_data: makes the batches of one validation pass, or None.
+        count: units of a batch by which the loss is divided; its counted targets if None.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        name: str,
+        model: MiniMind,
+        tokenizer: Tokenizer,
+        data: Batches,
+        loss: LossFunction,
+        device: torch.device,
+        val_data: Callable[[], Batches] | None = None,
+        count: Callable[[Batch], float] | None = None,
+    ) -> None:
+        self.rank, self.world_size = ds.world()
+        self.config, self.tokenizer, self.loss, self.val_data = config, tokenizer, loss, val_data
+        self.count = count or (lambda batch: batch.num_targets)
+        self.device, self.data = device, Prefetcher(data)
+        self.folder = Path(config.save_dir) / (config.save_weight or name)
+        self.checkpoint_folder, self.weights_folder = self.folder / "checkpoints", self.folder / "weights"
+        self.step, self.epoch, self.useful_tokens, self.nonfinite, self.best_s = 0, 0, 0, 0, math.inf
+        self._stop_signal, self._first_signal_at = 0, 0.0
+
+        self.ds_config = ds.deepspeed_config(config, self.world_size)
+        ds.adopt(config, self.ds_config)
+        self.dtype = ds.DTYPES[config.dtype]
+        checkpoint = self._find_checkpoint()
+        if checkpoint is not None:
+            self.ds_config["checkpoint"]["load_universal"] = resume.needs_universal(
+                checkpoint, self.world_size, config.zero_stage
+            )
+        model.attention = config.attention
+        model.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model = model.to(device)
+        self.kernels = ops.describe(device.type)
+        self.attention = resolve(config.attention, device.type, self.dtype)
+        self.model.train()
+        if config.use_compile:
+            self.model.model.compile(dynamic=True)
+        self.engine = ds.initialize(self.model, config, self.ds_config)
+        if checkpoint is not None:
+            state = resume.load(self.engine, checkpoint)
+            self.step, self.useful_tokens = state["step"], state["useful_tokens"]
+            self.data.load_state_dict(state["data"])
+            self.total_steps = state["total_steps"] if config.max_minutes else self._count_steps()
+        else:
+            self.total_steps = self._count_steps()
+            if config.max_minutes:
+                self.total_steps = min(self.total_steps, self._steps_within(60 * config.max_minutes))
+        self.progress: Progress | None = None
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Train to the end, or to a signal; weights and a checkpoint are on disk when it returns.
+
+        Raises:
+            TrainingStopped: too many steps in a row were not finite, memory ran out, or the disk is full.
+        """
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._run()
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(self._memory_advice(error)) from None
+        except OSError as error:
+            raise TrainingStopped(str(error)) from None
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+            if self.progress is not None:
+                self.progress.close()
+
+    def _run(self) -> None:
+        config = self.config
+        if self.rank == 0:
+            if self.step == 0:
+                self._put_older_run_aside()
+            self.progress = Progress(
+                *(self.folder, self.total_steps, self.step, config.options(), self.folder.name),
+                use_wandb=config.use_wandb,
+                use_swanlab=config.use_swanlab,
+            )
+            self._introduce()
+        peak = peak_flops(self.device, self.dtype) if self.rank == 0 else (1.0, "")
+        self._say(f"MFU is of {peak[0] / 1e12:.2f} TFLOP/s a device ({peak[1]}).")
+        window = _Window()
+        last_save = last_log = time.monotonic()
+        for group in self._groups():
+            counted, stopping = self._agree(sum(self.count(b) for b in group))
+            if stopping:
+                self._say(f"Stopping at step {self.step}, as asked; saving first.")
+                break
+            lr = learning_rate(config, self.step, self.total_steps)
+            ds.set_lr(self.engine, lr)
+            norm, finite = self._optimizer_step(group, counted, window)
+            self.step += 1
+            self._mind_nonfinite(finite, window)
+            if self.step % config.log_interval == 0 or self.step == self.total_steps:
+                now = time.monotonic()
+                self._log(window, lr, norm, now - last_log, peak[0])
+                window, last_log = _Window(), now
+            due = time.monotonic() - last_save > SAVE_EVERY_S if not config.save_interval else False
+            due = self._any(due) if not config.save_interval else self.step % config.save_interval == 0
+            if config.val_interval and self.step % config.val_interval == 0:
+                self.validate()
+            if due and self.step < self.total_steps:
+                self._save()
+                last_save = time.monotonic()
+            if self.step >= self.total_steps:
+                break
+        self._save()
+        if self.rank == 0:
+            draw_loss(self.folder / "log.jsonl", self.folder / "loss.png", f"{self.folder.name}, {self.config.preset}")
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """Micro-batches of each optimizer step; an epoch's last group may be shorter, none is lost."""
+        while True:
+            batches = iter(self.data)
+            while group := list(itertools.islice(batches, self.config.accumulation_steps)):
+                yield group
+
+    def _optimizer_step(self, group: list[Batch], counted: float, window: _Window) -> tuple[float | None, bool]:
+        micro_batches = len(group)
+        for i, batch in enumerate(group):
+            window.add_work(self.model, batch)
+            batch = batch.to(self.device, non_blocking=True)
+            self.engine.set_gradient_accumulation_boundary(i == micro_batches - 1)
+            out = self.loss(self.engine, batch)
+            # DeepSpeed averages gradients over ranks; the mean wanted is over counted units, so that undo it.
+            if self.config.packing:
+                mean = out.total * (self.world_size / max(counted, 1.0))
+            else:  # MiniMind's mean of micro-batch means
+                mean = out.total / (max(self.count(batch), 1.0) * micro_batches)
+            if out.aux is not None:
+                mean = mean + out.aux / micro_batches
+            window.add_loss(out, 1.0 / micro_batches)
+            self.engine.backward(mean, scale_wrt_gas=False)
+            if i < micro_batches - 1:
+                self.engine.step()
+        window.counted += counted
+        self.useful_tokens += int(counted)
+        return ds.finish_step(self.engine, self.config.grad_clip)
+
+    # --------------------------------------------------------------------------------------------------- agreement
+
+    def _agree(self, counted: float) -> tuple[float, bool]:
+        """(counted units over all ranks, whether any rank was asked to stop)."""
+        if self.world_size == 1:
+            return float(counted), bool(self._stop_signal)
+        both = torch.tensor([float(counted), float(bool(self._stop_signal))], dtype=torch.float64, device=self.device)
+        dist.all_reduce(both)
+        total, stopping = both.tolist()
+        return total, stopping > 0
+
+    def _any(self, flag: bool) -> bool:
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value.item() > 0
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self._stop_signal and now - self._first_signal_at > SECOND_SIGNAL_S:
+            os._exit(128 + number)
+        if not self._stop_signal:
+            self._stop_signal, self._first_signal_at = number, now
+
+    def _mind_nonfinite(self, finite: bool, window: _Window) -> None:
+        if finite:
+            self.nonfinite = 0
+            return
+        self.nonfinite += 1
+        window.skipped += 1
+        self._say(
+            f"Step {self.step}: the loss or a gradient is not finite; the step was skipped ({self.nonfinite} in a row)."
+        )
+        limit = self.config.max_nonfinite_steps
+        if self.nonfinite >= limit and self.config.dtype != "float16" or self.nonfinite >= 2 * limit + 20:
+            raise TrainingStopped(
+                f"{self.nonfinite} steps in a row had a loss or gradient that is not finite. Lower --learning_rate "
+                f"(now {self.config.learning_rate:g}), add --warmup_steps, or try --dtype float32. The last checkpoint "
+                f"in {self.checkpoint_folder} is untouched."
+            )
+
+    # ------------------------------------------------------------------------------------------------ log, validate
+
+    def _log(self, window: _Window, lr: float, norm: float | None, seconds: float, peak: float) -> None:
+        names, values = window.totals(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        totals = dict(zip(names, values.tolist(), strict=True))
+        if self.rank != 0:
+            return
+        counted = max(window.counted, 1.0)
+        numbers: dict[str, Any] = {"loss": totals.pop("loss") / counted}
+        aux, flops = totals.pop("aux"), totals.pop("flops")
+        if window.has_aux:
+            numbers["aux_loss"] = aux / max(window.steps, 1) / self.world_size
+        numbers.update({name: total / counted for name, total in totals.items()})
+        rate = window.counted / seconds
+        self.best_s = min(self.best_s, seconds / max(window.steps, 1))
+        numbers.update(lr=lr, tokens_per_s=rate, mfu=flops / seconds / (peak * self.world_size))
+        if norm is not None:
+            numbers["grad_norm"] = norm
+        numbers.update(memory_gib=_peak_memory(self.device) / 2**30, useful_tokens=self.useful_tokens)
+        numbers.update(skipped_steps=window.skipped, **_moe_numbers(self.model))
+        left = (self.total_steps - self.step) * seconds / max(window.steps, 1)
+        assert self.progress is not None
+        self.progress.log(self.step, numbers, left)
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean loss over the validation data, on all ranks together.
+
+        Returns:
+            Nats per counted unit, or None without validation data.
+        """
+        if self.val_data is None:
+            return None
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self.val_data():
+            counted = self.count(batch)
+            out = self.loss(self.engine, batch.to(self.device))
+            sums += torch.stack([out.total.double(), torch.tensor(float(counted), device=self.device)])
+        self.model.train()
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        loss = (sums[0] / sums[1].clamp(min=1)).item()
+        if self.progress is not None:
+            self.progress.record(self.step, {"val_loss": loss})
+            self.progress.say(f"Validation loss at step {self.step}: {loss:.4f}")
+        return loss
+
+    # -------------------------------------------------------------------------------------------- save and resume
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "useful_tokens": self.useful_tokens,
+            "data": self.data.state_dict(),
+            "zero_stage": self.config.zero_stage,
+            "dtype": self.config.dtype,
+            "options": self.config.options(),
+        }
+
+    def _save(self) -> None:
+        """A checkpoint to go on from, and the weights as a folder that stands alone."""
+        if self.config.val_interval == 0 or self.step >= self.total_steps:
+            self.validate()
+        resume.save(self.engine, self.checkpoint_folder, self._state(), self.config.keep_checkpoints)
+        with ds.gathered(self.engine):
+            if self.rank == 0:
+                save_pretrained(self.model, self.weights_folder, tokenizer=self.tokenizer)
+        dist.barrier()
+
+    def _find_checkpoint(self) -> Path | None:
+        if not self.config.from_resume:
+            return None
+        found = resume.checkpoints(self.checkpoint_folder)
+        if not found:
+            raise ValueError(f"--from_resume: no checkpoint in {self.checkpoint_folder}; leave it out to start anew")
+        return found[-1]
+
+    def _put_older_run_aside(self) -> None:
+        """A new run never mixes its checkpoints with those of an older one of the same name; the older stay."""
+        if not resume.checkpoints(self.checkpoint_folder):
+            return
+        for i in itertools.count(1):
+            aside = self.folder.with_name(f"{self.folder.name}.old{i}")
+            if not aside.exists():
+                self.folder.rename(aside)
+                print(f"An older run was moved from {self.folder} to {aside}.", flush=True)
+                return
+
+    def _count_steps(self) -> int:
+        """Optimizer steps of the whole run, those before a resume included."""
+        config, state = self.config, self.data.state_dict()
+        step = self.step
+        for epoch in range(state["epoch"], config.epochs):
+            begun = state["next_batch"] // self.world_size if epoch == state["epoch"] else 0
+            step += -(-(self.data.num_batches(epoch) - begun) // config.accumulation_steps)
+        return min(step, config.max_steps) if config.max_steps else step
+
+    @torch.no_grad()
+    def _steps_within(self, seconds: float) -> int:
+        """Optimizer steps that fit into a time, judged by timing the forward pass; the same number on all ranks."""
+        position = self.data.state_dict()
+        batch = next(iter(self.data)).to(self.device)
+        self.data.load_state_dict(position)
+        self.model.eval()
+        timings = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            self.loss(self.engine, batch).total.item()
+            timings.append(time.perf_counter() - begin)
+        self.model.train()
+        step_s = min(timings) * BACKWARD_AND_STEP * self.config.accumulation_steps
+        steps = torch.tensor([max(int(seconds / step_s), 1)], device=self.device)
+        dist.all_reduce(steps, op=dist.ReduceOp.MIN)
+        return int(steps.item())
+
+    # ---------------------------------------------------------------------------------------------------- words
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
+
+    def _introduce(self) -> None:
+        c, m = self.config, self.model
+        size, active = m.num_parameters() / 1e6, m.num_parameters(active=True) / 1e6
+        extra = f" ({active:.1f}M active)" if m.config.use_moe else ""
+        device = (
+            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        self._say(
+            f"{c.preset}: {size:.1f}M parameters{extra}, {c.dtype}, ZeRO {c.zero_stage}, {self.world_size} x {device}."
+        )
+        self._say(
+            f"{self.total_steps} optimizer steps of {c.accumulation_steps * self.world_size} micro-batches of up to "
+            f"{c.batch_size * c.max_seq_len:,} tokens; attention: {self.attention[0]} ({self.attention[1]})."
+        )
+        groups: dict[str, list[str]] = {}
+        for name, how in self.kernels.items():
+            groups.setdefault(how, []).append(name)
+        self._say("Ops: " + "; ".join(f"{', '.join(names)} by {how}" for how, names in groups.items()) + ".")
+        if not m.config.router_gets_lm_gradient:
+            self._say(
+                "Note: normalised top-1 routing gives the router no gradient from the language-model loss (MiniMind's "
+                "own form); --no_norm_topk_prob is the form that learns."
+            )
+        if self.step:
+            self._say(f"Going on from step {self.step} ({self.useful_tokens:,} tokens).")
+
+    def _memory_advice(self, error: BaseException) -> str:
+        c = self.config
+        return (
+            f"Out of memory ({str(error).splitlines()[0]}). A micro-batch is {c.batch_size} x {c.max_seq_len} tokens: try "
+            f"--batch_size {max(c.batch_size // 2, 1)} --accumulation_steps {c.accumulation_steps * 2} (the same optimizer "
+            "step in half the memory), --gradient_checkpointing, or --zero_stage 2 on several GPUs. Checkpoints in "
+            f"{self.checkpoint_folder} are untouched."
+        )
+
+
+class _Window:
+    """Sums between two log lines; tensors stay on the device until `totals`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.flops = self.counted = self.steps = 0.0
+        self.skipped, self.has_aux = 0, False
+
+    def add_work(self, model: MiniMind, batch: Batch) -> None:
+        if batch.cu_seqlens is None:
+            rows, length = batch.input_ids.shape
+            pairs = rows * length * (length + 1) // 2
+        else:
+            n = batch.cu_seqlens.diff().long()
+            pairs = int((n * (n + 1) // 2).sum())
+        self.flops += model.flops(batch.input_ids.numel(), pairs)
+
+    def add_loss(self, out: StepLoss, share: float) -> None:
+        self._add("loss", out.total)
+        if out.aux is not None:
+            self.has_aux = True
+            self._add("aux", out.aux * share)
+        for name, value in out.metrics.items():
+            self._add(name, value)
+        self.steps += share
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def totals(self, device: torch.device) -> tuple[list[str], Tensor]:
+        """(names, values) with loss, aux and flops always among them, in the same order on every rank."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        known = {"loss": zero, "aux": zero, **self.sums, "flops": zero + self.flops}
+        names = sorted(known)
+        return names, torch.stack([known[n] for n in names])
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _moe_numbers(model: MiniMind) -> dict[str, Any]:
+    """Expert load of the last micro-batch: max/mean by layer, router entropy, experts that got nothing."""
+    layers = [m for m in model.modules() if isinstance(m, MoE) and m.last_counts is not None]
+    if not layers:
+        return {}
+    counts = torch.stack([m.last_counts for m in layers if m.last_counts is not None]).double().cpu()
+    entropy = torch.stack([m.last_entropy for m in layers if m.last_entropy is not None]).mean().item()
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    imbalance = share.max(-1).values * counts.shape[-1]
+    return {
+        "expert_imbalance": imbalance.mean().item(),
+        "router_entropy": entropy,
+        "dead_experts": int((counts == 0).sum()),
+        "expert_load": [[round(x, 4) for x in row] for row in share.tolist()],
+    }
+
+
+def finished(trainer: Trainer, seconds: float) -> str:
+    """The last lines of a run, for people.
+
+    Args:
+        trainer: after `run`.
+        seconds: of the whole run.
+    """
+    return (
+        f"Done: {trainer.step} steps, {trainer.useful_tokens:,} tokens in {clock(seconds)}.\n"
+        f"  weights      {trainer.weights_folder}\n"
+        f"  loss curve   {trainer.folder / 'loss.png'}  (log.jsonl and tensorboard/ beside it)\n"
+        f"  checkpoints  {trainer.checkpoint_folder}  (go on with --from_resume)"
+    )

@@ -1,0 +1,78 @@
+"""Pretraining: a MiniMind from nothing, on `{"text": ...}` lines.
+
+Purpose: `deepspeed train/pretrain.py` (or torchrun, or plain python); without arguments it trains a small model on the
+    sample corpus that ships with the package, in under three minutes on a laptop.
+Principle: next-token prediction. Documents are packed end to end, none sees another, and the loss is the mean over the
+    counted tokens of the whole global batch.
+Properties: everything but the data, the model and the loss is `minimind_fast.trainer.Trainer`.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from minimind_fast import losses, samples, stage
+from minimind_fast.config import TrainConfig, parse
+from minimind_fast.data import Batch
+from minimind_fast.token_cache import encode_pretrain
+from minimind_fast.trainer import StepLoss, Trainer, finished
+
+# What suits the sample corpus and a CPU, where the option was not given.
+SAMPLE_DEFAULTS = dict(
+    batch_size=8,
+    accumulation_steps=1,
+    learning_rate=2e-3,
+    warmup_steps=20,
+    epochs=100,
+    max_minutes=1.6,
+    max_seq_len=256,
+)
+PROMPTS = ["从前", "水", "The", "Once upon a time", "Question: what is 2 + 3?"]
+
+
+@dataclass
+class PretrainConfig(TrainConfig):
+    """Pretraining's own defaults are the shared ones."""
+
+
+def loss(model, batch: Batch) -> StepLoss:
+    """Negative log-likelihood of the targets, and the experts' balancing loss."""
+    valid = None if batch.cu_seqlens is not None else batch.targets != -100
+    out = model(
+        batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, valid=valid
+    )
+    return StepLoss(losses.lm(out.logprobs), out.aux_loss if model.module.config.use_moe else None)
+
+
+def main() -> None:
+    began = time.perf_counter()
+    config = parse(PretrainConfig, description="Pretrain a MiniMind on {'text': ...} JSONL.")
+    if not config.data_path:
+        config.data_path = [str(samples.path("pretrain.jsonl"))]
+        config.val_data_path = config.val_data_path or [str(samples.path("pretrain_val.jsonl"))]
+        if not torch.cuda.is_available():
+            for name, value in SAMPLE_DEFAULTS.items():
+                if name not in config.given:
+                    setattr(config, name, value)
+    device = stage.begin(config)
+    tokenizer = stage.load_tokenizer(config)
+    model = stage.load_model(config, tokenizer)
+    data = stage.open_data(config, config.data_path, tokenizer, encode_pretrain, training=True)
+    val_data = None
+    if config.val_data_path:
+        val_data = stage.one_pass(
+            stage.open_data(config, config.val_data_path, tokenizer, encode_pretrain, training=False)
+        )
+
+    trainer = Trainer(config, "pretrain", model, tokenizer, data, loss, device, val_data)
+    trainer.run()
+
+    if trainer.rank == 0:
+        stage.show_samples(trainer.weights_folder, config.sample_prompts or PROMPTS)
+        print(finished(trainer, time.perf_counter() - began))
+        print(f"Next: minimind-fast generate {trainer.weights_folder} --prompt 'Once upon a time'")
+
+
+if __name__ == "__main__":
+    stage.start(main)
