@@ -17,6 +17,8 @@ Shapes: T tokens (all leading dimensions), D hidden.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; the partial sums of dw follow Triton's
     layer-norm tutorial, without its locks; one row a program, slow at small D, is the lesson of Liger-Kernel.
 """
+# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import torch
 import triton
@@ -32,9 +34,9 @@ MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: more would not fit a row and it
 VALUES_PER_THREAD_FWD = 48
 VALUES_PER_THREAD_BWD = 24
 # Backward warps on each SM, as many as its registers hold at once (128 a thread at 768 columns, 168 at 1024), for a
-# grid that waits for room would give some programs twice the time. 16 keep 16 x 4.6 KB = 74 KB in flight (HBM's latency asks
-# for about 30 KB), and their partial rows of dw (132 x 16 x 3 KB = 6.5 MB) stay in L2 until they are added. Without dw
-# there is no such grid: one tile a program.
+# grid that waits for room would give some programs twice the time. 16 keep 16 x 4.6 KB = 74 KB in flight (the latency
+# of HBM asks for about 30 KB), and their partial rows of dw (132 x 16 x 3 KB = 6.5 MB) stay in L2 until they are added.
+# Without dw, one tile a program.
 WARPS_PER_SM_BWD, WARPS_PER_SM_BWD_WIDE, WIDE_COLUMNS = 16, 12, 768
 # Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
 CPU_PROGRAMS = 3
@@ -64,7 +66,7 @@ def _launch_params(kernel: str, D: int) -> dict[str, int]:
     if kernel == "dw":
         return {"BLOCK_ROWS": DW_BLOCK_ROWS, "BLOCK_D": DW_BLOCK_D, "num_warps": DW_NUM_WARPS, "num_stages": 1}
     first, second = _pieces(D)
-    num_warps = max(1, triton.next_power_of_2(triton.cdiv(D, COLUMNS_PER_WARP)))
+    num_warps = int(triton.next_power_of_2(triton.cdiv(D, COLUMNS_PER_WARP)))
     values = {"fwd": VALUES_PER_THREAD_FWD, "bwd": VALUES_PER_THREAD_BWD}[kernel] * 32 * num_warps
     rows = 1 << max(0, (values // (first + second)).bit_length() - 1)
     return {"ROWS": rows, "BLOCK_A": first, "BLOCK_B": second, "num_warps": num_warps, "num_stages": 1}
@@ -260,9 +262,9 @@ def _rms_norm_bwd(
     h2, dy2, params = _rows(h), _rows(dy), _launch_params("bwd", D)
     dh2 = dy2 if dh is None else _rows(dh)
     num_rows = h2.shape[0]
-    tiles = triton.cdiv(num_rows, params["ROWS"])
+    tiles = int(triton.cdiv(num_rows, params["ROWS"]))
     programs = min(tiles, _num_programs(h, params["num_warps"])) if want_dw else tiles
-    partial = h.new_empty((programs, D) if want_dw else 0, dtype=_wide(h))
+    partial = h.new_empty((programs, D) if want_dw else (0,), dtype=_wide(h))
     with torch.cuda.device_of(h):
         _rms_norm_bwd_kernel[(programs,)](
             dy2, dh2, h2, weight.contiguous(), rstd, dx, partial, num_rows, dy2.stride(0), dh2.stride(0), h2.stride(0),

@@ -19,6 +19,8 @@ Properties: bytes a token in 16 bits: forward 4 (H + K) hd. Backward 6 (H + K) h
 Shapes: T tokens (all leading dimensions), H query heads, K kv heads, hd head_dim.
 Source: Su et al., RoFormer, 2021, in the half form of Llama and MiniMind; Qwen3 for the norms of q and k.
 """
+# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import torch
 import triton
@@ -26,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 # A program holds all heads of its tokens, so that the cosines are read once for all of them, and a head lies within
-# one warp, so that its norm is a shuffle. Up to this many values of q and k a thread: MiniMind3 has 48 with one token in
-# one warp (12 heads of 96, padded to 128), MiniMind2 80 with four tokens (head_dim 64) or two (80, 96).
+# one warp, so that its norm is a shuffle. Up to this many values of q and k a thread: MiniMind3 has 48 with one token
+# in one warp (12 heads of 96, padded to 128), MiniMind2 80 with four tokens (head_dim 64) or two (80, 96).
 VALUES_PER_THREAD = 96
 # With norms the backward holds inputs, gradients and the sums of dw of a tile at once: half of that.
 VALUES_PER_THREAD_NORM_BWD = 48
@@ -185,8 +187,9 @@ def _store_dw(ptr, dw1, dw2, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
 
 @triton.jit
 def _rope_bwd_kernel(
-    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_weight_ptr, k_weight_ptr, d_qkv_ptr, partial_ptr,
-    num_tokens, dq_stride, dq_head_stride, dk_stride, dk_head_stride, dv_stride, dv_head_stride, qkv_stride, eps,
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_weight_ptr, k_weight_ptr, d_qkv_ptr,
+    partial_ptr, num_tokens, dq_stride, dq_head_stride, dk_stride, dk_head_stride, dv_stride, dv_head_stride,
+    qkv_stride, eps,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     WANT_DX: tl.constexpr, WANT_DW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -344,18 +347,18 @@ def _rope_bwd(
     wq = dq if q_weight is None else q_weight.contiguous()
     wk = dq if k_weight is None else k_weight.contiguous()
     params = _launch_params("bwd", num_heads, num_kv_heads, head_dim, qkv is not None)
-    tiles = triton.cdiv(dq.shape[0], params["BLOCK_T"])
+    tiles = int(triton.cdiv(dq.shape[0], params["BLOCK_T"]))
     programs = min(tiles, _num_programs(dq, params["num_warps"])) if want_dw else tiles
     wide = torch.float64 if dq.dtype == torch.float64 else torch.float32
     # The norm that is not there leaves its half of the partial rows unwritten.
     new = dq.new_empty if q_weight is not None and k_weight is not None else dq.new_zeros
-    partial = new((programs, 2 * head_dim) if want_dw else 0, dtype=wide)
+    partial = new((programs, 2 * head_dim) if want_dw else (0,), dtype=wide)
     with torch.cuda.device_of(dq):
         _rope_bwd_kernel[(programs,)](
             dq, dk, dv, x, cos.contiguous(), sin.contiguous(), positions.contiguous(), wq, wk, d_qkv, partial,
-            dq.shape[0], dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), x.stride(0),
-            eps, num_heads, num_kv_heads, head_dim // 2, q_weight is not None, k_weight is not None, want_dx, want_dw,
-            **params,
+            dq.shape[0], dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
+            x.stride(0), eps, num_heads, num_kv_heads, head_dim // 2, q_weight is not None, k_weight is not None,
+            want_dx, want_dw, **params,
         )  # fmt: skip
         if want_dw:
             params = _launch_params("dw", num_heads, num_kv_heads, head_dim, True)
@@ -462,4 +465,4 @@ def rope(
             raise ValueError(f"rope needs norm weights of shape ({head_dim},), got {tuple(weight.shape)}.")
     if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
         raise ValueError(f"rope needs both norm weights in one dtype, got {q_weight.dtype} and {k_weight.dtype}.")
-    return _Rope.apply(qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps)  # type: ignore[return-value]
+    return _Rope.apply(qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps)

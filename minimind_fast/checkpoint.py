@@ -83,8 +83,13 @@ def to_disk_names(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
             gate, up = tensor.chunk(2)
             out.update({f"{prefix}gate_proj.weight": gate, f"{prefix}up_proj.weight": up})
         else:
-            out[name] = tensor
+            out[_head_norm_on_disk(name)] = tensor
     return out
+
+
+def _head_norm_on_disk(name: str) -> str:
+    """q_norm_weight in memory is q_norm.weight on disk; every other name stays."""
+    return re.sub(r"\.([qk])_norm_weight$", r".\1_norm.weight", name)
 
 
 def from_disk_names(
@@ -138,7 +143,7 @@ def from_disk_names(
         elif name.endswith("mlp.gate_up_proj.weight"):
             state[name] = gate_up(name.removesuffix("gate_up_proj.weight"))
         else:
-            state[name] = take(name)
+            state[name] = take(_head_norm_on_disk(name))
     if missing or rest:
         lines = [f"missing: {', '.join(sorted(missing))}"] if missing else []
         lines += [f"not part of this model: {', '.join(sorted(rest))}"] if rest else []

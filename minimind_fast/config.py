@@ -296,6 +296,7 @@ class TrainConfig:
     use_wandb: bool = option(False, "also log to Weights & Biases")
     use_swanlab: bool = option(False, "also log to SwanLab")
     sample_prompts: list[str] = option([], "prompts to continue at the end of the run")
+    sample_tokens: int = option(60, "tokens to continue each of them by (0: no samples)")
     # names of the options that were typed, filled in by `parse`
     given: set[str] = field(default_factory=set, repr=False)
 

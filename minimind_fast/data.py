@@ -277,7 +277,8 @@ class PackedBatches(_Source):
     def _make_plan(self, epoch: int) -> list[np.ndarray]:
         order = np.arange(self._lengths.size)
         if self.shuffle:
-            keys = np.random.Philox(key=[self.seed % 2**64, epoch]).random_raw(order.size)
+            key = np.array([self.seed % 2**64, epoch], np.uint64)
+            keys = np.random.Philox(key=key).random_raw(order.size)
             order = np.argsort(keys, kind="stable")
         return _pack(self._lengths[order], order, self.batch_tokens, self._max_docs)
 

@@ -77,6 +77,9 @@ def _import_deepspeed() -> Any:
     with contextlib.suppress(ImportError):
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     compiler.compile = kept
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints a dozen lines at every start, with no switch
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
 

@@ -15,8 +15,7 @@ Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,11 @@ from minimind_fast.config import ModelConfig
 INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)
 
 
-@dataclass
-class ModelOutput:
-    """What `MiniMind.forward` returns; fields that were not asked for are None."""
+class ModelOutput(NamedTuple):
+    """What `MiniMind.forward` returns; fields that were not asked for are None.
+
+    A named tuple, as are all that pass between modules: ZeRO-3 finds the tensors in tuples, not in other classes.
+    """
 
     logits: Tensor | None = None  # (..., V)
     logprobs: Tensor | None = None  # (...) float32 of the targets, 0 where ignored
@@ -49,8 +50,7 @@ class AttentionContext(Protocol):
         ...
 
 
-@dataclass
-class Packed:
+class Packed(NamedTuple):
     """Causal attention within each document of a packed stream."""
 
     cu_seqlens: Tensor
@@ -130,18 +130,6 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps, residual, self.cast_first)
 
 
-class HeadNorm(nn.Module):
-    """Holds the weight of a q or k norm; the norm itself is part of the rope op."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self) -> Tensor:
-        """The weight; a call rather than an attribute, so that ZeRO-3 gathers it."""
-        return self.weight.view_as(self.weight)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with one matmul for q, k and v."""
 
@@ -153,14 +141,14 @@ class Attention(nn.Module):
         self.eps, self.dropout = config.rms_norm_eps, config.dropout
         self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * hd, bias=False)
         self.o_proj = nn.Linear(self.heads * hd, config.hidden_size, bias=False)
-        self.q_norm = HeadNorm(hd) if config.qk_norm else None
-        self.k_norm = HeadNorm(hd) if config.qk_norm else None
+        # q_norm.weight and k_norm.weight on disk; parameters of this module, because the rope op applies them.
+        self.q_norm_weight = nn.Parameter(torch.ones(hd)) if config.qk_norm else None
+        self.k_norm_weight = nn.Parameter(torch.ones(hd)) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        q_weight = self.q_norm() if self.q_norm is not None else None
-        k_weight = self.k_norm() if self.k_norm is not None else None
         qkv = self.qkv_proj(x)
-        q, k, v = ops.rope(qkv, cos, sin, positions, self.heads, self.kv_heads, q_weight, k_weight, self.eps)
+        norms = (self.q_norm_weight, self.k_norm_weight, self.eps)
+        q, k, v = ops.rope(qkv, cos, sin, positions, self.heads, self.kv_heads, *norms)
         out = self.o_proj(context.attend(self.layer, q, k, v).flatten(-2))
         return F.dropout(out, self.dropout, self.training)
 
@@ -319,19 +307,18 @@ class Head(nn.Module):
         """Logits if no targets are given, else their log-probabilities (and the entropy, and the KL to a teacher)."""
         if targets is None:
             return ModelOutput(logits=F.linear(hidden, self.weight))
-        out = ModelOutput()
         result = ops.linear_cross_entropy(hidden, self.weight, targets, temperature, return_entropy)
-        out.logprobs, out.entropy = result if return_entropy else (result, None)
+        logprobs, entropy = result if return_entropy else (result, None)
+        kl = None
         if teacher is not None:
             mask = targets != ops.IGNORE_INDEX
-            out.kl = ops.linear_kl(
+            kl = ops.linear_kl(
                 hidden, self.weight, teacher.hidden, teacher.weight, mask, teacher.temperature, teacher.reverse
             )
-        return out
+        return ModelOutput(logprobs=logprobs, entropy=entropy, kl=kl)
 
 
-@dataclass
-class Teacher:
+class Teacher(NamedTuple):
     """A teacher's view of the same tokens, for distillation."""
 
     hidden: Tensor  # (T, D')
@@ -422,8 +409,7 @@ class MiniMind(nn.Module):
         if return_hidden and targets is None:
             return ModelOutput(hidden=hidden, aux_loss=aux_loss)
         out = self.lm_head(hidden, targets, temperature, return_entropy, teacher)
-        out.aux_loss, out.hidden = aux_loss, hidden if return_hidden else None
-        return out
+        return out._replace(aux_loss=aux_loss, hidden=hidden if return_hidden else None)
 
     def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
         """Continue each row; see `minimind_fast.generate.generate` for the options.

@@ -54,7 +54,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             if known in name and dtype in (torch.bfloat16, torch.float16):
                 return tflops * 1e12, f"{known} data sheet"
     n = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the run's own generator must not move: a resumed run repeats it
+    a, b = (torch.randn(n, n, generator=own, device=device).to(dtype) for _ in range(2))
     best = math.inf
     for _ in range(4):
         begin = time.perf_counter()

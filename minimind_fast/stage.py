@@ -185,14 +185,16 @@ def one_pass(batches: Batches) -> Callable[[], Iterator[Batch]]:
     return again
 
 
-def show_samples(weights: Path, prompts: list[str], new_tokens: int = 60) -> None:
+def show_samples(weights: Path, prompts: list[str], new_tokens: int) -> None:
     """Continue prompts with the weights on disk, as anybody else would read them.
 
     Args:
         weights: a folder written by `save_pretrained`.
         prompts: texts to continue.
-        new_tokens: at most, for each.
+        new_tokens: at most, for each; 0 shows nothing.
     """
+    if not new_tokens:
+        return
     from minimind_fast.generate import generate_batch  # only rank 0 at the end of a run needs it
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -266,6 +266,7 @@ def _build(
     on_bad_line: str,
     log: Callable[[str], None],
 ) -> TokenCache:
+    start = time.monotonic()
     aside = final.with_name(f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     aside.mkdir()
     try:
@@ -327,7 +328,10 @@ def _build(
         with open(aside / "meta.json", "wb") as file:
             file.write(json.dumps(meta, ensure_ascii=False, indent=2).encode("utf-8"))
             _flush(file)
-        return _publish(aside, final)
+        cache = _publish(aside, final)
+        seconds = time.monotonic() - start
+        log(f"tokenized {cache.num_docs:,} documents, {cache.num_tokens:,} tokens in {seconds:.1f} s: {final}")
+        return cache
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

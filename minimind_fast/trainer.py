@@ -137,6 +137,7 @@ class Trainer:
         if config.use_compile:
             self.model.model.compile(dynamic=True)
         self.engine = ds.initialize(self.model, config, self.ds_config)
+        torch.manual_seed(config.seed + self.rank)  # dropout differs between ranks
         if checkpoint is not None:
             state = resume.load(self.engine, checkpoint)
             self.step, self.useful_tokens = state["step"], state["useful_tokens"]

@@ -69,7 +69,7 @@ def main() -> None:
     trainer.run()
 
     if trainer.rank == 0:
-        stage.show_samples(trainer.weights_folder, config.sample_prompts or PROMPTS)
+        stage.show_samples(trainer.weights_folder, config.sample_prompts or PROMPTS, config.sample_tokens)
         print(finished(trainer, time.perf_counter() - began))
         print(f"Next: minimind-fast generate {trainer.weights_folder} --prompt 'Once upon a time'")
 

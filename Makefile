@@ -1,0 +1,51 @@
+# Everything runs in a virtual environment of the project's own; each target installs what it needs first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain test lint format aot bench clean
+
+help: ## Show these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip "setuptools>=64" wheel
+
+$(VENV)/installed: $(BIN)/python setup.py pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (once, a minute or two) ..."
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) -e ".[test]"
+	@touch $@
+
+install: $(VENV)/installed ## Make the environment and install the package in it
+
+pretrain: $(VENV)/installed ## Train a small model on the shipped sample (ARGS="--data_path my.jsonl ..." for your own)
+	$(BIN)/deepspeed train/pretrain.py $(ARGS)
+
+test: $(VENV)/installed-test ## Run the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/installed-test ## Format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+aot: $(VENV)/installed-test ## Compile every kernel at every preset's shapes for all GPU architectures (minutes)
+	$(BIN)/python -m pytest -m aot tests/test_aot.py $(ARGS)
+
+bench: $(VENV)/installed-test ## Run the benchmark suite
+	$(BIN)/python -m pytest benchmarks/ $(ARGS)
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,534 @@
+"""The experts' SwiGLU MLPs as grouped matmuls over a routing plan: no loop over experts, no copy of the rows, no sync.
+
+Purpose:    y[t] = sum_j w[t, j] expert_{e(t, j)}(x[t]) at the cost of its arithmetic, for any split of the tokens.
+Principle:  sorted by expert, the slots are blocks of rows, one block an expert. A program finds its expert, rows and
+            columns from the counts on the device; the grid is an upper bound, and programs beyond the last row leave.
+            forward   h = x[order] W1^T (rows gathered in the matmul's own loads; the W1 tile is half gate, half up rows,
+                      so that a thread holds both of a pair and a = silu(g) u needs no exchange);  z = a W2^T;
+                      y[t] = sum_j w z[inverse[t, j]]
+            backward  da = dy[order] W2;  dw = sum_f da a (no z needed);  dh = w da * (u s (1 + g (1 - s)), g s);
+                      dx[t] = sum_j (dh W1)[inverse[t, j]];  dW1 = dh^T x[order];  dW2 = dy[order]^T (w a)
+                      with s = sigmoid(g); the sums over an expert's rows in dW are matmuls of ragged depth.
+            With top_k = 1 a token has one row, which the second matmul weighs and writes to its place: no gather-sum.
+Properties: FLOPs a slot 6DF forward, 12DF backward. Saved for the backward beside x, the weights and the plan: h, 4F
+            bytes a slot in 16 bits (a is computed again, z is not needed), and nothing where no gradient is asked for.
+            Bytes a slot in 16 bits beyond the matmuls' operands: forward 6F + 2D written (top_k > 1: 2D read again),
+            backward 6F + 2D written, 4F read. float32 accumulation and epilogues (float64 for float64), each stored
+            tensor rounded once. dW of few tiles is split over the rows and its float32 partials added in a fixed order;
+            the gather-sum runs over j in order; no atomics: two runs agree bitwise.
+
+Shapes: T tokens, D hidden, F ffn, E experts, S = T * top_k slots; sorted rows are slots in the order of the plan.
+Source: MegaBlocks (Gale et al., 2022) for grouped matmuls; ScatterMoE (Tan et al., 2024) for gathered rows; SonicMoE for
+    what need not be saved (dw from da and a); Triton's grouped-matmul tutorial for the order of the tiles.
+"""
+
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_EXPERTS = 128  # every program scans the counts in registers
+# Shared memory that a program may have: 227 KB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, 89 and 120. Three stages
+# of a 128 x 256 x 64 tile take 144 KB.
+LARGE_SHARED_BYTES = 150_000
+# dW: one expert alone must give every multiprocessor (132 on an H200) a tile, or all tokens on one expert would leave
+# cards idle; no split under 512 rows, whose partials would cost more than they spread.
+DW_TILES, DW_MIN_ROWS = 132, 512
+# The gather-sum: 2048 values in 4 warps, two 16-byte loads a thread and choice.
+COMBINE_TILE, COMBINE_BLOCK_D = 2048, 256
+
+
+class Plan(Protocol):
+    """What this op reads of a Routing."""
+
+    weights: Tensor
+    experts: Tensor
+    counts: Tensor
+    order: Tensor
+    inverse: Tensor
+
+
+def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, shared_bytes: int) -> dict[str, int]:
+    """Choose the tile of one of the matmuls.
+
+    Args:
+        kernel: "gate_up" (its BLOCK_N counts pairs: the matmul's tile is twice as wide), "d_hidden", "rows" (the second
+            matmul and the input's gradient) or "dw" (both weight gradients; its BLOCK_K counts rows).
+        slots: S.
+        experts: E.
+        element_bytes: of x.
+        shared_bytes: shared memory that the card gives a program.
+    Returns:
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M (row blocks that share a pass over the columns), num_warps, num_stages.
+    """
+
+    def tile(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[str, int]:
+        pairs = 2 if kernel == "gate_up" else 1
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
+        return dict(zip(names, (m, n // pairs, k, group, warps, stages), strict=True))
+
+    if element_bytes > 2:  # float32 exactly, without tensor cores: small tiles that stay in registers
+        return tile(64, 64, 32, 4, 4, 2)
+    rows = slots // experts
+    if kernel != "dw":
+        # Few rows an expert: reading the weights is all the work. The narrowest row tile, and deep stages of narrow
+        # columns, so that one token's experts are read by 38 to 76 programs with 60 KB in flight each.
+        if rows <= 16:
+            return tile(16, 64 if kernel == "gate_up" else 32, 128, 1, 4, 3)
+        if rows <= 64:
+            return tile(64, 64, 64, 1, 4, 3)
+    # 8 row blocks x all column blocks at a time: 1.6 MB of x and one expert's weights (7.5 MB at 768 x 2432) in L2.
+    if shared_bytes < LARGE_SHARED_BYTES:
+        return tile(128, 128, 32, 8, 8, 4)
+    return tile(128, 256, 64, 8, 8, 4)
+
+
+def _dw_splits(M: int, N: int, slots: int, block_m: int, block_n: int) -> int:
+    """Pieces that an expert's rows are cut into for its (M, N) weight gradient."""
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    return max(1, min(triton.cdiv(DW_TILES, tiles), slots // DW_MIN_ROWS))
+
+
+@triton.jit
+def _locate(
+    counts_ptr, E: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """-> this program's expert, first row, end of the expert's rows (at or below the first: no work), column block."""
+    column_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    within = pid % (GROUP_M * column_blocks)
+    tile = pid // (GROUP_M * column_blocks) * GROUP_M + within % GROUP_M
+    e = tl.arange(0, BLOCK_E)
+    counts = tl.load(counts_ptr + e, mask=e < E, other=0)
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    start = tl.sum(tl.where(e < expert, counts, 0), axis=0)
+    end = start + tl.sum(tl.where(e == expert, counts, 0), axis=0)
+    first = start + (tile - tl.sum(tl.where(e < expert, tiles, 0), axis=0)) * BLOCK_M
+    return expert.to(tl.int64), first, end, within // GROUP_M
+
+
+@triton.jit
+def _matmul(
+    a_at, b_at, acc, k, K: tl.constexpr, stride: tl.constexpr, wide: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """acc += a b over depth K, from the pointers of the first tiles; b's rows are `stride` apart, a's columns adjacent."""
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(a_at)
+            b = tl.load(b_at)
+        else:
+            a = tl.load(a_at, mask=(k < K - start)[None, :], other=0.0)
+            b = tl.load(b_at, mask=(k < K - start)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=wide)
+        a_at += BLOCK_K
+        b_at += BLOCK_K * stride
+    return acc
+
+
+@triton.jit
+def _halves(acc, M: tl.constexpr, N: tl.constexpr):
+    """(M, 2N) -> its left and right (M, N). Columns N apart are in the same thread's registers: nothing moves."""
+    return tl.split(tl.permute(tl.reshape(acc, (M, 2, N)), (0, 2, 1)))
+
+
+@triton.jit
+def _moe_gate_up_kernel(
+    x_ptr, gate_up_ptr, counts_ptr, order_ptr, hidden_ptr, act_ptr,
+    D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """act = silu(gate) * up of the gathered rows; hidden keeps gate | up for the backward."""
+    wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    expert, first, end, column = _locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    if first >= end:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    live = row < end
+    # Rows and columns beyond the end read the first token and the last weight; only their stores are masked.
+    token = tl.load(order_ptr + row, mask=live, other=0) // TOP_K
+    pair = tl.arange(0, 2 * BLOCK_N)
+    weight_row = pair // BLOCK_N * F + tl.minimum(column * BLOCK_N + pair % BLOCK_N, F - 1)
+    k = tl.arange(0, BLOCK_K)
+    a_at = x_ptr + token[:, None].to(tl.int64) * D + k[None, :]
+    b_at = gate_up_ptr + (expert * (2 * F) + weight_row)[None, :] * D + k[:, None]
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=wide)
+    acc = _matmul(a_at, b_at, acc, k, D, 1, wide, BLOCK_K)
+
+    gate, up = _halves(acc, BLOCK_M, BLOCK_N)
+    f = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = live[:, None] & (f < F)[None, :]
+    act_at = act_ptr + row[:, None].to(tl.int64) * F + f[None, :]
+    tl.store(act_at, (gate / (1.0 + tl.exp(-gate)) * up).to(act_ptr.dtype.element_ty), mask=mask)
+    if KEEP_HIDDEN:
+        hidden_at = hidden_ptr + row[:, None].to(tl.int64) * (2 * F) + f[None, :]
+        tl.store(hidden_at, gate.to(hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(hidden_at + F, up.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _moe_rows_kernel(
+    a_ptr, weight_ptr, counts_ptr, order_ptr, scale_ptr, out_ptr,
+    K: tl.constexpr, N: tl.constexpr, E: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
+    SCATTER: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Sorted rows a (S, K) times their expert's (K, N); SCATTER (top_k = 1) writes each row, scaled, to its token."""
+    wide: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    expert, first, end, column = _locate(counts_ptr, E, N, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    if first >= end:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    live = row < end
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a_at = a_ptr + tl.minimum(row, end - 1)[:, None].to(tl.int64) * K + k[None, :]
+    b_at = weight_ptr + expert * (K * N) + k[:, None] * STRIDE_K + (n % N)[None, :] * STRIDE_N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
+    acc = _matmul(a_at, b_at, acc, k, K, STRIDE_K, wide, BLOCK_K)
+    if SCATTER:
+        row = tl.load(order_ptr + row, mask=live, other=0)
+        if HAS_SCALE:
+            acc = acc * tl.load(scale_ptr + row, mask=live, other=0.0)[:, None]
+    out_at = out_ptr + row[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _moe_combine_kernel(
+    rows_ptr, inverse_ptr, scale_ptr, out_ptr, num_tokens,
+    D: tl.constexpr, TOP_K: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum_j scale[t, j] rows[inverse[t, j]]."""
+    wide: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    pid = tl.program_id(0)
+    t = pid // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = t < num_tokens
+    mask = live[:, None] & (d < D)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=wide)
+    for j in range(TOP_K):
+        row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
+        value = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(wide)
+        if HAS_SCALE:
+            value = value * tl.load(scale_ptr + t * TOP_K + j, mask=live, other=0.0)[:, None]
+        total += value
+    tl.store(out_ptr + t[:, None].to(tl.int64) * D + d[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _moe_d_hidden_kernel(
+    dy_ptr, down_ptr, hidden_ptr, weights_ptr, counts_ptr, order_ptr, d_hidden_ptr, act_ptr, partial_ptr, num_slots,
+    D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
+    WANT_D_HIDDEN: tl.constexpr, WANT_ACT: tl.constexpr, WANT_D_WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """d-hidden (S, 2F), w * act (S, F) for d-down, and this column block's share of the routing weights' gradient."""
+    wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    expert, first, end, column = _locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    if first >= end:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    live = row < end
+    slot = tl.load(order_ptr + row, mask=live, other=0)
+    f = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a_at = dy_ptr + (slot // TOP_K)[:, None].to(tl.int64) * D + k[None, :]
+    b_at = down_ptr + expert * (D * F) + k[:, None] * F + (f % F)[None, :]
+    d_act = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
+    d_act = _matmul(a_at, b_at, d_act, k, D, F, wide, BLOCK_K)
+
+    weight = tl.load(weights_ptr + slot, mask=live, other=0.0)[:, None]
+    d_weights = tl.zeros((BLOCK_M,), dtype=wide)
+    # A quarter of the columns at a time, so that only a quarter's g, u and results are in registers.
+    PART: tl.constexpr = BLOCK_N // 4
+    left, right = _halves(d_act, BLOCK_M, BLOCK_N // 2)
+    hidden_ptr += first.to(tl.int64) * (2 * F)
+    d_hidden_ptr += first.to(tl.int64) * (2 * F)
+    act_ptr += first.to(tl.int64) * F
+    within = tl.arange(0, BLOCK_M)[:, None]
+    parts = _halves(left, BLOCK_M, PART) + _halves(right, BLOCK_M, PART)
+    for part in tl.static_range(4):
+        d_act = parts[part]
+        f = column * BLOCK_N + part * PART + tl.arange(0, PART)
+        mask = live[:, None] & (f < F)[None, :]
+        hidden_at = within * (2 * F) + f[None, :]
+        gate = tl.load(hidden_ptr + hidden_at, mask=mask, other=0.0).to(wide)
+        up = tl.load(hidden_ptr + hidden_at + F, mask=mask, other=0.0).to(wide)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        silu = gate * sigmoid
+        if WANT_D_WEIGHTS:
+            d_weights += tl.sum(d_act * silu * up, axis=1)
+        if WANT_ACT:
+            act_at = act_ptr + within * F + f[None, :]
+            tl.store(act_at, (weight * silu * up).to(act_ptr.dtype.element_ty), mask=mask)
+        if WANT_D_HIDDEN:
+            d_act = d_act * weight
+            d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            tl.store(d_hidden_ptr + hidden_at, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_hidden_ptr + hidden_at + F, (d_act * silu).to(d_hidden_ptr.dtype.element_ty), mask=mask)
+    if WANT_D_WEIGHTS:
+        tl.store(partial_ptr + column.to(tl.int64) * num_slots + slot, d_weights, mask=live)
+
+
+@triton.jit
+def _moe_dw_kernel(
+    a_ptr, b_ptr, counts_ptr, order_ptr, out_ptr,
+    M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr,
+    GATHER_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """out[split, expert] (M, N) = a^T b over one piece of the expert's rows; one of a (., M), b (., N) is by token."""
+    wide: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    blocks: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M * blocks_n
+    pid = tl.program_id(0)
+    tile, split = pid % blocks, pid // blocks % SPLITS
+    # The longest sums start first, or a full expert would begin when the others have ended.
+    e = tl.arange(0, BLOCK_E)
+    counts = tl.load(counts_ptr + e, mask=e < E, other=-1)
+    ahead = (counts[None, :] > counts[:, None]) | ((counts[None, :] == counts[:, None]) & (e[None, :] < e[:, None]))
+    rank = tl.sum(ahead.to(tl.int32), axis=1)
+    expert = tl.sum(tl.where(rank == pid // (blocks * SPLITS), e, 0), axis=0)
+    start = tl.sum(tl.where(e < expert, counts, 0), axis=0)
+    count = tl.sum(tl.where(e == expert, counts, 0), axis=0)
+    each = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_K) * BLOCK_K
+    low = start + tl.minimum(split * each, count)
+    high = start + tl.minimum((split + 1) * each, count)
+
+    m = tile // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
+    for step in range(low, high, BLOCK_K):
+        row = step + tl.arange(0, BLOCK_K)
+        live = row < high
+        token = tl.load(order_ptr + row, mask=live, other=0) // TOP_K
+        a_row, b_row = (token, row) if GATHER_A else (row, token)
+        a = tl.load(a_ptr + a_row[:, None].to(tl.int64) * M + (m % M)[None, :], mask=live[:, None], other=0.0)
+        b = tl.load(b_ptr + b_row[:, None].to(tl.int64) * N + (n % N)[None, :], mask=live[:, None], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee", out_dtype=wide)
+    out_at = out_ptr + ((split * E + expert).to(tl.int64) * M + m[:, None]) * N + n[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _sum_partials_kernel(partial_ptr, out_ptr, num_partials, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
+    for _ in range(num_partials):
+        total += tl.load(partial_ptr + at, mask=at < size, other=0.0)
+        partial_ptr += size
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Launcher:
+    """The sizes of one call, and each kernel's launch from them."""
+
+    def __init__(self, x: Tensor, weights: Tensor, counts: Tensor, order: Tensor, inverse: Tensor, down: Tensor) -> None:
+        self.x, self.counts, self.order, self.inverse = x, counts, order, inverse
+        self.weights = weights.contiguous()
+        (self.T, self.D), (self.E, _, self.F) = x.shape, down.shape
+        self.top_k = weights.shape[1]
+        self.S = self.T * self.top_k
+        self.block_e = max(2, triton.next_power_of_2(self.E))
+        self.shared_bytes = 0
+        if x.is_cuda:
+            self.shared_bytes = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+
+    def params(self, kernel: str) -> dict[str, int]:
+        params = _launch_params(kernel, self.S, self.E, self.x.element_size(), self.shared_bytes)
+        return {**params, "BLOCK_E": self.block_e}
+
+    def grid(self, columns: int, params: dict[str, int]) -> tuple[int]:
+        """Row blocks of any split of S rows among E experts, in whole groups, times column blocks."""
+        block_m, group = params["BLOCK_M"], params["GROUP_M"]
+        used = min(self.E, self.S)  # experts that can have rows; each may waste a part of one block
+        row_blocks = (self.S + used * (block_m - 1)) // block_m
+        return (triton.cdiv(row_blocks, group) * group * triton.cdiv(columns, params["BLOCK_N"]),)
+
+    def rows(self, a: Tensor, weight: Tensor, K: int, N: int, transposed: bool, scale: Tensor | None) -> Tensor:
+        """Sum over a token's choices of (scale times) the sorted rows a (S, K) times their experts' weights."""
+        params, scatter = self.params("rows"), self.top_k == 1
+        product = a.new_empty((self.S, N))
+        some = self.weights if scale is None else scale
+        strides = (1, K) if transposed else (N, 1)
+        _moe_rows_kernel[self.grid(N, params)](
+            a, weight, self.counts, self.order, some, product, K, N, self.E, *strides, scatter, scale is not None, **params
+        )
+        if scatter:
+            return product
+        out = a.new_empty((self.T, N))
+        block_d = min(COMBINE_BLOCK_D, triton.next_power_of_2(N))
+        block_t = COMBINE_TILE // block_d
+        _moe_combine_kernel[(triton.cdiv(self.T, block_t) * triton.cdiv(N, block_d),)](
+            product, self.inverse, some, out, self.T, N, self.top_k, scale is not None,
+            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def weight_grad(self, a: Tensor, b: Tensor, out: Tensor, gather_a: bool) -> None:
+        """out (E, M, N) = the sum over each expert's rows of a^T b."""
+        (_, M, N), params = out.shape, self.params("dw")
+        params.pop("GROUP_M")
+        splits = _dw_splits(M, N, self.S, params["BLOCK_M"], params["BLOCK_N"])
+        tiles = triton.cdiv(M, params["BLOCK_M"]) * triton.cdiv(N, params["BLOCK_N"])
+        partial = out if splits == 1 else out.new_empty((splits, self.E, M, N), dtype=_wide(out))
+        _moe_dw_kernel[(tiles * splits * self.E,)](
+            a, b, self.counts, self.order, partial, M, N, self.E, self.top_k, splits, gather_a, **params
+        )
+        if splits > 1:
+            self.sum_partials(partial, out)
+
+    def sum_partials(self, partial: Tensor, out: Tensor) -> None:
+        grid = (triton.cdiv(out.numel(), 1024),)
+        _sum_partials_kernel[grid](partial, out, partial.shape[0], out.numel(), BLOCK=1024, num_warps=4)
+
+
+@torch.library.custom_op("minimind_fast::moe_mlp_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _moe_mlp_fwd(
+    x: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> y (T, D), hidden (S, 2F) sorted, or empty."""
+    S, F = order.shape[0], down.shape[2]
+    hidden = x.new_empty((S if keep_hidden else 0, 2 * F))
+    if x.numel() == 0:
+        return x.new_empty(x.shape), hidden
+    x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
+    launch = _Launcher(x, weights, counts, order, inverse, down)
+    params = launch.params("gate_up")
+    act = x.new_empty((S, F))
+    with torch.cuda.device_of(x):
+        _moe_gate_up_kernel[launch.grid(F, params)](
+            x, gate_up, counts, order, hidden, act, launch.D, F, launch.E, launch.top_k, keep_hidden, **params
+        )
+        y = launch.rows(act, down, F, launch.D, transposed=True, scale=launch.weights)
+    return y, hidden
+
+
+@_moe_mlp_fwd.register_fake
+def _(x, weights, counts, order, inverse, gate_up, down, keep_hidden):
+    return x.new_empty(x.shape), x.new_empty((order.shape[0] if keep_hidden else 0, 2 * down.shape[2]))
+
+
+@torch.library.custom_op("minimind_fast::moe_mlp_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _moe_mlp_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    hidden: Tensor,
+    want_dx: bool,
+    want_d_weights: bool,
+    want_d_gate_up: bool,
+    want_d_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx, d_weights, d_gate_up, d_down, each empty where not wanted."""
+    dx = x.new_empty(x.shape if want_dx else 0)
+    d_weights = weights.new_empty(weights.shape if want_d_weights else 0)
+    d_gate_up = gate_up.new_empty(gate_up.shape if want_d_gate_up else 0)
+    d_down = down.new_empty(down.shape if want_d_down else 0)
+    if x.numel() == 0:
+        return dx, d_weights, d_gate_up.zero_(), d_down.zero_()
+    dy, x, gate_up, down = dy.contiguous(), x.contiguous(), gate_up.contiguous(), down.contiguous()
+    launch = _Launcher(x, weights, counts, order, inverse, down)
+    D, F, params = launch.D, launch.F, launch.params("d_hidden")
+    want_d_hidden = want_dx or want_d_gate_up
+    d_hidden = hidden.new_empty(hidden.shape if want_d_hidden else 0)
+    act = hidden.new_empty((launch.S, F) if want_d_down else 0)
+    blocks = triton.cdiv(F, params["BLOCK_N"])
+    partial = weights.new_empty((blocks, launch.S) if want_d_weights else 0)
+    with torch.cuda.device_of(x):
+        _moe_d_hidden_kernel[launch.grid(F, params)](
+            dy, down, hidden, launch.weights, counts, order, d_hidden, act, partial, launch.S,
+            D, F, launch.E, launch.top_k, want_d_hidden, want_d_down, want_d_weights, **params,
+        )  # fmt: skip
+        if want_d_weights:
+            launch.sum_partials(partial, d_weights)
+        if want_dx:
+            dx = launch.rows(d_hidden, gate_up, 2 * F, D, transposed=False, scale=None)
+        if want_d_gate_up:
+            launch.weight_grad(d_hidden, x, d_gate_up, gather_a=False)
+        if want_d_down:
+            launch.weight_grad(dy, act, d_down, gather_a=True)
+    return dx, d_weights, d_gate_up, d_down
+
+
+@_moe_mlp_bwd.register_fake
+def _(dy, x, weights, counts, order, inverse, gate_up, down, hidden, want_dx, want_d_weights, want_d_gate_up,
+      want_d_down):  # fmt: skip
+    wanted = ((x, want_dx), (weights, want_d_weights), (gate_up, want_d_gate_up), (down, want_d_down))
+    return tuple(t.new_empty(t.shape if want else 0) for t, want in wanted)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-1], output[1])
+
+
+def _backward(ctx, dy, _):
+    need = ctx.needs_input_grad
+    wanted = need[0], need[1], need[5], need[6]
+    grads = _moe_mlp_bwd(dy, *ctx.saved_tensors, *wanted)
+    dx, d_weights, d_gate_up, d_down = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return dx, d_weights, None, None, None, d_gate_up, d_down, None
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("moe_mlp's kernel has no second derivative: use mm.ops.use('none') for this computation.")
+
+
+_moe_mlp_fwd.register_autograd(_backward, setup_context=_save)
+_moe_mlp_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+def moe_mlp(x: Tensor, routing: Plan, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Send each token through the SwiGLU MLPs of its experts and sum by their weights.
+
+    Args:
+        x: (T, D) float32, bfloat16, float16 or float64; copied if not contiguous.
+        routing: of `moe_route` for these tokens; `counts` and `order` are trusted.
+        gate_up: (E, 2F, D) stacked expert weights in x's dtype, gate first, E up to 128.
+        down: (E, D, F) in x's dtype.
+    Returns:
+        (T, D) in x's dtype; gradients to x, routing.weights, gate_up and down.
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, or E above 128.
+        RuntimeError: a second derivative is asked for.
+    Source: Gale et al., MegaBlocks, 2022; Tan et al., ScatterMoE, 2024; SonicMoE.
+    """
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"moe_mlp needs floating-point x (T, D), got {x.dtype} {tuple(x.shape)}.")
+    E, F = down.shape[0], down.shape[-1]
+    if not 1 <= E <= MAX_EXPERTS:
+        raise ValueError(f"moe_mlp's kernel takes 1 to {MAX_EXPERTS} experts, got {E}.")
+    expected = {"gate_up": (gate_up, (E, 2 * F, x.shape[1])), "down": (down, (E, x.shape[1], F))}
+    for name, (weight, shape) in expected.items():
+        if tuple(weight.shape) != shape or weight.dtype != x.dtype:
+            raise ValueError(
+                f"moe_mlp needs {name} {shape} in x's dtype {x.dtype}, got {tuple(weight.shape)} {weight.dtype}."
+            )
+    if routing.weights.shape[0] != x.shape[0] or routing.counts.shape != (E,):
+        raise ValueError(
+            f"moe_mlp needs the routing of these {x.shape[0]} tokens and {E} experts, "
+            f"got {tuple(routing.weights.shape)} weights and {tuple(routing.counts.shape)} counts."
+        )
+    tensors = x, routing.weights, routing.counts, routing.order, routing.inverse, gate_up, down
+    keep_hidden = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _moe_mlp_fwd(*tensors, keep_hidden)[0]

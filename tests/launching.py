@@ -1,0 +1,86 @@
+"""Start a training script as a user would, in processes of its own."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--hidden_size", "64", "--num_hidden_layers", "2", "--max_seq_len", "64", "--batch_size", "4"]
+TINY += ["--num_threads", "1", "--log_interval", "1", "--sample_tokens", "0"]
+_WORDS = "red blue stone river moon bird runs sleeps over under near old small the a 山 水 月 鸟 在 上".split()
+
+
+def write_corpus(path: Path, rows: int, seed: int = 0) -> Path:
+    """A JSONL of random short documents."""
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as f:
+        for _ in range(rows):
+            text = " ".join(rng.choices(_WORDS, k=rng.randint(5, 60)))
+            f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return path
+
+
+def start(script: str, args: list[str], ranks: int = 1, cwd: Path | None = None) -> list[subprocess.Popen]:
+    """One process a rank, on a free port; output of rank 0 is captured, errors of all."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINIMIND_KERNELS")}
+        if ranks > 1:
+            env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        command = [sys.executable, str(ROOT / "train" / script), *map(str, args)]
+        processes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=cwd)
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen], expect: int | None = 0, timeout: float = 300) -> str:
+    """Wait for all; the output of rank 0. Fails with the output when a rank ends otherwise than expected."""
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=timeout)[0])
+    finally:
+        for process in processes:
+            process.kill()
+    if expect is not None:
+        for rank, process in enumerate(processes):
+            assert process.returncode == expect, f"rank {rank} ended with {process.returncode}:\n{outputs[rank]}"
+    return outputs[0]
+
+
+def run(script: str, args: list[str], ranks: int = 1, expect: int | None = 0, cwd: Path | None = None) -> str:
+    """Start, wait, and give the output of rank 0."""
+    return finish(start(script, args, ranks, cwd), expect)
+
+
+def read_log(folder: Path) -> dict[int, dict]:
+    """{step: numbers} of a run's log; a repeated step keeps its last line."""
+    rows: dict[int, dict] = {}
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["step"], {}).update(row)
+    return rows
+
+
+def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen], timeout: float = 120) -> None:
+    """Return when the run's log has reached a step."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < timeout:
+        if (folder / "log.jsonl").exists():
+            lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            if any(json.loads(line)["step"] >= step for line in lines if line.endswith("}")):
+                return
+        if any(p.poll() is not None for p in processes):
+            raise AssertionError("a rank ended early:\n" + finish(processes, expect=None))
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {timeout} s")
