@@ -3,8 +3,8 @@
 Purpose:    y[t] = sum_j w[t, j] expert_{e(t, j)}(x[t]) at the cost of its arithmetic, for any split of the tokens.
 Principle:  sorted by expert, the slots are blocks of rows, one block an expert. A program finds its expert, rows and
             columns from the counts on the device; the grid is an upper bound, and programs beyond the last row leave.
-            forward   h = x[order] W1^T (rows gathered in the matmul's own loads; the W1 tile is half gate, half up rows,
-                      so that a thread holds both of a pair and a = silu(g) u needs no exchange);  z = a W2^T;
+            forward   h = x[order] W1^T (rows gathered in the matmul's own loads; half of the W1 tile is gate rows, half
+                      up rows, so that a thread holds both of a pair and a = silu(g) u needs no exchange);  z = a W2^T;
                       y[t] = sum_j w z[inverse[t, j]]
             backward  da = dy[order] W2;  dw = sum_f da a (no z needed);  dh = w da * (u s (1 + g (1 - s)), g s);
                       dx[t] = sum_j (dh W1)[inverse[t, j]];  dW1 = dh^T x[order];  dW2 = dy[order]^T (w a)
@@ -18,8 +18,8 @@ Properties: FLOPs a slot 6DF forward, 12DF backward. Saved for the backward besi
             the gather-sum runs over j in order; no atomics: two runs agree bitwise.
 
 Shapes: T tokens, D hidden, F ffn, E experts, S = T * top_k slots; sorted rows are slots in the order of the plan.
-Source: MegaBlocks (Gale et al., 2022) for grouped matmuls; ScatterMoE (Tan et al., 2024) for gathered rows; SonicMoE for
-    what need not be saved (dw from da and a); Triton's grouped-matmul tutorial for the order of the tiles.
+Source: MegaBlocks (Gale et al., 2022) for grouped matmuls; ScatterMoE (Tan et al., 2024) for gathered rows; SonicMoE
+    for what need not be saved (dw from da and a); Triton's grouped-matmul tutorial for the order of the tiles.
 """
 
 from typing import Protocol
@@ -30,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_EXPERTS = 128  # every program scans the counts in registers
-# Shared memory that a program may have: 227 KB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, 89 and 120. Three stages
-# of a 128 x 256 x 64 tile take 144 KB.
-LARGE_SHARED_BYTES = 150_000
+# Compute capabilities that give a program 163 KB of shared memory (8.0, 8.7) or 227: four stages of a 128 x 256 x 64
+# tile take 144 KB where mma reads registers and 192 where wgmma reads shared memory. 8.6, 8.9, 12.0 have 99 KB.
+ROOMY = (80, 87, 90, 100, 103)
 # dW: one expert alone must give every multiprocessor (132 on an H200) a tile, or all tokens on one expert would leave
 # cards idle; no split under 512 rows, whose partials would cost more than they spread.
 DW_TILES, DW_MIN_ROWS = 132, 512
@@ -50,7 +50,7 @@ class Plan(Protocol):
     inverse: Tensor
 
 
-def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, shared_bytes: int) -> dict[str, int]:
+def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, capability: int) -> dict[str, int]:
     """Choose the tile of one of the matmuls.
 
     Args:
@@ -59,30 +59,39 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, sh
         slots: S.
         experts: E.
         element_bytes: of x.
-        shared_bytes: shared memory that the card gives a program.
+        capability: of the card, 90 for 9.0; 0 without a card.
     Returns:
-        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M (row blocks that share a pass over the columns), num_warps, num_stages.
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M (row blocks that share a pass over the columns), num_warps, num_stages and,
+        where a limit pays, maxnreg.
     """
 
     def tile(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[str, int]:
         pairs = 2 if kernel == "gate_up" else 1
+        # A row of dW's depth is found through `order`, and Triton spends every other stage on that load.
+        depth = 2 * stages - 1 if kernel == "dw" else stages
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
-        return dict(zip(names, (m, n // pairs, k, group, warps, stages), strict=True))
+        return dict(zip(names, (m, n // pairs, k, group, warps, depth), strict=True))
 
     if element_bytes > 2:  # float32 exactly, without tensor cores: small tiles that stay in registers
         return tile(64, 64, 32, 4, 4, 2)
     rows = slots // experts
     if kernel != "dw":
         # Few rows an expert: reading the weights is all the work. The narrowest row tile, and deep stages of narrow
-        # columns, so that one token's experts are read by 38 to 76 programs with 60 KB in flight each.
+        # columns, so that one token's experts are read by 24 to 76 programs with 60 KB in flight each.
         if rows <= 16:
             return tile(16, 64 if kernel == "gate_up" else 32, 128, 1, 4, 3)
         if rows <= 64:
             return tile(64, 64, 64, 1, 4, 3)
     # 8 row blocks x all column blocks at a time: 1.6 MB of x and one expert's weights (7.5 MB at 768 x 2432) in L2.
-    if shared_bytes < LARGE_SHARED_BYTES:
+    if capability not in ROOMY:
         return tile(128, 128, 32, 8, 8, 4)
-    return tile(128, 256, 64, 8, 8, 4)
+    if kernel == "d_hidden":
+        # Its epilogue moves 10F bytes a row, as long as the matmul takes: two programs an SM, so that one computes
+        # while the other stores, which on sm_90 takes a limit of 128 registers (137 without, and no spills with it).
+        return tile(128, 128, 64, 8, 8, 3) | ({"maxnreg": 128} if capability == 90 else {})
+    # 128 x 256 in 8 warps asks L2 for 48 KB every 4.2 MFLOP; 128 x 128 asks for a third more at the same rate.
+    # dW on sm_80 would spill with one stage more.
+    return tile(128, 256, 64, 8, 8, 3 if kernel == "dw" and capability < 90 else 4)
 
 
 def _dw_splits(M: int, N: int, slots: int, block_m: int, block_n: int) -> int:
@@ -115,7 +124,7 @@ def _locate(
 def _matmul(
     a_at, b_at, acc, k, K: tl.constexpr, stride: tl.constexpr, wide: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """acc += a b over depth K, from the pointers of the first tiles; b's rows are `stride` apart, a's columns adjacent."""
+    """acc += a b over depth K, from pointers to the first tiles; b's rows are `stride` apart, a's columns adjacent."""
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             a = tl.load(a_at)
@@ -133,6 +142,12 @@ def _matmul(
 def _halves(acc, M: tl.constexpr, N: tl.constexpr):
     """(M, 2N) -> its left and right (M, N). Columns N apart are in the same thread's registers: nothing moves."""
     return tl.split(tl.permute(tl.reshape(acc, (M, 2, N)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(acc, M: tl.constexpr, N: tl.constexpr):
+    left, right = _halves(acc, M, 2 * N)
+    return _halves(left, M, N) + _halves(right, M, N)
 
 
 @triton.jit
@@ -244,15 +259,15 @@ def _moe_d_hidden_kernel(
 
     weight = tl.load(weights_ptr + slot, mask=live, other=0.0)[:, None]
     d_weights = tl.zeros((BLOCK_M,), dtype=wide)
-    # A quarter of the columns at a time, so that only a quarter's g, u and results are in registers.
-    PART: tl.constexpr = BLOCK_N // 4
+    # An eighth of the columns at a time, so that only an eighth's g, u and results are in registers.
+    PART: tl.constexpr = BLOCK_N // 8
     left, right = _halves(d_act, BLOCK_M, BLOCK_N // 2)
-    hidden_ptr += first.to(tl.int64) * (2 * F)
+    hidden_ptr += first.to(tl.int64) * (2 * F)  # int32 offsets from here on: half the registers
     d_hidden_ptr += first.to(tl.int64) * (2 * F)
     act_ptr += first.to(tl.int64) * F
     within = tl.arange(0, BLOCK_M)[:, None]
-    parts = _halves(left, BLOCK_M, PART) + _halves(right, BLOCK_M, PART)
-    for part in tl.static_range(4):
+    parts = _quarters(left, BLOCK_M, PART) + _quarters(right, BLOCK_M, PART)
+    for part in tl.static_range(8):
         d_act = parts[part]
         f = column * BLOCK_N + part * PART + tl.arange(0, PART)
         mask = live[:, None] & (f < F)[None, :]
@@ -268,7 +283,7 @@ def _moe_d_hidden_kernel(
             tl.store(act_at, (weight * silu * up).to(act_ptr.dtype.element_ty), mask=mask)
         if WANT_D_HIDDEN:
             d_act = d_act * weight
-            d_gate = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            d_gate = d_act * up * (sigmoid + silu * (1.0 - sigmoid))
             tl.store(d_hidden_ptr + hidden_at, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
             tl.store(d_hidden_ptr + hidden_at + F, (d_act * silu).to(d_hidden_ptr.dtype.element_ty), mask=mask)
     if WANT_D_WEIGHTS:
@@ -331,19 +346,20 @@ def _wide(x: Tensor) -> torch.dtype:
 class _Launcher:
     """The sizes of one call, and each kernel's launch from them."""
 
-    def __init__(self, x: Tensor, weights: Tensor, counts: Tensor, order: Tensor, inverse: Tensor, down: Tensor) -> None:
+    def __init__(
+        self, x: Tensor, weights: Tensor, counts: Tensor, order: Tensor, inverse: Tensor, down: Tensor
+    ) -> None:
         self.x, self.counts, self.order, self.inverse = x, counts, order, inverse
         self.weights = weights.contiguous()
         (self.T, self.D), (self.E, _, self.F) = x.shape, down.shape
         self.top_k = weights.shape[1]
         self.S = self.T * self.top_k
         self.block_e = max(2, triton.next_power_of_2(self.E))
-        self.shared_bytes = 0
-        if x.is_cuda:
-            self.shared_bytes = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+        self.capability = 10 * major + minor
 
     def params(self, kernel: str) -> dict[str, int]:
-        params = _launch_params(kernel, self.S, self.E, self.x.element_size(), self.shared_bytes)
+        params = _launch_params(kernel, self.S, self.E, self.x.element_size(), self.capability)
         return {**params, "BLOCK_E": self.block_e}
 
     def grid(self, columns: int, params: dict[str, int]) -> tuple[int]:
@@ -360,7 +376,19 @@ class _Launcher:
         some = self.weights if scale is None else scale
         strides = (1, K) if transposed else (N, 1)
         _moe_rows_kernel[self.grid(N, params)](
-            a, weight, self.counts, self.order, some, product, K, N, self.E, *strides, scatter, scale is not None, **params
+            a,
+            weight,
+            self.counts,
+            self.order,
+            some,
+            product,
+            K,
+            N,
+            self.E,
+            *strides,
+            scatter,
+            scale is not None,
+            **params,
         )
         if scatter:
             return product

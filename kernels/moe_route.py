@@ -1,4 +1,4 @@
-"""Routing of a mixture of experts: scores, top-k, load-balancing loss and the dispatch plan, without leaving the device.
+"""Routing of a mixture of experts: scores, top-k, balancing loss and dispatch plan, without leaving the device.
 
 Purpose:    from tokens to (weights, experts) and to the order in which the experts' matmuls read the tokens, in two
             launches (three with documents), with no sort and nothing that waits for the host.
@@ -153,7 +153,7 @@ def _balance_document_kernel(
     cu_ptr, valid_ptr, scores_ptr, experts_ptr, loss_ptr, length_ptr, slope_ptr, num_tokens,
     E: tl.constexpr, TOP_K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Balancing loss of one document; tokens before the first and after the last belong to those, as in the reference."""
+    """Balancing loss of one document; tokens before the first and after the last belong to those, as in eager."""
     wide: tl.constexpr = scores_ptr.dtype.element_ty
     document = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
@@ -353,7 +353,7 @@ def _num_documents(cu_seqlens: Tensor | None) -> int:
 
 
 def _empty_results(x: Tensor, E: int, top_k: int, documents: int) -> tuple[Tensor, ...]:
-    """weights, experts, counts, order, inverse, aux_loss, scores; slope (documents, E) and scale () for the backward."""
+    """weights, experts, counts, order, inverse, aux_loss, scores; slope (documents, E), scale () for the backward."""
     T, wide = x.shape[0], _wide(x)
     ints, floats = {"dtype": torch.int32}, {"dtype": wide}
     return (

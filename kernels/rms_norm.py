@@ -100,12 +100,15 @@ def _rms_norm_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < num_rows
     a, mask_a = tl.arange(0, BLOCK_A), live[:, None]
+    # All loads come before the first store, which they may not pass: their latencies overlap.
     h_a = _load(x_ptr, rows, x_stride, a, mask_a, wide)
+    w_a = tl.load(weight_ptr + a)
     if BLOCK_B > 0:
         b = BLOCK_A + tl.arange(0, BLOCK_B)
         mask_b = live[:, None] & (b < D)[None, :] if BLOCK_A + BLOCK_B != D else live[:, None]
         h_b = _load(x_ptr, rows, x_stride, b, mask_b, wide)
-    if HAS_RESIDUAL:  # all loads before the first store: nothing may be read early past a store
+        w_b = tl.load(weight_ptr + b, mask=b < D, other=0.0)
+    if HAS_RESIDUAL:
         h_a = (h_a + _load(residual_ptr, rows, residual_stride, a, mask_a, wide)).to(narrow).to(wide)
         if BLOCK_B > 0:
             h_b = (h_b + _load(residual_ptr, rows, residual_stride, b, mask_b, wide)).to(narrow).to(wide)
@@ -118,11 +121,11 @@ def _rms_norm_fwd_kernel(
     rstd = tl.rsqrt(squares / D + eps)
     tl.store(rstd_ptr + rows, rstd, mask=live)
 
-    w_a = tl.load(weight_ptr + a).to(wide)
-    _store(y_ptr, rows, D, a, mask_a, _normalise(h_a, rstd, CAST_FIRST, narrow, wide) * w_a[None, :])
+    n_a = _normalise(h_a, rstd, CAST_FIRST, narrow, wide)
+    _store(y_ptr, rows, D, a, mask_a, n_a * w_a.to(wide)[None, :])
     if BLOCK_B > 0:
-        w_b = tl.load(weight_ptr + b, mask=b < D, other=0.0).to(wide)
-        _store(y_ptr, rows, D, b, mask_b, _normalise(h_b, rstd, CAST_FIRST, narrow, wide) * w_b[None, :])
+        n_b = _normalise(h_b, rstd, CAST_FIRST, narrow, wide)
+        _store(y_ptr, rows, D, b, mask_b, n_b * w_b.to(wide)[None, :])
 
 
 @triton.jit

@@ -96,6 +96,7 @@ class Batches(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
     def num_batches(self, epoch: int) -> int: ...
+    def num_left(self) -> int: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -157,6 +158,10 @@ class _Source:
         if epoch not in self._num_planned:  # asked for epochs to come, when only their number matters
             self._num_planned[epoch] = len(self.plan(epoch))
         return -(-self._num_planned[epoch] // self.world_size)
+
+    def num_left(self) -> int:
+        """Give the micro-batches that each rank still gets in the current epoch."""
+        return -(-(len(self.plan(self._epoch)) - self._next) // self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Give this rank's micro-batches from the current position to the end of the epoch, then stop."""
@@ -388,6 +393,10 @@ class Prefetcher:
     def num_batches(self, epoch: int) -> int:
         """Give the micro-batches that each rank gets in a whole epoch."""
         return self.source.num_batches(epoch)
+
+    def num_left(self) -> int:
+        """Give the micro-batches that each rank still gets in the current epoch; not while iterating."""
+        return self.source.num_left()
 
     def state_dict(self) -> dict[str, Any]:
         """Give the position after the last batch that was handed out."""

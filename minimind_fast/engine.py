@@ -52,7 +52,7 @@ def prepare(num_threads: int = 0) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // here))
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\..*` is deprecated")
     warnings.filterwarnings("ignore", message=r".*barrier\(\).*device")
     _import_deepspeed()
@@ -80,7 +80,7 @@ def _import_deepspeed() -> Any:
     from deepspeed.runtime import bf16_optimizer
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints a dozen lines at every start, with no switch
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind_fast import ops
+from minimind_fast.attention import Rectangles, resolve
 from minimind_fast.config import ModelConfig
 
 INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)
@@ -57,9 +58,11 @@ class Packed(NamedTuple):
     max_seqlen: int
     backend: str = "auto"
     dropout: float = 0.0
+    rectangles: Rectangles | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, self.backend, self.dropout)
+        how = (self.backend, self.dropout, self.rectangles)
+        return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, *how)
 
 
 def rope_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -402,7 +405,9 @@ class MiniMind(nn.Module):
         if targets is not None and targets.shape != shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have input_ids' shape {tuple(shape)}")
         dropout = self.config.dropout if self.training else 0.0
-        context = Packed(cu_seqlens, max_seqlen, self.attention, dropout)
+        backend, _ = resolve(self.attention, input_ids.device.type, self.model.embed_tokens.weight.dtype)
+        rectangles = Rectangles(cu_seqlens.tolist(), input_ids.device) if backend == "sdpa" else None
+        context = Packed(cu_seqlens, max_seqlen, backend, dropout, rectangles)
         flat_valid = None if valid is None else valid.flatten()
         hidden, aux_loss = self.model(input_ids.flatten(), positions, context, cu_seqlens, flat_valid)
         hidden = hidden.view(*shape, -1)

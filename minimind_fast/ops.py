@@ -35,7 +35,12 @@ NAMES = tuple(_FILES)
 
 
 @lru_cache(maxsize=None)
-def _kernel(name: str) -> Callable:
+def kernel(name: str) -> Callable:
+    """The Triton implementation of an op; Triton is imported by the first call, not before.
+
+    Args:
+        name: one of NAMES.
+    """
     return getattr(importlib.import_module(f"minimind_fast.kernels.{_FILES[name]}"), name)
 
 
@@ -88,13 +93,13 @@ def _choose(name: str, device_type: str) -> tuple[Callable, str]:
     if mode == "reference":
         return plain, "reference: switched off"
     if mode == "auto":
-        return (_kernel(name), "kernel: on a GPU") if device_type == "cuda" else (plain, f"reference: on {device_type}")
+        return (kernel(name), "kernel: on a GPU") if device_type == "cuda" else (plain, f"reference: on {device_type}")
     if device_type != "cuda" and not _interpreting():
         raise ValueError(
             f"the {name} kernel was asked for but the tensors are on {device_type}: "
             "use --kernels auto, or set TRITON_INTERPRET=1 before Python starts to run it in the interpreter"
         )
-    return _kernel(name), "kernel: asked for" + ("" if device_type == "cuda" else " (interpreter)")
+    return kernel(name), "kernel: asked for" + ("" if device_type == "cuda" else " (interpreter)")
 
 
 def describe(device_type: str) -> dict[str, str]:

@@ -114,7 +114,8 @@ class Trainer:
         self.rank, self.world_size = ds.world()
         self.config, self.tokenizer, self.loss, self.val_data = config, tokenizer, loss, val_data
         self.count = count or (lambda batch: batch.num_targets)
-        self.device, self.data = device, Prefetcher(data)
+        # On a CPU the loader competes with the model for the same cores and gains nothing.
+        self.device, self.data = device, Prefetcher(data) if device.type == "cuda" else data
         self.folder = Path(config.save_dir) / (config.save_weight or name)
         self.checkpoint_folder, self.weights_folder = self.folder / "checkpoints", self.folder / "weights"
         self.step, self.epoch, self.useful_tokens, self.nonfinite, self.best_s = 0, 0, 0, 0, math.inf
@@ -377,11 +378,11 @@ class Trainer:
 
     def _count_steps(self) -> int:
         """Optimizer steps of the whole run, those before a resume included."""
-        config, state = self.config, self.data.state_dict()
-        step = self.step
-        for epoch in range(state["epoch"], config.epochs):
-            begun = state["next_batch"] // self.world_size if epoch == state["epoch"] else 0
-            step += -(-(self.data.num_batches(epoch) - begun) // config.accumulation_steps)
+        config, step = self.config, self.step
+        current = self.data.state_dict()["epoch"]
+        for epoch in range(current, config.epochs):
+            batches = self.data.num_left() if epoch == current else self.data.num_batches(epoch)
+            step += -(-batches // config.accumulation_steps)
         return min(step, config.max_steps) if config.max_steps else step
 
     @torch.no_grad()

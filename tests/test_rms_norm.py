@@ -56,7 +56,7 @@ def test_one_column():
 
 @pytest.mark.parametrize("cast_first", [False, True], ids=["cast_last", "cast_first"])
 def test_order_of_the_cast(cast_first):
-    """A kernel that rounds only once is nearer to the truth than MiniMind2, so the error rule alone would not see it."""
+    """A kernel that rounds only once is nearer to the truth than MiniMind2: the error rule alone would not see it."""
     x, weight = kh.randn(40, 96, dtype=torch.float16), kh.randn(96, dtype=torch.float16, seed=1)
     ours = rms_norm(x, weight, 1e-5, cast_first=cast_first)
     same = [(ours == reference.rms_norm(x, weight, 1e-5, cast_first=c)).double().mean() for c in (False, True)]

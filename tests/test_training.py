@@ -58,7 +58,8 @@ def test_other_number_of_ranks_goes_on(corpus, tmp_path):
     run("pretrain.py", [*args, "--max_steps", 5, "--from_resume", "--learning_rate", 1e-12], ranks=1)
     after = mm.load_pretrained(tmp_path / "pretrain" / "weights")
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
-        assert torch.equal(a, b), f"{name} moved although the learning rate is nought"
+        # A lost master or optimizer would show at the scale of a weight, 0.02, or of a step, 5e-4.
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=0, msg=f"{name} moved although the learning rate is 1e-12")
     assert read_log(tmp_path / "pretrain")[5]["useful_tokens"] > tokens
 
 
