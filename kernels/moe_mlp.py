@@ -22,6 +22,9 @@ Source: MegaBlocks (Gale et al., 2022) for grouped matmuls; ScatterMoE (Tan et a
     for what need not be saved (dw from da and a); Triton's grouped-matmul tutorial for the order of the tiles.
 """
 
+# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from typing import Protocol
 
 import torch
@@ -33,9 +36,11 @@ MAX_EXPERTS = 128  # every program scans the counts in registers
 # Compute capabilities that give a program 163 KB of shared memory (8.0, 8.7) or 227: four stages of a 128 x 256 x 64
 # tile take 144 KB where mma reads registers and 192 where wgmma reads shared memory. 8.6, 8.9, 12.0 have 99 KB.
 ROOMY = (80, 87, 90, 100, 103)
-# dW: one expert alone must give every multiprocessor (132 on an H200) a tile, or all tokens on one expert would leave
-# cards idle; no split under 512 rows, whose partials would cost more than they spread.
-DW_TILES, DW_MIN_ROWS = 132, 512
+# dW: one expert alone should give most multiprocessors (132 on an H200) a tile, or the sums of an expert with most of
+# the tokens would last longer than all the others. By this rule MiniMind3's d_gate_up (114 tiles) is whole, its d_down
+# (60) in 2, MiniMind2's in 2 and 3: 53 to 70 MB of partials, 3 to 6% of those matmuls' time by a model of their bytes.
+# No split under 512 rows, nor where the partials of many experts would need more memory than this.
+DW_TILES, DW_MIN_ROWS, DW_PARTIAL_BYTES = 100, 512, 128 << 20
 # The gather-sum: 2048 values in 4 warps, two 16-byte loads a thread and choice.
 COMBINE_TILE, COMBINE_BLOCK_D = 2048, 256
 
@@ -94,10 +99,10 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
     return tile(128, 256, 64, 8, 8, 3 if kernel == "dw" and capability < 90 else 4)
 
 
-def _dw_splits(M: int, N: int, slots: int, block_m: int, block_n: int) -> int:
+def _dw_splits(E: int, M: int, N: int, slots: int, block_m: int, block_n: int) -> int:
     """Pieces that an expert's rows are cut into for its (M, N) weight gradient."""
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    return max(1, min(triton.cdiv(DW_TILES, tiles), slots // DW_MIN_ROWS))
+    return max(1, min(triton.cdiv(DW_TILES, tiles), slots // DW_MIN_ROWS, DW_PARTIAL_BYTES // (4 * E * M * N)))
 
 
 @triton.jit
@@ -176,10 +181,11 @@ def _moe_gate_up_kernel(
     gate, up = _halves(acc, BLOCK_M, BLOCK_N)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = live[:, None] & (f < F)[None, :]
-    act_at = act_ptr + row[:, None].to(tl.int64) * F + f[None, :]
+    within = tl.arange(0, BLOCK_M)[:, None]
+    act_at = act_ptr + first.to(tl.int64) * F + (within * F + f[None, :])
     tl.store(act_at, (gate / (1.0 + tl.exp(-gate)) * up).to(act_ptr.dtype.element_ty), mask=mask)
     if KEEP_HIDDEN:
-        hidden_at = hidden_ptr + row[:, None].to(tl.int64) * (2 * F) + f[None, :]
+        hidden_at = hidden_ptr + first.to(tl.int64) * (2 * F) + (within * (2 * F) + f[None, :])
         tl.store(hidden_at, gate.to(hidden_ptr.dtype.element_ty), mask=mask)
         tl.store(hidden_at + F, up.to(hidden_ptr.dtype.element_ty), mask=mask)
 
@@ -330,17 +336,29 @@ def _moe_dw_kernel(
 
 
 @triton.jit
-def _sum_partials_kernel(partial_ptr, out_ptr, num_partials, size, BLOCK: tl.constexpr):
+def _sum_partials_kernel(
+    partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
-    for _ in range(num_partials):
-        total += tl.load(partial_ptr + at, mask=at < size, other=0.0)
-        partial_ptr += size
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
+    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
+    for start in range(0, num_partials, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < num_partials)[:, None] & (at < size)[None, :]
+        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + at, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sum_partials(partial: Tensor, out: Tensor) -> None:
+    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
+    num_partials, size = partial.shape[0], out.numel()
+    rows = min(32, triton.next_power_of_2(num_partials))
+    params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
+    _sum_partials_kernel[(triton.cdiv(size, params["BLOCK"]),)](partial, out, num_partials, size, **params)
 
 
 class _Launcher:
@@ -397,7 +415,7 @@ class _Launcher:
         block_t = COMBINE_TILE // block_d
         _moe_combine_kernel[(triton.cdiv(self.T, block_t) * triton.cdiv(N, block_d),)](
             product, self.inverse, some, out, self.T, N, self.top_k, scale is not None,
-            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+            BLOCK_T=block_t, BLOCK_D=block_d,
         )  # fmt: skip
         return out
 
@@ -405,18 +423,14 @@ class _Launcher:
         """out (E, M, N) = the sum over each expert's rows of a^T b."""
         (_, M, N), params = out.shape, self.params("dw")
         params.pop("GROUP_M")
-        splits = _dw_splits(M, N, self.S, params["BLOCK_M"], params["BLOCK_N"])
+        splits = _dw_splits(self.E, M, N, self.S, params["BLOCK_M"], params["BLOCK_N"])
         tiles = triton.cdiv(M, params["BLOCK_M"]) * triton.cdiv(N, params["BLOCK_N"])
         partial = out if splits == 1 else out.new_empty((splits, self.E, M, N), dtype=_wide(out))
         _moe_dw_kernel[(tiles * splits * self.E,)](
             a, b, self.counts, self.order, partial, M, N, self.E, self.top_k, splits, gather_a, **params
         )
         if splits > 1:
-            self.sum_partials(partial, out)
-
-    def sum_partials(self, partial: Tensor, out: Tensor) -> None:
-        grid = (triton.cdiv(out.numel(), 1024),)
-        _sum_partials_kernel[grid](partial, out, partial.shape[0], out.numel(), BLOCK=1024, num_warps=4)
+            _sum_partials(partial, out)
 
 
 @torch.library.custom_op("minimind_fast::moe_mlp_fwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -489,7 +503,7 @@ def _moe_mlp_bwd(
             D, F, launch.E, launch.top_k, want_d_hidden, want_d_down, want_d_weights, **params,
         )  # fmt: skip
         if want_d_weights:
-            launch.sum_partials(partial, d_weights)
+            _sum_partials(partial, d_weights)
         if want_dx:
             dx = launch.rows(d_hidden, gate_up, 2 * F, D, transposed=False, scale=None)
         if want_d_gate_up:
@@ -530,7 +544,7 @@ def moe_mlp(x: Tensor, routing: Plan, gate_up: Tensor, down: Tensor) -> Tensor:
     """Send each token through the SwiGLU MLPs of its experts and sum by their weights.
 
     Args:
-        x: (T, D) float32, bfloat16, float16 or float64; copied if not contiguous.
+        x: (T, D) float32, bfloat16 or float16 (float64 in the interpreter only); copied if not contiguous.
         routing: of `moe_route` for these tokens; `counts` and `order` are trusted.
         gate_up: (E, 2F, D) stacked expert weights in x's dtype, gate first, E up to 128.
         down: (E, D, F) in x's dtype.
@@ -541,8 +555,11 @@ def moe_mlp(x: Tensor, routing: Plan, gate_up: Tensor, down: Tensor) -> Tensor:
         RuntimeError: a second derivative is asked for.
     Source: Gale et al., MegaBlocks, 2022; Tan et al., ScatterMoE, 2024; SonicMoE.
     """
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"moe_mlp needs floating-point x (T, D), got {x.dtype} {tuple(x.shape)}.")
+    if x.dim() != 2 or not x.is_floating_point() or (x.is_cuda and x.dtype == torch.float64):
+        raise ValueError(
+            f"moe_mlp's kernel needs floating-point x (T, D), float64 in the interpreter only; "
+            f"got {x.dtype} {tuple(x.shape)}."
+        )
     E, F = down.shape[0], down.shape[-1]
     if not 1 <= E <= MAX_EXPERTS:
         raise ValueError(f"moe_mlp's kernel takes 1 to {MAX_EXPERTS} experts, got {E}.")

@@ -24,6 +24,9 @@ Source: Shazeer et al., 2017, and Fedus et al., Switch Transformers, 2021; index
     ScatterMoE and SonicMoE, with a prefix of histograms in place of their sort.
 """
 
+# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from typing import NamedTuple
 
 import torch
@@ -33,7 +36,8 @@ from torch import Tensor
 
 MAX_EXPERTS = 128  # a (tokens, experts) tile is held in registers
 # Tokens of a tile. 64 with few experts: 1024 programs at T = 65,536, several waves of a memory-bound kernel. 128 with
-# many: the prefix over tiles costs tiles^2 E. 16 for short inputs: more programs than one, and tl.dot's least.
+# many, forward only: the prefix over tiles costs tiles^2 E, and the backward would spill. 16 for short inputs: more
+# programs than one, and tl.dot's least.
 TILE_T_FEW, TILE_T_MANY, TILE_T_SHORT = 64, 128, 16
 FEW_EXPERTS, SHORT_T = 16, 1024
 # Columns of x a step: 256 bytes of a 16-bit row. Three stages of a 64 x 128 tile and of W's are 60 KB, so three
@@ -57,10 +61,11 @@ class Routing(NamedTuple):
     scores: Tensor  # (T, E) float32
 
 
-def _launch_params(T: int, D: int, E: int, element_bytes: int) -> dict[str, int]:
-    """Choose the tiles that all kernels of this file share.
+def _launch_params(kernel: str, T: int, D: int, E: int, element_bytes: int) -> dict[str, int]:
+    """Choose the tiles.
 
     Args:
+        kernel: "fwd" (all its launches share BLOCK_T) or "bwd".
         T: tokens.
         D: columns.
         E: experts.
@@ -69,7 +74,9 @@ def _launch_params(T: int, D: int, E: int, element_bytes: int) -> dict[str, int]
         BLOCK_T, BLOCK_D, BLOCK_E (at least 16, for tl.dot), num_warps and num_stages, as keyword arguments.
     """
     block_e = max(16, triton.next_power_of_2(E))
-    block_t = TILE_T_SHORT if T <= SHORT_T else TILE_T_FEW if E <= FEW_EXPERTS else TILE_T_MANY
+    block_t = TILE_T_SHORT if T <= SHORT_T else TILE_T_FEW
+    if kernel == "fwd" and T > SHORT_T and E > FEW_EXPERTS:
+        block_t = TILE_T_MANY
     block_d = max(16, min(BLOCK_D * 2 // element_bytes, triton.next_power_of_2(D)))
     warps = 8 if block_t * block_e > 2048 else 4
     return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": NUM_STAGES}
@@ -287,8 +294,8 @@ def _route_bwd_kernel(
             for _ in range(search_steps):
                 middle = (low + high) // 2
                 beyond = tl.load(cu_ptr + middle + 1).to(tl.int32) <= t
-                low = tl.where((low < high) & beyond, middle + 1, low)
-                high = tl.where((low < high) & (not beyond), middle, high)
+                low = tl.where(beyond, tl.minimum(middle + 1, high), low)
+                high = tl.where(beyond, high, middle)
             slope_at += low[:, None].to(tl.int64) * E
         counted = mask
         if HAS_VALID:
@@ -335,17 +342,29 @@ def _route_dw_kernel(
 
 
 @triton.jit
-def _sum_partials_kernel(partial_ptr, out_ptr, num_partials, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=partial_ptr.dtype.element_ty)
-    for _ in range(num_partials):
-        total += tl.load(partial_ptr + at, mask=at < size, other=0.0)
-        partial_ptr += size
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
+def _sum_partials_kernel(
+    partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
+    for start in range(0, num_partials, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < num_partials)[:, None] & (at < size)[None, :]
+        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + at, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sum_partials(partial: Tensor, out: Tensor) -> None:
+    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
+    num_partials, size = partial.shape[0], out.numel()
+    rows = min(32, triton.next_power_of_2(num_partials))
+    params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
+    _sum_partials_kernel[(triton.cdiv(size, params["BLOCK"]),)](partial, out, num_partials, size, **params)
 
 
 def _num_documents(cu_seqlens: Tensor | None) -> int:
@@ -355,17 +374,16 @@ def _num_documents(cu_seqlens: Tensor | None) -> int:
 def _empty_results(x: Tensor, E: int, top_k: int, documents: int) -> tuple[Tensor, ...]:
     """weights, experts, counts, order, inverse, aux_loss, scores; slope (documents, E), scale () for the backward."""
     T, wide = x.shape[0], _wide(x)
-    ints, floats = {"dtype": torch.int32}, {"dtype": wide}
     return (
-        x.new_empty((T, top_k), **floats),
-        x.new_empty((T, top_k), **ints),
-        x.new_empty((E,), **ints),
-        x.new_empty((T * top_k,), **ints),
-        x.new_empty((T * top_k,), **ints),
-        x.new_empty((), **floats),
-        x.new_empty((T, E), **floats),
-        x.new_empty((documents, E), **floats),
-        x.new_empty((), **floats),
+        x.new_empty((T, top_k), dtype=wide),
+        x.new_empty((T, top_k), dtype=torch.int32),
+        x.new_empty((E,), dtype=torch.int32),
+        x.new_empty((T * top_k,), dtype=torch.int32),
+        x.new_empty((T * top_k,), dtype=torch.int32),
+        x.new_empty((), dtype=wide),
+        x.new_empty((T, E), dtype=wide),
+        x.new_empty((documents, E), dtype=wide),
+        x.new_empty((), dtype=wide),
     )
 
 
@@ -377,7 +395,8 @@ def _route_fwd(
     x: Tensor, gate_weight: Tensor, top_k: int, normalize: bool, cu_seqlens: Tensor | None, valid: Tensor | None
 ) -> _Nine:
     """-> the fields of Routing, slope, scale."""
-    (T, D), E, documents = x.shape, gate_weight.shape[0], _num_documents(cu_seqlens)
+    T, D = x.shape
+    E, documents = gate_weight.shape[0], _num_documents(cu_seqlens)
     results = _empty_results(x, E, top_k, documents)
     weights, experts, counts, order, inverse, aux_loss, scores, slope, scale = results
     if T == 0:
@@ -385,7 +404,7 @@ def _route_fwd(
             t.zero_()
         return weights, experts, counts, order, inverse, aux_loss, scores, slope, scale
     x, gate_weight = x.contiguous(), gate_weight.contiguous()
-    params = _launch_params(T, D, E, x.element_size())
+    params = _launch_params("fwd", T, D, E, x.element_size())
     warps = {"num_warps": params["num_warps"]}
     tile = {"BLOCK_T": params["BLOCK_T"], "BLOCK_E": params["BLOCK_E"]}
     tiles = triton.cdiv(T, tile["BLOCK_T"])
@@ -401,7 +420,7 @@ def _route_fwd(
         )  # fmt: skip
         if cu_seqlens is not None and documents > 0:
             cu_seqlens = cu_seqlens.contiguous()
-            loss, length = scores.new_empty(documents), counts.new_empty(documents)
+            loss, length = torch.empty_like(slope[:, 0]), x.new_empty((documents,), dtype=torch.int32)
             _balance_document_kernel[(documents,)](
                 cu_seqlens, valid_bytes, scores, experts, loss, length, slope, T, E, top_k, valid is not None,
                 **tile, **warps,
@@ -437,12 +456,13 @@ def _route_bwd(
     want_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> dx, d_gate_weight, each empty where not wanted."""
-    (T, D), E, documents = x.shape, gate_weight.shape[0], _num_documents(cu_seqlens)
+    T, D = x.shape
+    E, documents = gate_weight.shape[0], _num_documents(cu_seqlens)
     dx, dw = x.new_empty(x.shape if want_dx else 0), gate_weight.new_empty(gate_weight.shape if want_dw else 0)
     if T == 0:
         return dx, dw.zero_()
     x, gate_weight = x.contiguous(), gate_weight.contiguous()
-    params = _launch_params(T, D, E, x.element_size())
+    params = _launch_params("bwd", T, D, E, x.element_size())
     # float32 needs every bit; a 16-bit operand is exact in tf32, and dz keeps at least as many bits as eager leaves it.
     precision = "tf32" if x.element_size() == 2 else "ieee"
     d_logits = torch.empty_like(scores)
@@ -466,7 +486,7 @@ def _route_bwd(
             _route_dw_kernel[(triton.cdiv(D, params["BLOCK_D"]), splits)](
                 d_logits, x, partial, T, tokens_each, D, E, precision, **params
             )
-            _sum_partials_kernel[(triton.cdiv(E * D, 256),)](partial, dw, splits, E * D, BLOCK=256, num_warps=4)
+            _sum_partials(partial, dw)
     return dx, dw
 
 
@@ -510,7 +530,7 @@ def moe_route(
     """Score the experts for each token, choose the best, and plan the dispatch.
 
     Args:
-        x: (T, D) float32, bfloat16, float16 or float64; copied if not contiguous.
+        x: (T, D) float32, bfloat16 or float16 (float64 in the interpreter only); copied if not contiguous.
         gate_weight: (E, D) in x's dtype, E up to 128.
         top_k: experts a token.
         normalize: divide the chosen scores by their sum.
@@ -528,8 +548,10 @@ def moe_route(
             f"moe_route needs x (T, D) and gate_weight (E, D) of one dtype, got {tuple(x.shape)} {x.dtype} "
             f"and {tuple(gate_weight.shape)} {gate_weight.dtype}."
         )
-    if not x.is_floating_point():
-        raise ValueError(f"moe_route needs floating-point tokens, got {x.dtype}.")
+    if not x.is_floating_point() or (x.is_cuda and x.dtype == torch.float64):
+        raise ValueError(
+            f"moe_route's kernel needs floating-point tokens, float64 in the interpreter only; got {x.dtype}."
+        )
     if not 1 <= gate_weight.shape[0] <= MAX_EXPERTS or not 1 <= top_k <= gate_weight.shape[0]:
         raise ValueError(
             f"moe_route's kernel takes 1 to {MAX_EXPERTS} experts and top_k from 1 to their number, "

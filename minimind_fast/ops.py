@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from minimind_fast import reference
@@ -30,11 +30,13 @@ _FILES = {
     "swiglu": "swiglu",
     "linear_cross_entropy": "linear_cross_entropy",
     "linear_kl": "linear_kl",
+    "moe_route": "moe_route",
+    "moe_mlp": "moe_mlp",
 }
 NAMES = tuple(_FILES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(name: str) -> Callable:
     """The Triton implementation of an op; Triton is imported by the first call, not before.
 
@@ -128,5 +130,5 @@ rope = _dispatch("rope")
 swiglu = _dispatch("swiglu")
 linear_cross_entropy = _dispatch("linear_cross_entropy")
 linear_kl = _dispatch("linear_kl")
-moe_route = reference.moe_route
-moe_mlp = reference.moe_mlp
+moe_route = _dispatch("moe_route")
+moe_mlp = _dispatch("moe_mlp")

@@ -159,8 +159,7 @@ def needs_universal(checkpoint: Path, world_size: int, stage: int) -> bool:
         raise ValueError(
             f"{checkpoint} was written with --zero_stage {state['zero_stage']}, this run has {stage}: give the same stage"
         )
-    partitioned = stage > 0 or state["dtype"] == "bfloat16"  # DeepSpeed's bf16 optimizer partitions its masters always
-    return partitioned and state["world_size"] != world_size
+    return stage > 0 and state["world_size"] != world_size  # at stage 0 every rank holds, and reads, everything
 
 
 def _generators() -> dict[str, Any]:

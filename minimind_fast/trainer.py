@@ -184,22 +184,18 @@ class Trainer:
             self._introduce()
         peak = peak_flops(self.device, self.dtype) if self.rank == 0 else (1.0, "")
         self._say(f"MFU is of {peak[0] / 1e12:.2f} TFLOP/s a device ({peak[1]}).")
-        window = _Window()
+        window = Window()
         last_save = last_log = time.monotonic()
-        for group in self._groups():
+        for group in self.groups():
             counted, stopping = self._agree(sum(self.count(b) for b in group))
             if stopping:
                 self._say(f"Stopping at step {self.step}, as asked; saving first.")
                 break
-            lr = learning_rate(config, self.step, self.total_steps)
-            ds.set_lr(self.engine, lr)
-            norm, finite = self._optimizer_step(group, counted, window)
-            self.step += 1
-            self._mind_nonfinite(finite, window)
+            lr, norm = self.train_step(group, counted, window)
             if self.step % config.log_interval == 0 or self.step == self.total_steps:
                 now = time.monotonic()
                 self._log(window, lr, norm, now - last_log, peak[0])
-                window, last_log = _Window(), now
+                window, last_log = Window(), now
             due = time.monotonic() - last_save > SAVE_EVERY_S if not config.save_interval else False
             due = self._any(due) if not config.save_interval else self.step % config.save_interval == 0
             if config.val_interval and self.step % config.val_interval == 0:
@@ -213,14 +209,26 @@ class Trainer:
         if self.rank == 0:
             draw_loss(self.folder / "log.jsonl", self.folder / "loss.png", f"{self.folder.name}, {self.config.preset}")
 
-    def _groups(self) -> Iterator[list[Batch]]:
+    def groups(self) -> Iterator[list[Batch]]:
         """Micro-batches of each optimizer step; an epoch's last group may be shorter, none is lost."""
         while True:
             batches = iter(self.data)
             while group := list(itertools.islice(batches, self.config.accumulation_steps)):
                 yield group
 
-    def _optimizer_step(self, group: list[Batch], counted: float, window: _Window) -> tuple[float | None, bool]:
+    def train_step(self, group: list[Batch], counted: float, window: Window) -> tuple[float, float | None]:
+        """One optimizer step.
+
+        Args:
+            group: this rank's micro-batches.
+            counted: units in the whole global batch.
+            window: takes the sums for the log.
+
+        Returns:
+            (learning rate, gradient norm if it is known).
+        """
+        lr = learning_rate(self.config, self.step, self.total_steps)
+        ds.set_lr(self.engine, lr)
         micro_batches = len(group)
         for i, batch in enumerate(group):
             window.add_work(self.model, batch)
@@ -240,7 +248,10 @@ class Trainer:
                 self.engine.step()
         window.counted += counted
         self.useful_tokens += int(counted)
-        return ds.finish_step(self.engine, self.config.grad_clip)
+        norm, finite = ds.finish_step(self.engine, self.config.grad_clip)
+        self.step += 1
+        self._mind_nonfinite(finite, window)
+        return lr, norm
 
     # --------------------------------------------------------------------------------------------------- agreement
 
@@ -267,7 +278,7 @@ class Trainer:
         if not self._stop_signal:
             self._stop_signal, self._first_signal_at = number, now
 
-    def _mind_nonfinite(self, finite: bool, window: _Window) -> None:
+    def _mind_nonfinite(self, finite: bool, window: Window) -> None:
         if finite:
             self.nonfinite = 0
             return
@@ -286,7 +297,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ log, validate
 
-    def _log(self, window: _Window, lr: float, norm: float | None, seconds: float, peak: float) -> None:
+    def _log(self, window: Window, lr: float, norm: float | None, seconds: float, peak: float) -> None:
         names, values = window.totals(self.device)
         if self.world_size > 1:
             dist.all_reduce(values)
@@ -445,7 +456,7 @@ class Trainer:
         )
 
 
-class _Window:
+class Window:
     """Sums between two log lines; tensors stay on the device until `totals`."""
 
     def __init__(self) -> None:

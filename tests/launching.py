@@ -12,7 +12,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_size", "64", "--num_hidden_layers", "2", "--max_seq_len", "64", "--batch_size", "4"]
 TINY += ["--num_threads", "1", "--log_interval", "1", "--sample_tokens", "0"]
-_WORDS = "red blue stone river moon bird runs sleeps over under near old small the a 山 水 月 鸟 在 上".split()
+_WORDS = [
+    "red",
+    "blue",
+    "stone",
+    "river",
+    "moon",
+    "bird",
+    "runs",
+    "sleeps",
+    "over",
+    "under",
+    "near",
+    "old",
+    "small",
+    "the",
+    "a",
+    "山",
+    "水",
+    "月",
+    "鸟",
+    "在",
+    "上",
+]
 
 
 def write_corpus(path: Path, rows: int, seed: int = 0) -> Path:

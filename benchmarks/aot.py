@@ -1,0 +1,524 @@
+"""Compile every kernel for GPUs that are not there, exactly as its launcher would, and read what the compiler made.
+
+Purpose:    proof without a card that each kernel compiles for each architecture at each preset's shapes, spills no
+            registers, fits in shared memory and uses tensor cores; and a table of the resources.
+Principle:  the op runs forward and backward on fake tensors (shapes without data). Its launchers reach Triton's
+            `JITFunction.run`, which records the call: arguments, constexprs, options. The record is then compiled for
+            the target as Triton itself would compile it, specialisation of integers and alignment included. So the
+            table cannot drift from the launchers. Registers and stack from cuobjdump, spill bytes from ptxas, shared
+            memory from Triton's metadata; AMD's from the assembly.
+Properties: launch parameters that depend on the card (multiprocessors, shared memory) see the target's numbers.
+            Bytes are those of all tensors that a launch is given, whole and once each: at most what the kernel moves,
+            save for what it reads twice from L2. The floor counts each input and output of the op once, or its matmul
+            FLOPs. One process a target. Compilations are kept in Triton's own cache, so a second run takes seconds.
+
+usage: python benchmarks/aot.py [--targets sm_90,gfx942] [--presets minimind3] [--ops rope] [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # the compiler is what is asked here, and Triton decides at its import
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from minimind_fast import ops
+from minimind_fast.config import ModelConfig
+from minimind_fast.verify import DIFFERENTIABLE, MODELS, Case, Draw, preset_case
+
+TOKENS = 65536
+COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12  # measured on an H200
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit_bytes: int  # that one block may have
+    multiprocessors: int
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", "cuda", 80, 32, 163 * 1024, 108),  # A100
+        Target("sm_86", "cuda", 86, 32, 99 * 1024, 84),  # RTX 3090
+        Target("sm_89", "cuda", 89, 32, 99 * 1024, 128),  # RTX 4090
+        Target("sm_90", "cuda", 90, 32, 227 * 1024, 132),  # H100, H200
+        Target("sm_100", "cuda", 100, 32, 227 * 1024, 148),  # B200
+        Target("sm_120", "cuda", 120, 32, 99 * 1024, 170),  # RTX 5090
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 304),  # MI300X
+    )
+}
+
+
+@dataclass
+class Launch:
+    """One kernel launch of an op's forward or backward, as its launcher made it."""
+
+    op: str
+    preset: str
+    direction: str
+    kernel: JITFunction
+    args: list[Any]
+    options: dict[str, Any]
+    programs: int
+    bytes_moved: int
+
+
+class _Pointer:
+    """Stands for a tensor argument: a dtype, and the alignment that the launcher's view has."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._offset = tensor.storage_offset() * tensor.element_size()
+        self._bytes = tensor.numel() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+    def ptr_range(self) -> int:
+        return self._bytes
+
+
+class _NoDevice(SimpleNamespace):
+    """Stands for Triton's driver: only the target is asked for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _no_card(target: Target):
+    """Let launchers run on fake tensors as if this card were there, each launch going to the list that is yielded."""
+    launches: list[tuple[JITFunction, tuple, dict, Any]] = []
+
+    def run(self, *args, grid, warmup, **options):
+        launches.append((self, args, options, grid))
+
+    properties = SimpleNamespace(
+        multi_processor_count=target.multiprocessors,
+        shared_memory_per_block_optin=target.shared_limit_bytes,
+        major=target.arch // 10 if isinstance(target.arch, int) else 9,
+        minor=target.arch % 10 if isinstance(target.arch, int) else 4,
+        L2_cache_size=50 << 20,
+        warp_size=target.warp_size,
+        total_memory=80 << 30,
+    )
+    # The fake tensors are the CPU's, because PyTorch without CUDA has no autograd for others; they say otherwise.
+    patches = [
+        (JITFunction, "run", run),
+        (FakeTensor, "is_cuda", True),
+        (torch.cuda, "device_of", lambda *_: contextlib.nullcontext()),
+        (torch.cuda, "get_device_properties", lambda *_: properties),
+        (torch.cuda, "get_device_capability", lambda *_: (properties.major, properties.minor)),
+    ]
+    missing = object()
+    before = [(owner, name, owner.__dict__.get(name, missing)) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield launches
+    finally:
+        for owner, name, value in before:
+            delattr(owner, name) if value is missing else setattr(owner, name, value)
+
+
+def _let_fakes_run_the_launchers(op: str) -> None:
+    """Give each custom op of a kernel file its real body as the implementation for fake tensors."""
+    module = sys.modules[ops.kernel(op).__module__]
+    for value in vars(module).values():
+        if isinstance(value, torch.library.CustomOpDef):
+            value._abstract_fn = value._init_fn
+
+
+def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[Launch]:
+    """Run a case's forward and backward on fake tensors and return the launches.
+
+    Args:
+        case: of `preset_case`.
+        preset: named in the rows.
+        dtype: of the inputs.
+        target: the card that the launchers see.
+
+    Returns:
+        The launches in order.
+    """
+    kernel, found = ops.kernel(case.op), []
+    _let_fakes_run_the_launchers(case.op)
+    with _no_card(target) as launches, FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = case.tensors(Draw(dtype))
+        leaves = [tensors[k].requires_grad_() for k in DIFFERENTIABLE[case.op] if tensors[k] is not None]
+        outputs = case.call(kernel, tensors)
+        forward = len(launches)
+        outputs = [out for out in outputs if out.requires_grad]
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)
+        for i, (function, args, options, grid) in enumerate(launches):
+            seen = {}
+            for tensor in args:
+                if isinstance(tensor, torch.Tensor):
+                    seen[tensor.untyped_storage()._cdata, tensor.storage_offset()] = tensor
+            size = sum(t.numel() * t.element_size() for t in seen.values())
+            plain = [_Pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
+            named = {k: _Pointer(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            programs = 1
+            for n in grid(named) if callable(grid) else grid:
+                programs *= int(n)
+            direction = "forward" if i < forward else "backward"
+            found.append(Launch(case.op, preset, direction, function, plain, named, programs, size))
+    return found
+
+
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """Compile a recorded launch for a target.
+
+    Args:
+        launch: of `record`.
+        target: what to compile for.
+
+    Returns:
+        Triton's compiled kernel.
+    """
+    triton.runtime.driver.set_active(_NoDevice(target=GPUTarget(target.backend, target.arch, target.warp_size)))
+    return launch.kernel.run(*launch.args, grid=None, warmup=True, **launch.options)
+
+
+def resources(compiled: Any, target: Target) -> dict[str, Any]:
+    """What the compiler used.
+
+    Args:
+        compiled: of `compile_launch`.
+        target: what it was compiled for.
+
+    Returns:
+        registers (a thread's), spill_bytes (a thread's stores and loads), shared_bytes (a block's), num_warps, and mma:
+        the tensor-core instruction, "" if there is none, None where the kernel has no dot.
+    """
+    out: dict[str, Any] = {"shared_bytes": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
+    has_dot = re.search(r"\btt\.dot", compiled.asm["ttir"]) is not None
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+
+        def number(key: str) -> int:
+            found = re.search(rf"\.{key}:\s*(\d+)", text)
+            return int(found[1]) if found else 0
+
+        spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+        names = re.findall(r"\bv_mfma\w+", text)
+        return {
+            **out,
+            "registers": number("vgpr_count"),
+            "spill_bytes": spills,
+            "mma": (names[0] if names else "") if has_dot else None,
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", f"{folder}/kernel.cubin")
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump gave no resource usage: {usage[-300:]}")
+        out["registers"], stack = int(found[1]), int(found[2])
+        out["spill_bytes"] = 0
+        if stack:  # nothing is spilled without a stack
+            (Path(folder) / "kernel.ptx").write_text(compiled.asm["ptx"])
+            new = isinstance(target.arch, int) and target.arch >= 100
+            arch = f"sm_{target.arch}" + ("a" if isinstance(target.arch, int) and target.arch >= 90 else "")
+            tool = "ptxas-blackwell" if new and (BIN / "ptxas-blackwell").exists() else "ptxas"
+            text = _tool(tool, "-v", f"--gpu-name={arch}", f"{folder}/kernel.ptx", "-o", f"{folder}/again.cubin")
+            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+            if spills is None:
+                raise RuntimeError(f"ptxas gave no spills: {text[-300:]}")
+            out["spill_bytes"] = int(spills[1]) + int(spills[2])
+    mma = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in compiled.asm["ptx"]), "")
+    return {**out, "mma": mma if has_dot else None}
+
+
+def _tool(name: str, *args: str) -> str:
+    done = subprocess.run([str(BIN / name), *args], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row of the table.
+
+    Args:
+        row: of `compile_target`.
+
+    Returns:
+        One sentence each; empty if all is well. On AMD the resources are for information.
+    """
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
+    target, out = TARGETS[row["target"]], []
+    if row["shared_bytes"] > target.shared_limit_bytes:
+        out.append(f"needs {row['shared_bytes']} bytes of shared memory, a block has {target.shared_limit_bytes}")
+    if target.backend == "cuda" and row["spill_bytes"]:
+        out.append(f"spills {row['spill_bytes']} bytes a thread")
+    if row["mma"] == "" and row["dtype"] != "float32":
+        out.append("has a dot but no tensor-core instruction")
+    return out
+
+
+def resident_warps(row: dict[str, Any]) -> int:
+    """Warps that one multiprocessor of an H100 or H200 can hold at once: by registers, shared memory, 64 at most."""
+    warps = row["num_warps"]
+    registers = -(-row["registers"] * 32 // 256) * 256 * warps  # allocated in units of 256 a warp
+    blocks = min(64 // warps, 32, 65536 // max(registers, 1), (228 << 10) // (row["shared_bytes"] + 1024))
+    return blocks * warps
+
+
+def floor(op: str, preset: str, direction: str, tokens: int, element_bytes: int) -> tuple[float, float]:
+    """Bytes that an op must move at least, and FLOPs of its matmuls.
+
+    Args:
+        op: its name.
+        preset: the model.
+        direction: "forward" or "backward".
+        tokens: T.
+        element_bytes: of the activations.
+
+    Returns:
+        (bytes, FLOPs).
+    """
+    c = ModelConfig.preset(preset)
+    assert c.head_dim and c.intermediate_size and c.moe_intermediate_size and c.num_experts_per_tok
+    d, v, back = c.hidden_size, c.vocab_size, direction == "backward"
+    f = c.moe_intermediate_size if c.use_moe else c.intermediate_size
+    qk, kv = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim, c.num_key_value_heads * c.head_dim
+    top_k = c.num_experts_per_tok
+    values = {
+        "rms_norm": 4 * d,
+        "rope": (3 if c.qk_norm else 2) * qk + 2 * kv if back else 2 * qk,
+        "swiglu": (5 if back else 3) * f,
+        "linear_cross_entropy": (2 if back else 1) * d,
+        "linear_kl": 2 * d if back else d + 768,
+        "moe_route": (2 if back else 1) * d,
+        "moe_mlp": (3 if back else 2) * d,
+    }[op]
+    flops = {
+        "linear_cross_entropy": 2 * d * v * (2 if back else 1),
+        "linear_kl": 4 * d * v if back else 2 * (d + 768) * v,
+        "moe_mlp": 6 * d * f * top_k * (2 if back else 1),
+    }.get(op, 0)
+    return tokens * values * element_bytes, tokens * flops
+
+
+def compile_target(name: str, presets: list[str], names: list[str], dtype: str) -> list[dict[str, Any]]:
+    """Record and compile every launch for one target.
+
+    Args:
+        name: key of TARGETS.
+        presets: models.
+        names: ops.
+        dtype: "bfloat16", "float16" or "float32".
+
+    Returns:
+        One row a launch.
+    """
+    target, rows, known = TARGETS[name], [], {}
+    torch.set_num_threads(1)
+    for op in names:
+        for preset in presets:
+            case = preset_case(op, preset, TOKENS)
+            for launch in record(case, preset, getattr(torch, dtype), target) if case is not None else []:
+                row: dict[str, Any] = {
+                    "op": op,
+                    "preset": preset,
+                    "direction": launch.direction,
+                    "kernel": launch.kernel.fn.__name__,
+                    "target": name,
+                    "dtype": dtype,
+                    "programs": launch.programs,
+                    "bytes_moved": launch.bytes_moved,
+                }
+                started = time.perf_counter()
+                try:
+                    compiled = compile_launch(launch, target)
+                    if compiled.hash not in known:
+                        known[compiled.hash] = resources(compiled, target)
+                    row.update(known[compiled.hash])
+                except Exception as error:  # a row of the table, and a failure of the run
+                    row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+                row["seconds"] = round(time.perf_counter() - started, 2)
+                row["problems"] = problems(row)
+                rows.append(row)
+    return rows
+
+
+def ops_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sum the launches of each op, model and direction on an H200, beside the floor.
+
+    Args:
+        rows: of `compile_target` for sm_90.
+
+    Returns:
+        One row an op, preset and direction.
+    """
+    sums: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["op"], row["preset"], row["direction"]
+        total = sums.setdefault(key, {"launches": 0, "bytes_moved": 0})
+        total["launches"] += 1
+        total["bytes_moved"] += row["bytes_moved"]
+    out = []
+    for (op, preset, direction), total in sums.items():
+        least, flops = floor(op, preset, direction, TOKENS, 4 if rows[0]["dtype"] == "float32" else 2)
+        out.append(
+            {
+                "op": op,
+                "preset": preset,
+                "direction": direction,
+                **total,
+                "floor_bytes": least,
+                "floor_us": round(max(least / COPY_BYTES_PER_S, flops / MATMUL_FLOP_PER_S) * 1e6, 1),
+                "matmul_gflop": round(flops / 1e9, 1),
+                # Says nothing where the floor is the matmul's.
+                "bytes_share_of_floor": None if flops else round(least / total["bytes_moved"], 3),
+            }
+        )
+    return out
+
+
+def _markdown(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Kernels, compiled ahead of time",
+        "",
+        f"Made by `python benchmarks/aot.py` with triton {triton.__version__}, T = {TOKENS:,} tokens, {rows[0]['dtype']}. "
+        "Compiled, not run: no number here is a measurement of speed.",
+        "",
+        "Each cell: registers a thread / spilled bytes a thread / shared memory a block in KB, the worst over the models.",
+        "",
+    ]
+    targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
+    lines += ["| kernel | " + " | ".join(targets) + " | tensor cores |", "|---" * (len(targets) + 2) + "|"]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for name in targets:
+            mine = [r for r in rows if r["kernel"] == kernel and r["target"] == name]
+            if any("error" in r for r in mine):
+                cells.append("does not compile")
+                continue
+            worst = [max(r[key] for r in mine) for key in ("registers", "spill_bytes", "shared_bytes")]
+            cells.append(f"{worst[0]} / {worst[1]} / {worst[2] / 1024:.1f}")
+        mma = sorted({r["mma"] for r in rows if r["kernel"] == kernel and r.get("mma")})
+        lines.append(f"| {kernel} | {' | '.join(cells)} | {', '.join(mma) or '-'} |")
+    bad = [f"- {r['target']} {r['preset']} {r['kernel']}: {'; '.join(r['problems'])}" for r in rows if r["problems"]]
+    lines += ["", "## Problems", "", *(bad or ["None."])]
+    if summary:
+        lines += [
+            "",
+            "## Bytes and floors on an H200",
+            "",
+            f"A simple model: {COPY_BYTES_PER_S / 1e12} TB/s, {MATMUL_FLOP_PER_S / 1e12:.0f} TFLOP/s. Bytes moved are those of "
+            "all tensors that the launches are given, whole (of a fused projection also the part that is not read).",
+            "",
+            "| op | model | pass | launches | MB moved | MB at least | share | matmul GFLOP | floor, us |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for s in summary:
+            share = "-" if s["bytes_share_of_floor"] is None else f"{s['bytes_share_of_floor']:.0%}"
+            lines.append(
+                f"| {s['op']} | {s['preset']} | {s['direction']} | {s['launches']} | {s['bytes_moved'] / 1e6:.0f} | "
+                f"{s['floor_bytes'] / 1e6:.0f} | {share} | {s['matmul_gflop']:.0f} | {s['floor_us']} |"
+            )
+        lines += [
+            "",
+            "## Launches on an H200",
+            "",
+            "| kernel | model | pass | programs | warps | registers | shared KB | resident warps an SM |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for r in rows:
+            if r["target"] == "sm_90" and "error" not in r:
+                lines.append(
+                    f"| {r['kernel']} | {r['preset']} | {r['direction']} | {r['programs']} | {r['num_warps']} | "
+                    f"{r['registers']} | {r['shared_bytes'] / 1024:.1f} | {resident_warps(r)} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print the problems, write the tables.
+
+    Args:
+        argv: arguments; the process's own if None.
+
+    Returns:
+        1 if a kernel does not compile, spills, or does not fit; else 0.
+    """
+    parser = argparse.ArgumentParser(description="Compile every kernel for every architecture, and read its resources.")
+    parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("--presets", default=",".join(MODELS), help=f"of {', '.join(MODELS)} (default: all)")
+    parser.add_argument("--ops", default=",".join(ops.NAMES), help=f"of {', '.join(ops.NAMES)} (default: all)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--out", default="", metavar="FOLDER", help="write kernels_aot.json and kernels_aot.md there")
+    args = parser.parse_args(argv)
+    asked = {key: getattr(args, key).split(",") for key in ("targets", "presets", "ops")}
+    for key, known in (("targets", TARGETS), ("presets", MODELS), ("ops", ops.NAMES)):
+        if unknown := [name for name in asked[key] if name not in known]:
+            parser.error(f"unknown {key} {', '.join(unknown)}; choose of {', '.join(known)}")
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    # A fresh process for each target: Triton keeps the first target's kernels in memory.
+    workers = min(len(asked["targets"]), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        jobs = [pool.submit(compile_target, t, asked["presets"], asked["ops"], args.dtype) for t in asked["targets"]]
+        for name, job in zip(asked["targets"], jobs, strict=True):
+            mine = job.result()
+            rows += mine
+            seconds = sum(row["seconds"] for row in mine)
+            print(f"{name:8} {len(mine):4} launches, {seconds:6.1f} s of compilation", flush=True)
+            for row in mine:
+                for problem in row["problems"]:
+                    print(f"    {row['preset']} {row['kernel']} ({row['direction']}): {problem}", flush=True)
+    summary = ops_table([row for row in rows if row["target"] == "sm_90"])
+    if args.out:
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            del row["seconds"]  # so that the same kernels give the same file
+        facts = {
+            "triton": triton.__version__,
+            "tokens": TOKENS,
+            "targets": [asdict(TARGETS[t]) for t in asked["targets"]],
+        }
+        text = json.dumps({**facts, "launches": rows, "ops": summary}, indent=1)
+        (folder / "kernels_aot.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "kernels_aot.md").write_text(_markdown(rows, summary), encoding="utf-8")
+    bad = sum(bool(row["problems"]) for row in rows)
+    print(f"{len(rows) - bad} of {len(rows)} launches are sound; {time.perf_counter() - started:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Pretraining on a CPU, ours against MiniMind's eager loop, side by side in one run.
+
+    python benchmarks/cpu_pretrain.py --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
+
+Purpose: useful tokens per second of both loops, the losses at equal useful tokens, and where our time goes.
+Principle: the same weights, documents, threads and learning rates. The two loops take turns, a few steps each, so that
+    whatever else the machine does meets both; the median of the turns counts. Useful tokens are positions with a target.
+Properties: the baseline is given tokenised data and pays for its padding alone; ours is the real Trainer with its DeepSpeed
+    engine and its loader. Writes benchmarks/results/cpu_pretrain.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from eager_minimind import EagerMiniMind
+from eager_minimind import loss as eager_loss
+
+from minimind_fast import engine, losses, stage
+from minimind_fast.config import TrainConfig
+from minimind_fast.data import PackedBatches, PaddedBatches
+from minimind_fast.progress import clock, peak_flops
+from minimind_fast.token_cache import build_cache
+from minimind_fast.trainer import StepLoss, Trainer, Window, learning_rate
+
+RESULTS = Path(__file__).with_name("results")
+ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8
+LEARNING_RATE = 5e-4
+
+
+def our_loss(model: Any, batch: Any) -> StepLoss:
+    out = model(batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+    return StepLoss(losses.lm(out.logprobs))
+
+
+class Baseline:
+    """MiniMind's loop: accumulate, clip, AdamW, over padded rows in fp32."""
+
+    def __init__(self, model: EagerMiniMind, cache: Any, accumulation: int, total_steps: int) -> None:
+        self.model, self.accumulation, self.total = model, accumulation, total_steps
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False, fused=False)
+        self.batches = iter(PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1))
+        self.step = 0
+
+    def take_step(self) -> tuple[int, float]:
+        config = TrainConfig(learning_rate=LEARNING_RATE)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step, self.total)
+        useful, summed = 0, 0.0
+        for _ in range(self.accumulation):
+            batch = next(self.batches)
+            value = eager_loss(self.model, batch.input_ids, batch.targets)
+            (value / self.accumulation).backward()
+            useful += batch.num_targets
+            summed += value.item() * batch.num_targets
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return useful, summed / useful
+
+
+class Ours:
+    """The Trainer, one step at a time."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.groups = trainer, trainer.groups()
+
+    def take_step(self) -> tuple[int, float]:
+        group, window = next(self.groups), Window()
+        useful = sum(b.num_targets for b in group)
+        self.trainer.train_step(group, useful, window)
+        return useful, (window.sums["loss"] / useful).item()
+
+
+def validation_loss(call: Any, batches: Any) -> float:
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in batches():
+            total += float(call(batch))
+            count += batch.num_targets
+    return total / count
+
+
+def profile(ours: Ours) -> dict[str, float]:
+    """Share of our step by kind of operator, of self CPU time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CPU]) as recorded:
+        ours.take_step()
+    kinds = {"matmul": 0.0, "attention": 0.0, "optimizer": 0.0, "everything elementwise and copies": 0.0}
+    for row in recorded.key_averages():
+        key = row.key
+        kind = (
+            "matmul" if key in ("aten::mm", "aten::addmm", "aten::bmm") else
+            "attention" if "attention" in key else
+            "optimizer" if "adam" in key.lower() else
+            "everything elementwise and copies"
+        )  # fmt: skip
+        kinds[kind] += row.self_cpu_time_total
+    whole = sum(kinds.values())
+    return {kind: value / whole for kind, value in kinds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--val_data_path", required=True)
+    parser.add_argument("--tokenizer_path", required=True)
+    parser.add_argument("--preset", default="minimind2-small")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each loop")
+    parser.add_argument("--threads", type=int, default=0)
+    args = parser.parse_args()
+
+    our_steps_a_turn = 2
+    config = TrainConfig(
+        preset=args.preset, tokenizer_path=args.tokenizer_path, data_path=[args.data_path], batch_size=16,
+        max_seq_len=LENGTH, accumulation_steps=1, learning_rate=LEARNING_RATE, num_threads=args.threads,
+        save_dir=tempfile.mkdtemp(), sample_tokens=0,
+    )  # fmt: skip
+    our_tokens = config.batch_size * LENGTH
+    device = stage.begin(config)
+    tokenizer = stage.load_tokenizer(config)
+    model = stage.load_model(config, tokenizer)
+    cache = build_cache(args.data_path, tokenizer)
+    val_cache = build_cache(args.val_data_path, tokenizer)
+    fp32, fp32_how = peak_flops(device, torch.float32)
+    bf16, _ = peak_flops(device, torch.bfloat16)
+
+    # Equal useful tokens: the baseline's step is as many micro-batches of rows as carry what one of our packs does.
+    rows = PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1)
+    mean_useful = statistics.mean(b.num_targets for b, _ in zip(rows, range(50), strict=False))
+    accumulation = max(1, round(our_tokens / mean_useful))
+    steps = args.turns * our_steps_a_turn
+    baseline = Baseline(EagerMiniMind.from_ours(model), cache, accumulation, steps)
+    data = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
+    trainer = Trainer(config, "bench", model, tokenizer, data, our_loss, device)
+    trainer.total_steps = steps
+    ours = Ours(trainer)
+    some = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
+    fill = statistics.mean(b.num_targets / our_tokens for b, _ in zip(some, range(50), strict=False))
+
+    curves: dict[str, list[tuple[int, float]]] = {"baseline": [], "ours": []}
+    rates: dict[str, list[float]] = {"baseline": [], "ours": []}
+    for turn in range(args.turns):
+        for name, loop in (("baseline", baseline), ("ours", ours)):
+            begin, tokens = time.perf_counter(), 0
+            for _ in range(our_steps_a_turn):
+                useful, value = loop.take_step()
+                tokens += useful
+                seen = (curves[name][-1][0] if curves[name] else 0) + useful
+                curves[name].append((seen, value))
+            rates[name].append(tokens / (time.perf_counter() - begin))
+            print(
+                f"turn {turn + 1}/{args.turns} {name:8} {rates[name][-1]:8,.0f} useful tok/s  loss {value:.3f}",
+                flush=True,
+            )
+
+    def eager_total(batch: Any) -> torch.Tensor:
+        return eager_loss(baseline.model, batch.input_ids, batch.targets) * batch.num_targets
+
+    val_rows = PaddedBatches(val_cache, batch_size=ROWS, max_seq_len=LENGTH + 1)
+    val_packs = PackedBatches(val_cache, batch_tokens=8192, max_seq_len=LENGTH, seed=0, shuffle=False)
+    trainer.model.eval()
+    val = {
+        "baseline": validation_loss(eager_total, stage.one_pass(val_rows)),
+        "ours": validation_loss(lambda b: our_loss(trainer.engine, b).total, stage.one_pass(val_packs)),
+    }
+    trainer.model.train()
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    pairs = LENGTH * (LENGTH + 1) // 2
+    flops_a_token = model.flops(1, 0)
+    positions_per_s = median["baseline"] / (mean_useful / (ROWS * LENGTH))
+    flops_a_position = flops_a_token + model.flops(0, pairs) / LENGTH
+    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    result = {
+        "machine": {
+            "processor": next(names, platform.processor()).split(":")[-1].strip(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "matmul_fp32_gflops": fp32 / 1e9,
+            "matmul_bf16_gflops": bf16 / 1e9,
+            "measured_by": fp32_how,
+        },
+        "preset": args.preset,
+        "baseline": {
+            "what": f"eager fp32, rows of {LENGTH} padded, batch {ROWS} x {accumulation}, whole logits, AdamW",
+            "useful_tokens_per_s": median["baseline"],
+            "turns": rates["baseline"],
+            "useful_share": mean_useful / (ROWS * LENGTH),
+            "positions_per_s": positions_per_s,
+            "share_of_fp32_matmul": positions_per_s * flops_a_position / fp32,
+            "curve": curves["baseline"],
+            "val_loss": val["baseline"],
+        },
+        "ours": {
+            "what": f"Trainer, bf16 with fp32 masters, ZeRO {config.zero_stage}, packs of {our_tokens} tokens",
+            "useful_tokens_per_s": median["ours"],
+            "turns": rates["ours"],
+            "useful_share": fill,
+            "share_of_bf16_matmul": median["ours"] * flops_a_token / bf16,
+            "curve": curves["ours"],
+            "val_loss": val["ours"],
+            "profile": profile(ours),
+        },
+        "ratio": median["ours"] / median["baseline"],
+        "epoch": {name: clock(cache.num_tokens / rate) for name, rate in median.items()},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cpu_pretrain.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = table(result)
+    (RESULTS / "cpu_pretrain.md").write_text(text, encoding="utf-8")
+    print("\n" + text)
+
+
+def table(r: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    b, o, m = r["baseline"], r["ours"], r["machine"]
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in o["profile"].items())
+    return f"""Measured by `benchmarks/cpu_pretrain.py` on {m["threads"]} threads of {m["processor"]}, torch {m["torch"]}, {r["preset"]}.
+
+| loop | useful tokens/s | useful share of positions | share of the matmul rate | one epoch | validation loss |
+|---|---|---|---|---|---|
+| {b["what"]} | {b["useful_tokens_per_s"]:,.0f} | {b["useful_share"]:.1%} | {b["share_of_fp32_matmul"]:.0%} of fp32 | {r["epoch"]["baseline"]} | {b["val_loss"]:.3f} |
+| {o["what"]} | {o["useful_tokens_per_s"]:,.0f} | {o["useful_share"]:.1%} | {o["share_of_bf16_matmul"]:.0%} of bf16 | {r["epoch"]["ours"]} | {o["val_loss"]:.3f} |
+| ratio | **{r["ratio"]:.1f}x** | | | | |
+
+Losses after {b["curve"][-1][0]:,} and {o["curve"][-1][0]:,} useful tokens. These cores multiply matrices at {m["matmul_fp32_gflops"]:.0f} GFLOP/s in
+fp32 and {m["matmul_bf16_gflops"]:.0f} in bf16 ({m["measured_by"]}). Our step: {shares}.
+"""  # noqa: E501
+
+
+if __name__ == "__main__":
+    engine.keep_freed_memory()
+    stage.start(main)

@@ -1,0 +1,143 @@
+"""MiniMind as its users run it, in plain eager PyTorch: the baseline of every ratio.
+
+Purpose: a faithful stand-in for upstream's dense model and training loop, written for this benchmark.
+Principle: separate q, k, v, gate and up projections, keys and values repeated for the query heads, RMSNorm and RoPE as
+    chains of elementwise operators, whole logits, cross-entropy over padded rows, unfused AdamW.
+Properties: it loads the same weights as our model (`from_ours`), so that both start from the same point; nothing in it is
+    slowed down on purpose: attention is PyTorch's causal SDPA, data is tokenised beforehand as ours is.
+
+Source: the behaviour of MiniMind (jingyaogong/minimind, Apache-2.0), restated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_fast.checkpoint import to_disk_names
+from minimind_fast.config import ModelConfig
+from minimind_fast.model import MiniMind, rope_tables
+
+
+class Norm(nn.Module):
+    def __init__(self, size: int, eps: float, cast_first: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.cast_first = nn.Parameter(torch.ones(size)), eps, cast_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.type_as(x) if self.cast_first else (self.weight * normed).type_as(x)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return (x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin).to(x.dtype)
+
+
+def repeat_kv(x: Tensor, times: int) -> Tensor:
+    b, t, heads, hd = x.shape
+    return x if times == 1 else x[:, :, :, None, :].expand(b, t, heads, times, hd).reshape(b, t, heads * times, hd)
+
+
+class EagerAttention(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv, self.hd = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.hd, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv * self.hd, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv * self.hd, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.hd, c.hidden_size, bias=False)
+        self.q_norm = Norm(self.hd, c.rms_norm_eps, c.norm_cast_first) if c.qk_norm else None
+        self.k_norm = Norm(self.hd, c.rms_norm_eps, c.norm_cast_first) if c.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, self.heads, self.hd)
+        k = self.k_proj(x).view(b, t, self.kv, self.hd)
+        v = self.v_proj(x).view(b, t, self.kv, self.hd)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        times = self.heads // self.kv
+        q, k, v = q.transpose(1, 2), repeat_kv(k, times).transpose(1, 2), repeat_kv(v, times).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
+
+
+class EagerMLP(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class EagerBlock(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(c.hidden_size, c.rms_norm_eps, c.norm_cast_first)
+        self.self_attn = EagerAttention(c)
+        self.post_attention_layernorm = Norm(c.hidden_size, c.rms_norm_eps, c.norm_cast_first)
+        self.mlp = EagerMLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class EagerMiniMind(nn.Module):
+    """A dense MiniMind of either generation.
+
+    Args:
+        config: use_moe must be False.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.use_moe:
+            raise ValueError("the eager baseline is dense")
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList([EagerBlock(config) for _ in range(config.num_hidden_layers)])
+        self.model.norm = Norm(config.hidden_size, config.rms_norm_eps, config.norm_cast_first)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.weight = self.model.embed_tokens.weight
+        for name, table in zip(("cos", "sin"), rope_tables(config, 2048), strict=True):
+            self.register_buffer(name, torch.cat([table, table], -1)[None, :, None, :], persistent=False)
+
+    @classmethod
+    def from_ours(cls, model: MiniMind) -> EagerMiniMind:
+        """The same weights under MiniMind's own names.
+
+        Args:
+            model: dense.
+        """
+        eager = cls(model.config)
+        eager.load_state_dict({n: t.float() for n, t in to_disk_names(model.state_dict(), model.config).items()})
+        return eager
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> logits (B, T, V)."""
+        t = input_ids.shape[1]
+        cos, sin = self.cos[:, :t], self.sin[:, :t]
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
+        return self.lm_head(self.model.norm(x))
+
+
+def loss(model: EagerMiniMind, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the targets that are not padding, of whole logits in float32.
+
+    Args:
+        model: the baseline.
+        input_ids: (B, T).
+        targets: (B, T), -100 on padding.
+    """
+    logits = model(input_ids).float()
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten(), ignore_index=-100)

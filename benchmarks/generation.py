@@ -1,0 +1,178 @@
+"""Decoding speed on a CPU: ours against a plain eager loop with growing caches.
+
+Purpose: a table of decode tokens/s for minimind2-small with 512 tokens of context, one row and a batch of 8.
+Principle: both sides have the same weights, dtype, thread count and prompts, and must give the same greedy tokens.
+    The other side is written the way MiniMind decodes: separate q, k and v projections, norms and rotation in several
+    ops, `torch.cat` to grow the cache, kv heads repeated, the scores written out, and the head over the last position.
+Properties: runs alternate between the sides, so that other load on the machine meets both; medians and the median of
+    the ratios of neighbouring runs are reported. `python benchmarks/generation.py` writes results/cpu_generation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import minimind_fast as mm
+from minimind_fast.checkpoint import to_disk_names
+from minimind_fast.decode import Decoder
+
+RESULTS = Path(__file__).with_name("results") / "cpu_generation.json"
+
+
+class EagerLoop:
+    """A dense MiniMind2 decoded step by step with caches that grow by `torch.cat`.
+
+    Args:
+        model: its weights are shared, not copied.
+    """
+
+    def __init__(self, model: mm.MiniMind) -> None:
+        config = model.config
+        assert not config.use_moe and not config.qk_norm and config.head_dim
+        self.w = to_disk_names(model.state_dict(), config)
+        self.heads, self.kv_heads, self.layers = config.num_attention_heads, config.num_key_value_heads, 0
+        self.layers, self.head_dim, self.eps = config.num_hidden_layers, config.head_dim, config.rms_norm_eps
+        cos, sin = model.model.rotary.cos, model.model.rotary.sin
+        self.cos, self.sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+        self.past: list[tuple[Tensor, Tensor] | None] = [None] * self.layers
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return ((x * cos.unsqueeze(1)) + (turned * sin.unsqueeze(1))).to(x.dtype)
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        b, t, heads, hd = x.shape
+        groups = self.heads // self.kv_heads
+        return x[:, :, :, None, :].expand(b, t, heads, groups, hd).reshape(b, t, heads * groups, hd)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, n) new tokens -> (B, V) logits after the last."""
+        b, n = ids.shape
+        begin = 0 if self.past[0] is None else self.past[0][0].shape[1]
+        h = F.embedding(ids, self.w["model.embed_tokens.weight"])
+        cos, sin = self.cos[begin : begin + n], self.sin[begin : begin + n]
+        for i in range(self.layers):
+            p = f"model.layers.{i}."
+            x = self._norm(h, self.w[p + "input_layernorm.weight"])
+            q, k, v = (
+                F.linear(x, self.w[f"{p}self_attn.{c}_proj.weight"]).view(b, n, -1, self.head_dim) for c in "qkv"
+            )
+            q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+            if (past := self.past[i]) is not None:
+                k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+            self.past[i] = (k, v)
+            q, k, v = q.transpose(1, 2), self._repeat(k).transpose(1, 2), self._repeat(v).transpose(1, 2)
+            if n > 1:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                scores = (q @ k.transpose(-2, -1)) / math.sqrt(self.head_dim)
+                scores = scores + torch.triu(torch.full((n, n), float("-inf")), diagonal=1)[None, None]
+                out = F.softmax(scores.float(), dim=-1).type_as(q) @ v
+            h = h + F.linear(out.transpose(1, 2).reshape(b, n, -1), self.w[p + "self_attn.o_proj.weight"])
+            x = self._norm(h, self.w[p + "post_attention_layernorm.weight"])
+            gate, up = (F.linear(x, self.w[f"{p}mlp.{c}_proj.weight"]) for c in ("gate", "up"))
+            h = h + F.linear(F.silu(gate) * up, self.w[p + "mlp.down_proj.weight"])
+        return F.linear(self._norm(h, self.w["model.norm.weight"])[:, -1], self.w["lm_head.weight"])
+
+
+@torch.inference_mode()
+def run_eager(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
+    """Greedy tokens (B, new) and seconds a decode step."""
+    loop = EagerLoop(model)
+    ids = loop.forward(prompts).argmax(-1, keepdim=True)
+    out, begin_s = [ids], time.perf_counter()
+    for _ in range(new - 1):
+        ids = loop.forward(ids).argmax(-1, keepdim=True)
+        out.append(ids)
+    return torch.cat(out, 1).tolist(), (time.perf_counter() - begin_s) / (new - 1)
+
+
+@torch.inference_mode()
+def run_ours(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
+    """The same by `Decoder`."""
+    decoder = Decoder(model, prompts.shape[0], prompts.shape[1] + new)
+    ids = decoder.prefill(prompts.tolist()).argmax(-1)
+    out, begin_s = [ids], time.perf_counter()
+    for _ in range(new - 1):
+        ids = decoder.step(ids).argmax(-1)
+        out.append(ids)
+    return torch.stack(out, 1).tolist(), (time.perf_counter() - begin_s) / (new - 1)
+
+
+def compare(dtype: torch.dtype, rows: int, context: int, new: int, rounds: int) -> dict:
+    """One row of the table: alternate both sides.
+
+    Args:
+        dtype: of weights and cache.
+        rows: B.
+        context: prompt tokens of each row.
+        new: tokens decoded a run.
+        rounds: runs of each side.
+
+    Returns:
+        Medians in tokens/s over the whole batch, the median ratio, and the share of equal greedy tokens.
+    """
+    torch.manual_seed(0)
+    model = mm.MiniMind(mm.ModelConfig.preset("minimind2-small")).to(dtype).eval()
+    prompts = torch.randint(3, model.config.vocab_size, (rows, context))
+    run_eager(model, prompts, 4), run_ours(model, prompts, 4)
+    pairs = []
+    for _ in range(rounds):
+        theirs, eager_s = run_eager(model, prompts, new)
+        ours, ours_s = run_ours(model, prompts, new)
+        pairs.append((eager_s, ours_s))
+    same = [a == b for x, y in zip(theirs, ours, strict=True) for a, b in zip(x, y, strict=True)]
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "rows": rows,
+        "context_tokens": context,
+        "eager_tokens_per_s": rows / statistics.median(e for e, _ in pairs),
+        "ours_tokens_per_s": rows / statistics.median(o for _, o in pairs),
+        "ratio": statistics.median(e / o for e, o in pairs),
+        "equal_greedy_tokens": sum(same) / len(same),
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded a run")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = []
+    print(f"minimind2-small, {args.context} tokens of context, {args.threads} threads, torch {torch.__version__}")
+    print(f"{'dtype':>9} {'rows':>5} {'eager tok/s':>12} {'ours tok/s':>11} {'ratio':>6} {'equal tokens':>13}")
+    for dtype in args.dtypes:
+        for rows in args.rows:
+            r = compare(getattr(torch, dtype), rows, args.context, args.new, args.rounds)
+            results.append(r)
+            speeds = f"{r['eager_tokens_per_s']:12.1f} {r['ours_tokens_per_s']:11.1f} {r['ratio']:6.2f}"
+            print(f"{r['dtype']:>9} {r['rows']:5} {speeds} {r['equal_greedy_tokens']:13.1%}", flush=True)
+    machine = {"machine": platform.machine(), "threads": args.threads, "torch": str(torch.__version__)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**machine, "results": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
