@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 ARGS   ?=
+# DeepSpeed's launcher warns at length where there is no GPU, unless it is told beforehand.
+QUIETLY := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help install pretrain test lint format aot bench clean
@@ -27,7 +29,7 @@ $(VENV)/installed-test: $(VENV)/installed
 install: $(VENV)/installed ## Make the environment and install the package in it
 
 pretrain: $(VENV)/installed ## Train a small model on the shipped sample (ARGS="--data_path my.jsonl ..." for your own)
-	$(BIN)/deepspeed train/pretrain.py $(ARGS)
+	@$(QUIETLY) $(BIN)/deepspeed -q train/pretrain.py $(ARGS)
 
 test: $(VENV)/installed-test ## Run the test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -278,7 +278,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         One sentence each; empty if all is well. On AMD the resources are for information.
     """
     if "error" in row:
-        return [f"does not compile: {row['error']}"]
+        return [row["error"]]
     target, out = TARGETS[row["target"]], []
     if row["shared_bytes"] > target.shared_limit_bytes:
         out.append(f"needs {row['shared_bytes']} bytes of shared memory, a block has {target.shared_limit_bytes}")
@@ -346,18 +346,24 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
         One row a launch.
     """
     target, rows, known = TARGETS[name], [], {}
+    row: dict[str, Any]
     torch.set_num_threads(1)
     for op in names:
         for preset in presets:
             case = preset_case(op, preset, TOKENS)
-            for launch in record(case, preset, getattr(torch, dtype), target) if case is not None else []:
-                row: dict[str, Any] = {
-                    "op": op,
-                    "preset": preset,
+            same = {"op": op, "preset": preset, "target": name, "dtype": dtype}
+            try:
+                launches = [] if case is None else record(case, preset, getattr(torch, dtype), target)
+            except Exception as error:  # a row of the table, and a failure of the run
+                fault = f"the launcher raised {type(error).__name__}: {str(error)[:300]}"
+                row = {**same, "direction": "", "kernel": op, "bytes_moved": 0, "seconds": 0.0, "error": fault}
+                rows.append({**row, "problems": problems(row)})
+                continue
+            for launch in launches:
+                row = {
+                    **same,
                     "direction": launch.direction,
                     "kernel": launch.kernel.fn.__name__,
-                    "target": name,
-                    "dtype": dtype,
                     "programs": launch.programs,
                     "bytes_moved": launch.bytes_moved,
                 }
@@ -367,8 +373,8 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
                     if compiled.hash not in known:
                         known[compiled.hash] = resources(compiled, target)
                     row.update(known[compiled.hash])
-                except Exception as error:  # a row of the table, and a failure of the run
-                    row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+                except Exception as error:
+                    row["error"] = f"does not compile: {type(error).__name__}: {str(error)[:300]}"
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 row["problems"] = problems(row)
                 rows.append(row)
@@ -439,8 +445,8 @@ def _markdown(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> str:
             "",
             "## Bytes and floors on an H200",
             "",
-            f"A simple model: {COPY_BYTES_PER_S / 1e12} TB/s, {MATMUL_FLOP_PER_S / 1e12:.0f} TFLOP/s. Bytes moved are those of "
-            "all tensors that the launches are given, whole (of a fused projection also the part that is not read).",
+            f"A simple model: {COPY_BYTES_PER_S / 1e12} TB/s, {MATMUL_FLOP_PER_S / 1e12:.0f} TFLOP/s. Bytes moved are those "
+            "of all tensors that the launches are given, whole (of a fused projection also the part that is not read).",
             "",
             "| op | model | pass | launches | MB moved | MB at least | share | matmul GFLOP | floor, us |",
             "|---|---|---|---|---|---|---|---|---|",

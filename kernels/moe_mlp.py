@@ -495,7 +495,7 @@ def _moe_mlp_bwd(
     want_d_hidden = want_dx or want_d_gate_up
     d_hidden = hidden.new_empty(hidden.shape if want_d_hidden else 0)
     act = hidden.new_empty((launch.S, F) if want_d_down else 0)
-    blocks = triton.cdiv(F, params["BLOCK_N"])
+    blocks: int = triton.cdiv(F, params["BLOCK_N"])
     partial = weights.new_empty((blocks, launch.S) if want_d_weights else 0)
     with torch.cuda.device_of(x):
         _moe_d_hidden_kernel[launch.grid(F, params)](

@@ -407,7 +407,7 @@ def _route_fwd(
     params = _launch_params("fwd", T, D, E, x.element_size())
     warps = {"num_warps": params["num_warps"]}
     tile = {"BLOCK_T": params["BLOCK_T"], "BLOCK_E": params["BLOCK_E"]}
-    tiles = triton.cdiv(T, tile["BLOCK_T"])
+    tiles: int = triton.cdiv(T, tile["BLOCK_T"])
     tile_counts = x.new_empty((tiles, E), dtype=torch.int32)
     tile_load = tile_counts if valid is None else torch.empty_like(tile_counts)
     tile_mass = x.new_empty((tiles, E), dtype=scores.dtype)

@@ -34,11 +34,11 @@ MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: more would not fit a row and it
 # tiles and dw are live there; 24 spilled at 96 on sm_100.
 VALUES_PER_THREAD_FWD = 48
 VALUES_PER_THREAD_BWD = 16
-# Backward warps on each SM, as many as its registers hold at once (128 a thread at 768 columns, 168 at 1024), for a
-# grid that waits for room would give some programs twice the time. 16 keep 16 x 4.6 KB = 74 KB in flight (the latency
-# of HBM asks for about 30 KB), and their partial rows of dw (132 x 16 x 3 KB = 6.5 MB) stay in L2 until they are added.
+# Backward warps on each SM, as many as its registers hold at once (up to 130 a thread at 768 columns, 168 at 1024), for
+# a grid that waits for room would give some programs twice the time. 15 keep 15 x 4.6 KB = 69 KB in flight (the latency
+# of HBM asks for about 30 KB), and their partial rows of dw (132 x 15 x 3 KB = 6 MB) stay in L2 until they are added.
 # Without dw, one tile a program.
-WARPS_PER_SM_BWD, WARPS_PER_SM_BWD_WIDE, WIDE_COLUMNS = 16, 12, 768
+WARPS_PER_SM_BWD, WARPS_PER_SM_BWD_WIDE, WIDE_COLUMNS = 15, 12, 768
 # Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
 CPU_PROGRAMS = 3
 # The sum of the partial rows: 64-byte pieces of 256 rows at a time, so that D / 16 programs share the work.

@@ -36,9 +36,10 @@ VALUES_PER_THREAD_NORM_BWD = 48
 # The k tile's values a thread that make 16-byte loads: where there is room, a program takes tokens up to that.
 VECTOR = 8
 MAX_WARPS = 16
-# Backward warps on each SM, as many as its registers hold at once (195 a thread for MiniMind3), for a grid that waits
-# for room would give some programs twice the time: 10 x 5.4 KB in flight. Without dw, one tile a program.
-WARPS_PER_SM_BWD = 10
+# Backward warps on each SM, as many as its registers hold at once (195 to 206 a thread for MiniMind3, by architecture),
+# for a grid that waits for room would give some programs twice the time: 9 x 5.4 KB in flight. Without dw, one tile a
+# program.
+WARPS_PER_SM_BWD = 9
 # Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
 CPU_PROGRAMS = 3
 # The sum of the partial rows: 64-byte pieces of 256 rows at a time.

@@ -262,7 +262,7 @@ class TrainConfig:
     epochs: int = option(2, "passes over the data")
     max_steps: int = option(0, "stop after this many optimizer steps (0: by epochs)")
     max_minutes: float = option(
-        0.0, "stop after this many minutes of training, the schedule fitted to it (0: no limit)"
+        0.0, "train for at most this many minutes; the learning rate falls with them (0: no limit)"
     )
     learning_rate: float = option(5e-4, "peak learning rate")
     lr_schedule: str = option("minimind", "shape of the learning rate", choices=("minimind", "cosine", "constant"))

@@ -11,47 +11,49 @@ Shapes: B rows, T tokens, S slots, n tokens a row, H query heads, K kv heads, hd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_fast import ops
 from minimind_fast.attention import Rectangles, resolve
+from minimind_fast.decode_cpu import CpuStep
 from minimind_fast.model import MiniMind, Packed
+
+Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
+_GRAPH_SLOTS = 256  # a graph is captured for a multiple of this many visible slots
 
 
 class Prefill(NamedTuple):
     """Packed prompts from position 0: attention as in training, keys and values kept."""
 
-    cache: Tensor  # (L, 2, B, K, S, hd)
+    cache: Tensor  # (L, B, 2K, S, hd)
     rows: Tensor  # (T,)
     positions: Tensor  # (T,)
     packed: Packed
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
-        keys, values = self.cache[layer]
-        keys[self.rows, :, self.positions] = k
-        values[self.rows, :, self.positions] = v
+        self.cache[layer][self.rows, :, self.positions] = torch.cat([k, v], -2)
         return self.packed.attend(layer, q, k, v)
 
 
 class Extend(NamedTuple):
     """n further tokens in each of R rows, each seeing its own row up to itself."""
 
-    cache: Tensor  # (L, 2, R, K, S, hd), the slots that anybody may see
+    cache: Tensor  # (L, R, 2K, S, hd), the slots that anybody may see
     rows: Tensor  # (R, n) 0 .. R - 1
     positions: Tensor  # (R, n)
     mask: Tensor | None  # (R, 1, n, S) bool; None if all is visible
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(R n, H, hd), (R n, K, hd), (R n, K, hd) -> (R n, H, hd)."""
-        keys, values = self.cache[layer]
         shape = self.positions.shape
-        keys[self.rows, :, self.positions] = k.unflatten(0, shape)
-        values[self.rows, :, self.positions] = v.unflatten(0, shape)
+        self.cache[layer][self.rows, :, self.positions] = torch.cat([k, v], -2).unflatten(0, shape)
+        keys, values = self.cache[layer].chunk(2, dim=1)
         groups = q.shape[1] // k.shape[1]
         grouped = q.view(*shape, k.shape[1], groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (R, K, G n, hd)
         mask = self.mask if self.mask is None or shape[1] == 1 else self.mask.repeat(1, 1, groups, 1)
@@ -72,11 +74,13 @@ class Decoder:
         config, weight = model.config, model.model.embed_tokens.weight
         self.model, self.device, self.dtype = model, weight.device, weight.dtype
         assert config.head_dim is not None
-        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, slots, config.head_dim)
+        # Keys and values of a layer side by side: one write stores both.
+        shape = (config.num_hidden_layers, rows, 2 * config.num_key_value_heads, slots, config.head_dim)
         # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.lengths = [0] * rows  # on the host, so that nothing waits for the device
         self.positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the same on the device
+        self._fast: Step | None = None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
@@ -131,13 +135,13 @@ class Decoder:
         n = max(map(len, pieces))
         ids = torch.tensor([p + p[-1:] * (n - len(p)) for p in pieces], device=self.device)
         positions = torch.arange(begin, begin + n, device=self.device).expand(len(rows), n)
-        some = len(rows) < self.cache.shape[2]
-        cache = self.cache[:, :, rows] if some else self.cache
+        some = len(rows) < self.cache.shape[1]
+        cache = self.cache[:, rows] if some else self.cache
         slots = torch.arange(begin + n, device=self.device)
         mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)
         hidden = self._extend(ids, positions, cache[..., : begin + n, :], mask)
         if some:
-            self.cache[:, :, rows] = cache
+            self.cache[:, rows] = cache
         last = torch.tensor([len(p) - 1 for p in pieces], device=self.device)
         return hidden.unflatten(0, ids.shape)[torch.arange(len(rows), device=self.device), last]
 
@@ -158,12 +162,34 @@ class Decoder:
             (B, V) logits of the token after it.
         """
         used = max(self.lengths) + 1
-        mask = None
-        if min(self.lengths) + 1 < used:
-            mask = (torch.arange(used, device=self.device) <= self.positions.unsqueeze(1))[:, None, None]
-        hidden = self._extend(ids.unsqueeze(1), self.positions.unsqueeze(1), self.cache[..., :used, :], mask)
+        if self._fast is None:
+            self._fast = self._make_fast()
+        logits = self._fast(ids, self.positions, used, min(self.lengths) + 1 == used)
         self.lengths = [n + 1 for n in self.lengths]
         self.positions = self.positions + 1
+        return logits
+
+    def _make_fast(self) -> Step:
+        if self.device.type == "cuda" and can_capture(self.model):
+            return GraphStep(self)
+        if self.device.type == "cpu":
+            return CpuStep(self.model, self.cache)
+        return self.plain_step
+
+    def plain_step(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
+        """One token a row through the model itself; the other steps are held to it.
+
+        Args:
+            ids: (B,) tokens.
+            positions: (B,) where they stand.
+            used: slots in use, these included.
+            level: every row is equally long.
+
+        Returns:
+            (B, V) logits.
+        """
+        mask = None if level else (torch.arange(used, device=self.device) <= positions.unsqueeze(1))[:, None, None]
+        hidden = self._extend(ids.unsqueeze(1), positions.unsqueeze(1), self.cache[..., :used, :], mask)
         return self.model.lm_head(hidden).logits
 
     @torch.inference_mode()
@@ -177,7 +203,59 @@ class Decoder:
         Returns:
             The ids of these rows.
         """
-        self.cache = self.cache[:, :, rows]
+        self.cache = self.cache[:, rows]
+        self._fast = None
         self.lengths = [self.lengths[r] for r in rows]
         self.positions = self.positions[rows]
         return ids[rows]
+
+
+def can_capture(model: MiniMind) -> bool:
+    """Whether a decode step is free of host synchronisation; only the reference form of `moe_mlp` is not.
+
+    Args:
+        model: on a GPU.
+    """
+    return not model.config.use_moe or ops.describe("cuda").get("moe_mlp", "reference").startswith("kernel")
+
+
+class GraphStep:
+    """`Decoder.plain_step` as CUDA graphs: one launch a token instead of some hundred.
+
+    A graph has fixed shapes, so it looks at a multiple of 256 slots, the unused ones masked; a new one is captured when
+    the rows have outgrown it. All share one memory pool.
+
+    Args:
+        decoder: its cache and positions are read at the addresses they have now.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.slots = decoder, 0
+        self.ids, self.positions = torch.zeros_like(decoder.positions), torch.zeros_like(decoder.positions)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        if used > self.slots:
+            self._capture(used)
+        assert self.graph is not None
+        self.graph.replay()
+        return self.logits.clone()  # the next replay writes here again
+
+    def _capture(self, used: int) -> None:
+        rounded = -(-used // _GRAPH_SLOTS) * _GRAPH_SLOTS
+        self.slots = min(rounded, self.decoder.cache.shape[-2])
+        # Warm-up outside the capture compiles kernels and fills library workspaces; it writes the slots that the
+        # replay writes again with the same values.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.decoder.plain_step(self.ids, self.positions, self.slots, False)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=self.pool):
+            self.logits = self.decoder.plain_step(self.ids, self.positions, self.slots, False)

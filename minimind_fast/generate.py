@@ -200,16 +200,22 @@ def _steps(
         decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
         logits = decoder.prefill(prompts, prefill_chunk)
         picker = _Picker(prompts, sampling, seeds, logits, logprobs)
-        rows = list(range(len(prompts)))
+        rows: list[int | None] = list(range(len(prompts)))  # who runs at each place of the batch; None: finished
         for step in range(max_new_tokens):
             ids, logps = picker.pick(logits)
             tokens = ids.tolist()
-            stopped = [t in stops for t in tokens]
-            yield rows, tokens, logps.tolist() if logprobs else [], stopped
+            places = [i for i, row in enumerate(rows) if row is not None]
+            found, values = [tokens[i] for i in places], logps.tolist() if logprobs else []
+            stopped = [t in stops for t in found]
+            yield [rows[i] for i in places], found, [values[i] for i in places] if logprobs else [], stopped  # type: ignore[misc]
             if step + 1 == max_new_tokens or all(stopped):
                 return
-            if any(stopped):
-                kept = [i for i, stop in enumerate(stopped) if not stop]
+            for i, stop in zip(places, stopped, strict=True):
+                if stop:
+                    rows[i] = None
+            # Closing up copies the cache, so it waits until a quarter of the batch has finished.
+            if 4 * rows.count(None) >= len(rows):
+                kept = [i for i, row in enumerate(rows) if row is not None]
                 rows = [rows[i] for i in kept]
                 ids = decoder.keep(kept, ids)
                 picker.keep(kept)

@@ -36,7 +36,6 @@ from minimind_fast.progress import Progress, clock, draw_loss, peak_flops
 from minimind_fast.tokenizer import Tokenizer
 
 SAVE_EVERY_S = 600  # with --save_interval 0
-BACKWARD_AND_STEP = 4.0  # a whole step in forward passes: 1 forward, 2 backward, the optimizer and a margin
 SECOND_SIGNAL_S = 2.0  # a launcher passes Ctrl-C on as SIGTERM at once; a later second signal means "now"
 
 
@@ -62,7 +61,7 @@ class StepLoss:
 LossFunction = Callable[[Any, Batch], StepLoss]
 
 
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+def learning_rate(config: TrainConfig, step: float, total: int) -> float:
     """Learning rate of a step.
 
     Args:
@@ -118,8 +117,9 @@ class Trainer:
         self.device, self.data = device, Prefetcher(data) if device.type == "cuda" else data
         self.folder = Path(config.save_dir) / (config.save_weight or name)
         self.checkpoint_folder, self.weights_folder = self.folder / "checkpoints", self.folder / "weights"
-        self.step, self.epoch, self.useful_tokens, self.nonfinite, self.best_s = 0, 0, 0, 0, math.inf
+        self.step, self.useful_tokens, self.nonfinite = 0, 0, 0
         self._stop_signal, self._first_signal_at = 0, 0.0
+        self._began, self._seconds_before = time.monotonic(), 0.0
 
         self.ds_config = ds.deepspeed_config(config, self.world_size)
         ds.adopt(config, self.ds_config)
@@ -143,11 +143,8 @@ class Trainer:
             state = resume.load(self.engine, checkpoint)
             self.step, self.useful_tokens = state["step"], state["useful_tokens"]
             self.data.load_state_dict(state["data"])
-            self.total_steps = state["total_steps"] if config.max_minutes else self._count_steps()
-        else:
-            self.total_steps = self._count_steps()
-            if config.max_minutes:
-                self.total_steps = min(self.total_steps, self._steps_within(60 * config.max_minutes))
+            self._seconds_before = state["seconds"]
+        self.total_steps = self._count_steps()
         self.progress: Progress | None = None
 
     # ------------------------------------------------------------------------------------------------------ the loop
@@ -187,11 +184,14 @@ class Trainer:
         window = Window()
         last_save = last_log = time.monotonic()
         for group in self.groups():
-            counted, stopping = self._agree(sum(self.count(b) for b in group))
+            counted, stopping, time_share = self._agree(sum(self.count(b) for b in group))
             if stopping:
                 self._say(f"Stopping at step {self.step}, as asked; saving first.")
                 break
-            lr, norm = self.train_step(group, counted, window)
+            if time_share >= 1:
+                self._say(f"Stopping at step {self.step}: --max_minutes {config.max_minutes:g} are over.")
+                break
+            lr, norm = self.train_step(group, counted, window, time_share)
             if self.step % config.log_interval == 0 or self.step == self.total_steps:
                 now = time.monotonic()
                 self._log(window, lr, norm, now - last_log, peak[0])
@@ -216,18 +216,21 @@ class Trainer:
             while group := list(itertools.islice(batches, self.config.accumulation_steps)):
                 yield group
 
-    def train_step(self, group: list[Batch], counted: float, window: Window) -> tuple[float, float | None]:
+    def train_step(
+        self, group: list[Batch], counted: float, window: Window, time_share: float = 0.0
+    ) -> tuple[float, float | None]:
         """One optimizer step.
 
         Args:
             group: this rank's micro-batches.
             counted: units in the whole global batch.
             window: takes the sums for the log.
+            time_share: of --max_minutes that is gone; the schedule follows whichever of steps and time is further.
 
         Returns:
             (learning rate, gradient norm if it is known).
         """
-        lr = learning_rate(self.config, self.step, self.total_steps)
+        lr = learning_rate(self.config, max(self.step, time_share * self.total_steps), self.total_steps)
         ds.set_lr(self.engine, lr)
         micro_batches = len(group)
         for i, batch in enumerate(group):
@@ -255,14 +258,21 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------- agreement
 
-    def _agree(self, counted: float) -> tuple[float, bool]:
-        """(counted units over all ranks, whether any rank was asked to stop)."""
+    def _seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _agree(self, counted: float) -> tuple[float, bool, float]:
+        """(counted units over all ranks, whether any rank was asked to stop, largest share of --max_minutes gone)."""
+        limit = 60 * self.config.max_minutes
+        share = self._seconds() / limit if limit else 0.0
         if self.world_size == 1:
-            return float(counted), bool(self._stop_signal)
-        both = torch.tensor([float(counted), float(bool(self._stop_signal))], dtype=torch.float64, device=self.device)
-        dist.all_reduce(both)
-        total, stopping = both.tolist()
-        return total, stopping > 0
+            return float(counted), bool(self._stop_signal), share
+        mine = torch.tensor([float(counted), float(bool(self._stop_signal)), share], dtype=torch.float64)
+        everyone = [torch.empty_like(mine, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine.to(self.device))
+        table = torch.stack(everyone).cpu()
+        return table[:, 0].sum().item(), bool(table[:, 1].any()), table[:, 2].max().item()
 
     def _any(self, flag: bool) -> bool:
         if self.world_size == 1:
@@ -311,13 +321,14 @@ class Trainer:
             numbers["aux_loss"] = aux / max(window.steps, 1) / self.world_size
         numbers.update({name: total / counted for name, total in totals.items()})
         rate = window.counted / seconds
-        self.best_s = min(self.best_s, seconds / max(window.steps, 1))
         numbers.update(lr=lr, tokens_per_s=rate, mfu=flops / seconds / (peak * self.world_size))
         if norm is not None:
             numbers["grad_norm"] = norm
         numbers.update(memory_gib=_peak_memory(self.device) / 2**30, useful_tokens=self.useful_tokens)
         numbers.update(skipped_steps=window.skipped, **_moe_numbers(self.model))
         left = (self.total_steps - self.step) * seconds / max(window.steps, 1)
+        if self.config.max_minutes:
+            left = min(left, max(60 * self.config.max_minutes - self._seconds(), 0.0))
         assert self.progress is not None
         self.progress.log(self.step, numbers, left)
 
@@ -350,7 +361,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "total_steps": self.total_steps,
+            "seconds": self._seconds(),
             "useful_tokens": self.useful_tokens,
             "data": self.data.state_dict(),
             "zero_stage": self.config.zero_stage,
@@ -395,24 +406,6 @@ class Trainer:
             batches = self.data.num_left() if epoch == current else self.data.num_batches(epoch)
             step += -(-batches // config.accumulation_steps)
         return min(step, config.max_steps) if config.max_steps else step
-
-    @torch.no_grad()
-    def _steps_within(self, seconds: float) -> int:
-        """Optimizer steps that fit into a time, judged by timing the forward pass; the same number on all ranks."""
-        position = self.data.state_dict()
-        batch = next(iter(self.data)).to(self.device)
-        self.data.load_state_dict(position)
-        self.model.eval()
-        timings = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            self.loss(self.engine, batch).total.item()
-            timings.append(time.perf_counter() - begin)
-        self.model.train()
-        step_s = min(timings) * BACKWARD_AND_STEP * self.config.accumulation_steps
-        steps = torch.tensor([max(int(seconds / step_s), 1)], device=self.device)
-        dist.all_reduce(steps, op=dist.ReduceOp.MIN)
-        return int(steps.item())
 
     # ---------------------------------------------------------------------------------------------------- words
 

@@ -701,7 +701,10 @@ def report(names: Sequence[str], dtypes: Sequence[str], device: str, models: boo
                 started = time.perf_counter()
 
 
-HEADER = f"{'op':21}{'case':32}{'dtype':9} {'output error (eager)':>24} {'gradient error (eager)':>24} {'worst max':>10}  result"
+HEADER = (
+    f"{'op':21}{'case':32}{'dtype':9} {'output error (eager)':>24} {'gradient error (eager)':>24} "
+    f"{'worst max':>10}  result"
+)
 
 
 def format_row(row: dict[str, Any]) -> str:

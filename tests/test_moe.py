@@ -40,7 +40,7 @@ MLPS = {
     "one full": (70, 32, 32, 4, 1, (0, 1, 0, 0)),
     "all chosen": (33, 24, 72, 5, 5, None),
     "one expert": (40, 16, 80, 1, 1, None),
-    "64 experts": (12, 16, 16, 64, 3, None),
+    "64 experts": (12, 16, 16, 64, 2, None),
     "large tiles": (150, 72, 136, 2, 1, (0.9, 0.1)),
     "one token": (1, 16, 24, 9, 8, None),
     "no tokens": (0, 8, 8, 3, 2, None),
@@ -236,13 +236,13 @@ def layer(route, mlp, top_k, normalize):
     return function
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.data())
 def test_generated_routings(data):
     """Any split of the slots among the experts, forward and backward."""
     E = data.draw(st.sampled_from([1, 2, 3, 4, 7, 16]))
     top_k = data.draw(st.integers(1, min(E, 3)))
-    T = data.draw(st.sampled_from([1, 2, 15, 64, 65, 100]))
+    T = data.draw(st.sampled_from([1, 2, 15, 64, 65]))
     D, F = data.draw(st.sampled_from([(8, 8), (17, 5), (32, 64)]))
     liked = data.draw(st.lists(st.integers(0, E - 1), min_size=top_k, max_size=E, unique=True))
     probabilities = [float(e in liked) for e in range(E)]
@@ -369,6 +369,15 @@ def refused_mlp(E=4, tokens=3, gate_up=None, down=None):
 
 
 # Broken copies must not write beyond their tensors: in the interpreter that would end the process.
+BROKEN_ROUTE_CASE = (50, 24, 4, 3, True, (0, 1, 1, 33, 50), True)
+BROKEN_MLP_CASE = (40, 24, 16, 3, 2, None)
+
+
+def test_the_healthy_kernels_pass_where_broken_ones_must_not():
+    check_route(route_module, BROKEN_ROUTE_CASE)
+    check_mlp(mlp_module, BROKEN_MLP_CASE)
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -387,8 +396,8 @@ def refused_mlp(E=4, tokens=3, gate_up=None, down=None):
     ],
 )
 def test_a_broken_route_is_seen(tmp_path, old, new):
-    case = (50, 24, 4, 3, True, (0, 1, 1, 33, 50), True)
-    kh.assert_broken(lambda m: check_route(m, case), route_module, tmp_path, old, new)
+    with pytest.raises(AssertionError):
+        check_route(kh.broken_variant(route_module, tmp_path, old, new), BROKEN_ROUTE_CASE)
 
 
 @pytest.mark.parametrize(
@@ -413,8 +422,8 @@ def test_a_broken_route_is_seen(tmp_path, old, new):
     ],
 )
 def test_a_broken_mlp_is_seen(tmp_path, old, new):
-    case = (40, 24, 16, 3, 2, None)
-    kh.assert_broken(lambda m: check_mlp(m, case), mlp_module, tmp_path, old, new)
+    with pytest.raises(AssertionError):
+        check_mlp(kh.broken_variant(mlp_module, tmp_path, old, new), BROKEN_MLP_CASE)
 
 
 @pytest.mark.gpu

@@ -20,13 +20,7 @@ from minimind_fast.trainer import StepLoss, Trainer, finished
 
 # What suits the sample corpus and a CPU, where the option was not given.
 SAMPLE_DEFAULTS = dict(
-    batch_size=8,
-    accumulation_steps=1,
-    learning_rate=2e-3,
-    warmup_steps=20,
-    epochs=100,
-    max_minutes=1.6,
-    max_seq_len=256,
+    batch_size=8, accumulation_steps=1, max_seq_len=256, learning_rate=2e-3, warmup_steps=20, max_minutes=1.75
 )
 PROMPTS = ["从前", "水", "The", "Once upon a time", "Question: what is 2 + 3?"]
 

@@ -1,0 +1,133 @@
+"""True things to say, as tables.
+
+Purpose: the facts of the sample corpora, in both languages.
+Principle: each row is (English, Chinese) terms; `generate.py` phrases them in several ways.
+Properties: plain data; checked by hand, general knowledge only.
+"""
+
+CAPITALS = [
+    ("France", "Paris", "法国", "巴黎"),
+    ("Germany", "Berlin", "德国", "柏林"),
+    ("Italy", "Rome", "意大利", "罗马"),
+    ("Spain", "Madrid", "西班牙", "马德里"),
+    ("Portugal", "Lisbon", "葡萄牙", "里斯本"),
+    ("Japan", "Tokyo", "日本", "东京"),
+    ("China", "Beijing", "中国", "北京"),
+    ("South Korea", "Seoul", "韩国", "首尔"),
+    ("India", "New Delhi", "印度", "新德里"),
+    ("Egypt", "Cairo", "埃及", "开罗"),
+    ("Kenya", "Nairobi", "肯尼亚", "内罗毕"),
+    ("Russia", "Moscow", "俄罗斯", "莫斯科"),
+    ("Norway", "Oslo", "挪威", "奥斯陆"),
+    ("Sweden", "Stockholm", "瑞典", "斯德哥尔摩"),
+    ("Finland", "Helsinki", "芬兰", "赫尔辛基"),
+    ("Greece", "Athens", "希腊", "雅典"),
+    ("Canada", "Ottawa", "加拿大", "渥太华"),
+    ("Mexico", "Mexico City", "墨西哥", "墨西哥城"),
+    ("Peru", "Lima", "秘鲁", "利马"),
+    ("Chile", "Santiago", "智利", "圣地亚哥"),
+    ("Argentina", "Buenos Aires", "阿根廷", "布宜诺斯艾利斯"),
+    ("Australia", "Canberra", "澳大利亚", "堪培拉"),
+    ("New Zealand", "Wellington", "新西兰", "惠灵顿"),
+    ("Thailand", "Bangkok", "泰国", "曼谷"),
+    ("Vietnam", "Hanoi", "越南", "河内"),
+    ("Poland", "Warsaw", "波兰", "华沙"),
+    ("Austria", "Vienna", "奥地利", "维也纳"),
+    ("Hungary", "Budapest", "匈牙利", "布达佩斯"),
+    ("Ireland", "Dublin", "爱尔兰", "都柏林"),
+    ("Cuba", "Havana", "古巴", "哈瓦那"),
+]
+
+ELEMENTS = [
+    ("hydrogen", "H", 1, "氢"),
+    ("helium", "He", 2, "氦"),
+    ("lithium", "Li", 3, "锂"),
+    ("carbon", "C", 6, "碳"),
+    ("nitrogen", "N", 7, "氮"),
+    ("oxygen", "O", 8, "氧"),
+    ("neon", "Ne", 10, "氖"),
+    ("sodium", "Na", 11, "钠"),
+    ("magnesium", "Mg", 12, "镁"),
+    ("aluminium", "Al", 13, "铝"),
+    ("silicon", "Si", 14, "硅"),
+    ("sulfur", "S", 16, "硫"),
+    ("chlorine", "Cl", 17, "氯"),
+    ("calcium", "Ca", 20, "钙"),
+    ("iron", "Fe", 26, "铁"),
+    ("copper", "Cu", 29, "铜"),
+    ("zinc", "Zn", 30, "锌"),
+    ("silver", "Ag", 47, "银"),
+    ("tin", "Sn", 50, "锡"),
+    ("gold", "Au", 79, "金"),
+    ("mercury", "Hg", 80, "汞"),
+    ("lead", "Pb", 82, "铅"),
+]
+
+# (English, what it does, what it eats, Chinese, the same in Chinese)
+ANIMALS = [
+    ("cow", "gives milk", "grass", "牛", "能产奶", "草"),
+    ("bee", "makes honey", "nectar", "蜜蜂", "会酿蜜", "花蜜"),
+    ("owl", "hunts at night", "mice", "猫头鹰", "在夜里捕食", "老鼠"),
+    ("panda", "lives in bamboo forests", "bamboo", "大熊猫", "住在竹林里", "竹子"),
+    ("horse", "runs fast", "grass", "马", "跑得快", "草"),
+    ("rabbit", "has long ears", "carrots and leaves", "兔子", "耳朵很长", "胡萝卜和菜叶"),
+    ("squirrel", "stores food for winter", "nuts", "松鼠", "会为冬天储存食物", "坚果"),
+    ("penguin", "swims but cannot fly", "fish", "企鹅", "会游泳却不会飞", "鱼"),
+    ("giraffe", "has a very long neck", "leaves of trees", "长颈鹿", "脖子很长", "树叶"),
+    ("camel", "can walk far without water", "dry plants", "骆驼", "不喝水也能走很远", "干草"),
+    ("spider", "weaves a web", "insects", "蜘蛛", "会结网", "昆虫"),
+    ("frog", "lives in water and on land", "insects", "青蛙", "生活在水里和陆地上", "昆虫"),
+    ("elephant", "has a long trunk", "grass and bark", "大象", "鼻子很长", "草和树皮"),
+    ("whale", "breathes air and lives in the sea", "small sea animals", "鲸", "用肺呼吸却生活在海里", "海里的小动物"),
+    ("silkworm", "spins silk", "mulberry leaves", "蚕", "会吐丝", "桑叶"),
+    ("swallow", "flies south in autumn", "insects", "燕子", "秋天飞往南方", "昆虫"),
+]
+
+PLANETS = [
+    ("Mercury", "水星"),
+    ("Venus", "金星"),
+    ("Earth", "地球"),
+    ("Mars", "火星"),
+    ("Jupiter", "木星"),
+    ("Saturn", "土星"),
+    ("Uranus", "天王星"),
+    ("Neptune", "海王星"),
+]
+
+# (question, answer) in each language
+SCIENCE_EN = [
+    ("Why is the sky blue", "air scatters blue light more than red light"),
+    ("Why does ice float on water", "ice is less dense than liquid water"),
+    ("Why do we see lightning before we hear thunder", "light travels much faster than sound"),
+    ("Why do leaves look green", "they contain chlorophyll, which reflects green light"),
+    ("Why is there day and night", "the Earth turns once around its axis in about twenty-four hours"),
+    ("Why does the Moon shine", "it reflects the light of the Sun"),
+    ("Why does a compass point north", "its needle follows the magnetic field of the Earth"),
+    ("Why do metals feel cold", "they carry heat away from the hand quickly"),
+    ("Why does bread rise", "yeast makes bubbles of carbon dioxide in the dough"),
+    ("Why are there seasons", "the axis of the Earth is tilted"),
+    ("Why does iron rust", "it reacts with oxygen and water"),
+    ("Why do we sweat", "sweat cools the body as it evaporates"),
+    ("Why do stars twinkle", "moving air bends their light a little"),
+    ("Why do boats float", "they push aside water as heavy as themselves"),
+    ("Why does a dropped ball fall", "gravity pulls it towards the Earth"),
+    ("Why are there tides in the sea", "the Moon pulls on the water"),
+]
+SCIENCE_ZH = [
+    ("天空为什么是蓝色的", "空气对蓝光的散射比红光强"),
+    ("冰为什么会浮在水面上", "冰的密度比水小"),
+    ("为什么先看到闪电后听到雷声", "光比声音传播得快得多"),
+    ("树叶为什么是绿色的", "叶绿素会反射绿光"),
+    ("为什么会有白天和黑夜", "地球大约每二十四小时自转一圈"),
+    ("月亮为什么会发光", "月亮反射太阳的光"),
+    ("指南针为什么指向北方", "磁针会顺着地球的磁场"),
+    ("摸金属为什么觉得凉", "金属很快就把手上的热量带走"),
+    ("面包为什么会膨胀", "酵母在面团里产生二氧化碳气泡"),
+    ("为什么会有四季", "地球的自转轴是倾斜的"),
+    ("铁为什么会生锈", "铁会与氧气和水发生反应"),
+    ("人为什么会出汗", "汗水蒸发时能给身体降温"),
+    ("星星为什么会闪烁", "流动的空气使星光略微弯折"),
+    ("船为什么能浮起来", "船排开的水和它一样重"),
+    ("松手的球为什么会落下", "重力把它拉向地面"),
+    ("海水为什么会有潮汐", "月亮的引力拉动海水"),
+]
