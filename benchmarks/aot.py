@@ -280,7 +280,7 @@ def problems(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         return [row["error"]]
     target, out = TARGETS[row["target"]], []
-    if row["shared_bytes"] > target.shared_limit_bytes:
+    if target.backend == "cuda" and row["shared_bytes"] > target.shared_limit_bytes:
         out.append(f"needs {row['shared_bytes']} bytes of shared memory, a block has {target.shared_limit_bytes}")
     if target.backend == "cuda" and row["spill_bytes"]:
         out.append(f"spills {row['spill_bytes']} bytes a thread")

@@ -38,9 +38,9 @@ class EagerLoop:
 
     def __init__(self, model: mm.MiniMind) -> None:
         config = model.config
-        assert not config.use_moe and not config.qk_norm and config.head_dim
+        assert not config.use_moe and not config.qk_norm and config.head_dim and config.rms_norm_eps
         self.w = to_disk_names(model.state_dict(), config)
-        self.heads, self.kv_heads, self.layers = config.num_attention_heads, config.num_key_value_heads, 0
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.layers, self.head_dim, self.eps = config.num_hidden_layers, config.head_dim, config.rms_norm_eps
         cos, sin = model.model.rotary.cos, model.model.rotary.sin
         self.cos, self.sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
@@ -130,7 +130,8 @@ def compare(dtype: torch.dtype, rows: int, context: int, new: int, rounds: int) 
     torch.manual_seed(0)
     model = mm.MiniMind(mm.ModelConfig.preset("minimind2-small")).to(dtype).eval()
     prompts = torch.randint(3, model.config.vocab_size, (rows, context))
-    run_eager(model, prompts, 4), run_ours(model, prompts, 4)
+    for warm_up in (run_eager, run_ours):
+        warm_up(model, prompts, 4)
     pairs = []
     for _ in range(rounds):
         theirs, eager_s = run_eager(model, prompts, new)

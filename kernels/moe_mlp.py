@@ -82,17 +82,17 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
     rows = slots // experts
     if kernel != "dw":
         # Few rows an expert: reading the weights is all the work. The narrowest row tile, and deep stages of narrow
-        # columns, so that one token's experts are read by 24 to 76 programs with 60 KB in flight each.
+        # columns, so that one token's experts are read by 24 to 76 programs with 36 to 60 KB in flight each.
         if rows <= 16:
-            return tile(16, 64 if kernel == "gate_up" else 32, 128, 1, 4, 3)
+            return tile(16, 64 if kernel == "gate_up" else 32, 128, 1, 4, 4)
         if rows <= 64:
-            return tile(64, 64, 64, 1, 4, 3)
+            return tile(64, 64, 64, 1, 4, 4)
     # 8 row blocks x all column blocks at a time: 1.6 MB of x and one expert's weights (7.5 MB at 768 x 2432) in L2.
     if capability not in ROOMY:
         return tile(128, 128, 32, 8, 8, 4)
     if kernel == "d_hidden":
         # Its epilogue moves 10F bytes a row, as long as the matmul takes: two programs an SM, so that one computes
-        # while the other stores, which on sm_90 takes a limit of 128 registers (137 without, and no spills with it).
+        # while the other stores, which on sm_90 takes a limit of 128 registers (no spills under it).
         return tile(128, 128, 64, 8, 8, 3) | ({"maxnreg": 128} if capability == 90 else {})
     # 128 x 256 in 8 warps asks L2 for 48 KB every 4.2 MFLOP; 128 x 128 asks for a third more at the same rate.
     # dW on sm_80 would spill with one stage more.
@@ -483,12 +483,12 @@ def _moe_mlp_bwd(
     want_d_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dx, d_weights, d_gate_up, d_down, each empty where not wanted."""
-    dx = x.new_empty(x.shape if want_dx else 0)
+    dx = x.new_empty(0)
     d_weights = weights.new_empty(weights.shape if want_d_weights else 0)
     d_gate_up = gate_up.new_empty(gate_up.shape if want_d_gate_up else 0)
     d_down = down.new_empty(down.shape if want_d_down else 0)
     if x.numel() == 0:
-        return dx, d_weights, d_gate_up.zero_(), d_down.zero_()
+        return x.new_empty(x.shape if want_dx else 0), d_weights, d_gate_up.zero_(), d_down.zero_()
     dy, x, gate_up, down = dy.contiguous(), x.contiguous(), gate_up.contiguous(), down.contiguous()
     launch = _Launcher(x, weights, counts, order, inverse, down)
     D, F, params = launch.D, launch.F, launch.params("d_hidden")

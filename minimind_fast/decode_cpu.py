@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind_fast.model import MiniMind, MoE, RMSNorm
+from minimind_fast.model import Attention, Block, MiniMind, MoE, RMSNorm
 
 
 class CpuStep:
@@ -38,10 +38,13 @@ class CpuStep:
         self.embedding, self.head = body.embed_tokens.weight, self._weight(model.lm_head.weight)
         self.layers = []
         for block in body.layers:
-            attention, mlp = block.self_attn, block.mlp
+            assert isinstance(block, Block)
+            attention: Attention = block.self_attn
+            mlp = block.mlp
             norms = None
-            if attention.q_norm_weight is not None:
-                per_head = [attention.q_norm_weight] * self.heads + [attention.k_norm_weight] * self.kv_heads
+            if attention.q_norm_weight is not None and attention.k_norm_weight is not None:
+                per_head: list[Tensor] = [attention.q_norm_weight.detach()] * self.heads
+                per_head += [attention.k_norm_weight.detach()] * self.kv_heads
                 norms = torch.stack(per_head)  # (H + K, hd)
             weights = [attention.qkv_proj.weight, attention.o_proj.weight]
             weights += [] if isinstance(mlp, MoE) else [mlp.gate_up_proj.weight, mlp.down_proj.weight]
@@ -63,7 +66,7 @@ class CpuStep:
     def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
         """(B,) ids at (B,) positions, `used` slots visible, all rows equally long if `level` -> (B, V) logits."""
         # A switch of the whole process: another thread's matmuls meanwhile are right as well, only by another library.
-        onednn = torch.backends.mkldnn.enabled
+        onednn = torch._C._get_mkldnn_enabled()
         if self.single and self.dtype == torch.bfloat16:
             torch._C._set_mkldnn_enabled(False)
         try:

@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ class Completion:
     finish_reason: str  # "stop" or "length"
 
 
+@overload
+def generate(
+    model: MiniMind, input_ids: Tensor, *, return_logprobs: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def generate(model: MiniMind, input_ids: Tensor, *, return_logprobs: Literal[True], **options: Any) -> Generation: ...
 def generate(
     model: MiniMind,
     input_ids: Tensor,

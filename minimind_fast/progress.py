@@ -211,8 +211,9 @@ def draw_loss(log: Path, picture: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    # A resumed run repeats the steps after its checkpoint; the later line is the one that counts.
-    rows = {row["step"]: row for row in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+    rows: dict[int, dict[str, Any]] = {}
+    for row in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+        rows.setdefault(row["step"], {}).update(row)  # a resumed run repeats steps; the later line counts
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label in (("loss", "training"), ("val_loss", "validation")):
         points = sorted((step, row[key]) for step, row in rows.items() if key in row)

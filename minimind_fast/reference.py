@@ -218,7 +218,8 @@ def moe_route(
     """
     num_experts = gate_weight.shape[0]
     scores = F.linear(x, gate_weight).to(_accum(x.dtype)).softmax(-1)
-    weights, experts = scores.topk(top_k, dim=-1)
+    # A stable sort rather than topk, which leaves open who wins a tie: here it is the lower expert.
+    weights, experts = (x[:, :top_k] for x in scores.sort(dim=-1, descending=True, stable=True))
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     flat = experts.flatten()

@@ -8,8 +8,8 @@ Principle: truth is the reference in float64. For an output and for each gradien
     is luck, and no measure). By norm: 1.25 times eager's error, plus the noise.
     Then whole models, cut in layers: log-probabilities and gradients with one kernel on, and with all, by the norm rule.
 Properties: kernels run in memory poisoned with NaN, so that an element nobody wrote is seen, and may not write to
-    their inputs. On a CPU the report runs itself again under Triton's interpreter (Triton decides at its import), on
-    small cases in float32 and float16: the interpreter is wrong in bfloat16. Cases are drawn on the CPU from a seed.
+    their inputs. The report runs in processes of its own: in parallel, and on a CPU under Triton's
+    interpreter (Triton decides at its import), on small cases in float32 and float16: the interpreter is wrong in bfloat16. Cases are drawn on the CPU from a seed.
     Near ties between experts are decided by rounding, not by right and wrong: cases of the router hold no such tokens,
     and whole models are compared at the eager run's experts, with the number of choices that differed.
 
@@ -24,8 +24,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,19 +87,20 @@ def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | N
         wrong = int((kernel != truth).sum())
         return Comparison(not wrong, f"{wrong} of {kernel.numel()} integers differ" if wrong else "", wrong)
     finfo = torch.finfo(kernel.dtype)
-    rounded_truth = truth.detach().to(kernel.dtype).double()
-    kernel, eager, truth = (t.detach().double() for t in (kernel, eager, truth))
-    # Where eager overflows or meets inf and nan, the kernel may do the same, element for element, or know better.
-    same = (kernel == eager) | (kernel.isnan() & eager.isnan())
-    right = (kernel == rounded_truth) | (kernel.isnan() & rounded_truth.isnan())
-    rest = eager.isfinite() | ~(same | right)
-    kernel, eager, truth = kernel[rest], eager[rest], truth[rest]
-    if kernel.numel() == 0:
-        return Comparison(True)
-    if not kernel.isfinite().all():
-        return Comparison(False, f"{int((~kernel.isfinite()).sum())} elements are inf or nan, and not as eager's are")
-    # Where eager overflows and the kernel does not, eager is no measure.
-    eager = eager.where(eager.isfinite(), truth)
+    rounded_truth = truth.detach().to(kernel.dtype).double().flatten()
+    kernel, eager, truth = (t.detach().double().flatten() for t in (kernel, eager, truth))
+    if not (kernel.isfinite().all() and eager.isfinite().all()):
+        # Where eager overflows or meets inf and nan, the kernel may do the same, element for element, or know better.
+        same = (kernel == eager) | (kernel.isnan() & eager.isnan())
+        right = (kernel == rounded_truth) | (kernel.isnan() & rounded_truth.isnan())
+        rest = eager.isfinite() | ~(same | right)
+        kernel, eager, truth = kernel[rest], eager[rest], truth[rest]
+        if kernel.numel() == 0:
+            return Comparison(True)
+        if bad := int((~kernel.isfinite()).sum()):
+            return Comparison(False, f"{bad} elements are inf or nan, and not as eager's are")
+        # Where eager overflows and the kernel does not, eager is no measure.
+        eager = eager.where(eager.isfinite(), truth)
     scale, size = truth.abs().max(), truth.norm()
     error, allowed = (kernel - truth).abs(), (eager - truth).abs()
     tiny = finfo.smallest_normal * finfo.eps
@@ -118,10 +121,9 @@ def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | N
             f"{kernel[worst]:.8g}, truth {truth[worst]:.8g}, eager {eager[worst]:.8g}, tolerance {tol[worst]:.3g} "
             f"plus eager's worst {allowed.max():.3g}"
         )
-    elif (
-        error.norm()
-        > (norm_factor or NORM_FACTOR) * allowed.norm() + FLOAT32_NOISE * size + tiny * error.numel() ** 0.5
-    ):
+        return result
+    noise = FLOAT32_NOISE * size + tiny * error.numel() ** 0.5
+    if error.norm() > (norm_factor or NORM_FACTOR) * allowed.norm() + noise:
         result.passed = False
         result.reason = f"error norm {error.norm():.4g}, eager's {allowed.norm():.4g}, truth's {size:.4g}"
     return result
@@ -667,14 +669,17 @@ def check_model(preset: str, dtype: torch.dtype, device: str, names: Sequence[st
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def report(names: Sequence[str], dtypes: Sequence[str], device: str, models: bool = True) -> Iterator[dict[str, Any]]:
+def report(
+    names: Sequence[str], dtypes: Sequence[str], device: str, alone: bool = True, presets: Sequence[str] = MODELS
+) -> Iterator[dict[str, Any]]:
     """Check ops, then whole models.
 
     Args:
         names: ops.
         dtypes: keys of DTYPES.
         device: "cpu" or "cuda".
-        models: also whole models.
+        alone: each op by itself.
+        presets: of MODELS: whole models.
 
     Yields:
         One row a case and dtype: op, case, dtype, results (a Comparison for each tensor), passed, seconds.
@@ -684,7 +689,7 @@ def report(names: Sequence[str], dtypes: Sequence[str], device: str, models: boo
         passed = all(result.passed for result in row["results"].values())
         return {**row, "dtype": dtype, "passed": passed, "seconds": round(time.perf_counter() - started, 2)}
 
-    for name in names:
+    for name in names if alone else ():
         cases = CASES[name] + (large_cases(name) if device == "cuda" else [])
         for case in cases:
             for dtype in dtypes:
@@ -693,7 +698,7 @@ def report(names: Sequence[str], dtypes: Sequence[str], device: str, models: boo
                 started = time.perf_counter()
                 results = check(case, ops.kernel(name), DTYPES[dtype], device)
                 yield finish({"op": name, "case": case.name, "results": results}, dtype, started)
-    for preset in MODELS if models else ():
+    for preset in presets:
         for dtype in dtypes:
             started = time.perf_counter()
             for row in check_model(preset, DTYPES[dtype], device, names):
@@ -725,7 +730,7 @@ def format_row(row: dict[str, Any]) -> str:
 
     is_gradient = [k for k in row["results"] if k.startswith("d ") or k == "gradients"]
     outputs = [k for k in row["results"] if k not in is_gradient]
-    most = max(r.max_error for r in row["results"].values())
+    most = max((r.max_error for r in row["results"].values()), default=0.0)
     note = ""
     if "loss_difference" in row:
         note = f"  on against off: loss {row['loss_difference']:.1e}, gradients {row['gradient_difference']:.1e}"
@@ -748,10 +753,43 @@ def to_json(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "results": {key: vars(result) for key, result in row["results"].items()}}
 
 
-def _interpreted(argv: list[str]) -> int:
-    """Run this command again with Triton's interpreter, which must be chosen before Triton is imported."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run([sys.executable, "-m", "minimind_fast.verify", *argv], env=env, check=False).returncode
+def from_json(row: dict[str, Any]) -> dict[str, Any]:
+    """The row that `to_json` gave.
+
+    Args:
+        row: plain data.
+    """
+    return {**row, "results": {key: Comparison(**numbers) for key, numbers in row["results"].items()}}
+
+
+def _report_by_processes(
+    names: Sequence[str], dtypes: Sequence[str], device: str, models: str, presets: Sequence[str], jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The same report from one process an op and one a model, `jobs` at a time: compiling is most of the time."""
+    env = dict(os.environ)
+    if device == "cpu":  # Triton chooses the interpreter at its import
+        env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    same = ["--dtype", ",".join(dtypes), "--device", device, "--jobs", "0"]
+    tasks = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
+    if models != "no":
+        tasks += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
+
+    def run(task: list[str]) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            command = [sys.executable, "-m", "minimind_fast.verify", *task, *same, "--json", str(file)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if file.exists():
+                return [from_json(row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        said = f"the process ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
+        case = " ".join(task)
+        return [
+            {"op": task[1], "case": case, "dtype": "", "passed": False, "results": {"run": Comparison(False, said)}}
+        ]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for rows in pool.map(run, tasks):
+            yield from rows
 
 
 def _names(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -776,13 +814,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ops", default=",".join(ops.NAMES), help="ops to check, joined by commas (default: all)")
     parser.add_argument("--dtype", default="", help=f"of {', '.join(DTYPES)}, joined by commas (default: all that can)")
     parser.add_argument("--device", default="", choices=("", "cpu", "cuda"), help="cuda where there is one, else cpu")
-    parser.add_argument("--models", choices=("yes", "no"), default="yes", help="also whole models, two layers each")
+    parser.add_argument("--models", choices=("yes", "no", "only"), default="yes", help="whole models, two layers each")
+    parser.add_argument("--preset", default=",".join(MODELS), help="which models (default: all)")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (0: in this one)")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
     args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     possible = list(DTYPES) if device == "cuda" else ["float32", "float16"]
     try:
-        names = _names(args.ops, ops.NAMES, "op")
+        names, presets = _names(args.ops, ops.NAMES, "op"), _names(args.preset, MODELS, "preset")
         dtypes = _names(args.dtype, list(DTYPES), "dtype") if args.dtype else possible
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch sees no GPU here; leave --device out to check on the CPU")
@@ -790,8 +830,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--dtype bfloat16 needs a GPU: Triton's interpreter is wrong in bfloat16")
     except ValueError as error:
         parser.error(str(error))
+    jobs = args.jobs
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return _interpreted(argv)
+        jobs = max(jobs, 1)
 
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter: small cases"
     print(f"torch {torch.__version__}, {where}, {', '.join(dtypes)}")
@@ -799,7 +840,11 @@ def main(argv: list[str] | None = None) -> int:
         print("No GPU: this proves the arithmetic in float32 and float16; bfloat16 and speed need a GPU.")
     print(HEADER)
     rows = []
-    for row in report(names, dtypes, device, args.models == "yes"):
+    if jobs:
+        found = _report_by_processes(names, dtypes, device, args.models, presets, jobs)
+    else:
+        found = report(names, dtypes, device, args.models != "only", presets if args.models != "no" else ())
+    for row in found:
         rows.append(row)
         print(format_row(row), flush=True)
     failed = [row for row in rows if not row["passed"]]

@@ -1,24 +1,22 @@
 """What the kernel tests share: the process they run in, the error rule, poisoned memory, broken variants.
 
 Purpose:    one place that says when a kernel counts as right, so that every kernel is held to the same rule.
-Principle:  truth is the reference in float64. For an output and for each gradient
-            |kernel - truth| <= |eager at the same dtype - truth| + tol.
-            By element: no element may be off by more than eager's worst element, plus one unit in the last place of its
-            own value, plus the float32 noise of a sum over values of the tensor's size (which element eager happens to
-            hit exactly is luck, and no measure). By norm: 1.25 times eager's error, plus the noise.
+Principle:  the error rule and the poison are those of `minimind-fast verify` (minimind_fast/verify.py says what they are),
+            so that tests and the report that a user runs cannot disagree.
 Properties: import this module before anything imports triton: it chooses the interpreter where there is no GPU
             (Triton decides at import). The interpreter is wrong in bfloat16, so there bfloat16 is tested on a GPU only.
 """
 
-import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from minimind_fast.verify import compare, poisoned_memory
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,8 +24,6 @@ if not torch.cuda.is_available():
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
-# A few roundings of a float32 sum, relative to the tensor's largest value.
-FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
 
 
 def assert_error_rule(name: str, kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
@@ -41,54 +37,8 @@ def assert_error_rule(name: str, kernel: torch.Tensor, eager: torch.Tensor, trut
     Raises:
         AssertionError: shape or dtype differ, an element breaks the rule, or the norm of the error does.
     """
-    assert kernel.shape == eager.shape == truth.shape, f"{name}: {kernel.shape} {eager.shape} {truth.shape}"
-    assert kernel.dtype == eager.dtype, f"{name}: kernel gives {kernel.dtype}, eager {eager.dtype}"
-    if kernel.numel() == 0:
-        return
-    finfo = torch.finfo(kernel.dtype)
-    rounded_truth = truth.detach().to(kernel.dtype).cpu().double()
-    kernel, eager, truth = (t.detach().to("cpu", torch.float64) for t in (kernel, eager, truth))
-    # Where eager overflows or meets inf and nan, the kernel may do the same, element for element, or know better.
-    same = (kernel == eager) | (kernel.isnan() & eager.isnan())
-    right = (kernel == rounded_truth) | (kernel.isnan() & rounded_truth.isnan())
-    rest = eager.isfinite() | ~(same | right)
-    kernel, eager, truth = kernel[rest], eager[rest], truth[rest]
-    if kernel.numel() == 0:
-        return
-    assert kernel.isfinite().all(), (
-        f"{name}: {int((~kernel.isfinite()).sum())} elements are inf or nan, and not as eager's are"
-    )
-    # Where eager overflows and the kernel does not, eager is no measure.
-    eager = eager.where(eager.isfinite(), truth)
-    scale = truth.abs().max()
-    error, allowed = (kernel - truth).abs(), (eager - truth).abs()
-    tol = finfo.eps * truth.abs() + FLOAT32_NOISE * scale + finfo.smallest_normal * finfo.eps
-    excess = error - allowed.max() - tol
-    worst = excess.argmax()
-    assert not (excess > 0).any(), (
-        f"{name}: {int((excess > 0).sum())} of {error.numel()} elements break the error rule; the worst is "
-        f"{kernel[worst]:.8g}, truth {truth[worst]:.8g}, eager {eager[worst]:.8g}, tolerance {tol[worst]:.3g} "
-        f"plus eager's worst {allowed.max():.3g}"
-    )
-    norm_tol = FLOAT32_NOISE * truth.norm() + finfo.smallest_normal * finfo.eps * error.numel() ** 0.5
-    assert error.norm() <= 1.25 * allowed.norm() + norm_tol, (
-        f"{name}: error norm {error.norm():.4g}, eager's {allowed.norm():.4g}, truth's {truth.norm():.4g}"
-    )
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill every uninitialised tensor with NaN (integers: the largest), so that an element nobody wrote is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill_before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        assert torch.empty(3, device=DEVICE).isnan().all(), "this PyTorch does not fill empty tensors"
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill_before
+    result = compare(kernel, eager, truth.to(kernel.device))
+    assert result.passed, f"{name}: {result.reason}"
 
 
 def run(
@@ -155,7 +105,7 @@ def assert_op(
     float64 = float64 or (lambda t: t.double() if t.is_floating_point() else t)
     truth = run(reference, [float64(t) for t in inputs], grads, wanted)
     eager = run(reference, inputs, grads, wanted)
-    with poisoned_memory():
+    with poisoned_memory(DEVICE):
         ours = run(kernel, inputs, grads, wanted)
     for kind, got, plain, true in zip(("output", "gradient"), ours, eager, truth, strict=True):
         for i, (k, e, t) in enumerate(zip(got, plain, true, strict=True)):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -13,27 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_size", "64", "--num_hidden_layers", "2", "--max_seq_len", "64", "--batch_size", "4"]
 TINY += ["--num_threads", "1", "--log_interval", "1", "--sample_tokens", "0"]
 _WORDS = [
-    "red",
-    "blue",
+    *"abcdefghij",
     "stone",
     "river",
     "moon",
     "bird",
     "runs",
     "sleeps",
-    "over",
     "under",
     "near",
-    "old",
     "small",
-    "the",
-    "a",
     "山",
     "水",
     "月",
     "鸟",
-    "在",
-    "上",
 ]
 
 
@@ -47,11 +41,23 @@ def write_corpus(path: Path, rows: int, seed: int = 0) -> Path:
     return path
 
 
-def start(script: str, args: list[str], ranks: int = 1, cwd: Path | None = None) -> list[subprocess.Popen]:
-    """One process a rank, on a free port; output of rank 0 is captured, errors of all."""
+def free_port() -> int:
+    """A TCP port that nobody uses right now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def start(
+    script: str, args: list, ranks: int = 1, cwd: Path | None = None, file_limit_bytes: int = 0
+) -> list[subprocess.Popen]:
+    """One process a rank, on a free port; output and errors are captured. `file_limit_bytes`: as if the disk were full."""
+
+    def limit() -> None:
+        if file_limit_bytes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, file_limit_bytes))
+
+    port = free_port()
     processes = []
     for rank in range(ranks):
         env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINIMIND_KERNELS")}
@@ -60,7 +66,15 @@ def start(script: str, args: list[str], ranks: int = 1, cwd: Path | None = None)
             env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         command = [sys.executable, str(ROOT / "train" / script), *map(str, args)]
         processes.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=cwd)
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=env,
+                cwd=cwd,
+                preexec_fn=limit,
+            )
         )
     return processes
 

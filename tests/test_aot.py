@@ -46,7 +46,9 @@ def test_the_newest_model_on_two_architectures(tmp_path):
 
 @pytest.mark.aot
 @pytest.mark.timeout(3000)
-def test_every_model_on_every_architecture(tmp_path):
+def test_every_model_on_every_architecture(tmp_path, request):
+    if "aot" not in request.config.getoption("markexpr"):
+        pytest.skip("minutes of compilation: run with -m aot, as CI does")
     found = compile_all(tmp_path, timeout_s=2900)
     check_table(
         found,

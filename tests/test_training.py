@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from launching import TINY, finish, read_log, run, start, wait_for_step, write_corpus
+from launching import ROOT, TINY, finish, free_port, read_log, run, start, wait_for_step, write_corpus
 
 import minimind_fast as mm
 from minimind_fast.resume import checkpoints
@@ -154,3 +157,69 @@ def test_moe_trains_and_logs_its_load(corpus, tmp_path):
     run("pretrain.py", [*TINY, *corpus, "--preset", "minimind3-moe", "--save_dir", tmp_path, "--max_steps", 2])
     row = read_log(tmp_path / "pretrain")[2]
     assert row["aux_loss"] > 0 and row["router_entropy"] > 0 and len(row["expert_load"]) == 2
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(corpus, tmp_path):
+    args = [*TINY, *corpus, "--accumulation_steps", 1, "--save_dir", tmp_path]
+    run("pretrain.py", [*args, "--max_steps", 2])
+    folder = tmp_path / "pretrain" / "checkpoints"
+    before = {p: p.stat().st_size for p in folder.rglob("*")}
+    full = start("pretrain.py", [*args, "--max_steps", 4, "--from_resume"], file_limit_bytes=300_000)
+    out = finish(full, expect=1)
+    assert "could not be written" in out and "older checkpoints are untouched" in out and "Traceback" not in out
+    assert {p: p.stat().st_size for p in checkpoints(folder)[-1].rglob("*")} == {
+        p: size for p, size in before.items() if p.parent.name.startswith("step_")
+    }
+    assert "Going on from step 2" in run("pretrain.py", [*args, "--max_steps", 3, "--from_resume"])
+
+
+def test_only_the_wanted_number_of_checkpoints_is_kept(corpus, tmp_path):
+    args = [*TINY, *corpus, "--accumulation_steps", 1, "--save_dir", tmp_path]
+    run("pretrain.py", [*args, "--max_steps", 5, "--save_interval", 1, "--keep_checkpoints", 2])
+    names = [p.name for p in checkpoints(tmp_path / "pretrain" / "checkpoints")]
+    assert names == ["step_00000004", "step_00000005"]
+
+
+def test_weights_of_one_stage_start_the_next_and_another_tokenizer_is_refused(corpus, tmp_path):
+    run("pretrain.py", [*TINY, *corpus, "--save_dir", tmp_path, "--max_steps", 1])
+    weights = tmp_path / "pretrain"
+    again = [*TINY, *corpus[:4], "--from_weight", weights, "--save_dir", tmp_path / "next", "--max_steps", 1]
+    first = losses(weights)[1]
+    run("pretrain.py", again)
+    assert losses(tmp_path / "next" / "pretrain")[1] < first - 0.01, "the weights were not taken over"
+    other = train_bpe(["some other words than those, by far and wide"] * 40, 300)
+    other.save(tmp_path / "other")
+    out = run("pretrain.py", [*again, "--tokenizer_path", tmp_path / "other"], expect=1)
+    assert "was trained with tokenizer" in out and "Traceback" not in out
+
+
+def test_an_older_run_is_moved_aside(corpus, tmp_path):
+    args = [*TINY, *corpus, "--save_dir", tmp_path, "--max_steps", 1]
+    run("pretrain.py", args)
+    assert "moved" in run("pretrain.py", args)
+    assert (tmp_path / "pretrain.old1" / "weights" / "config.json").exists()
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_ranks_under_the_launchers(corpus, tmp_path, launcher):
+    command = {
+        "deepspeed": ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port())],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
+    }[launcher]
+    folder = Path(sys.executable).parent
+    args = [str(a) for a in [*TINY, *corpus, "--save_dir", tmp_path, "--max_steps", 2]]
+    done = subprocess.run(
+        [str(folder / command[0]), *command[1:], str(ROOT / "train" / "pretrain.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 2 x CPU" in done.stdout
+    assert len(losses(tmp_path / "pretrain")) == 2
+
+
+def test_defaults_train_on_the_shipped_sample(tmp_path):
+    out = run("pretrain.py", ["--save_dir", tmp_path, "--max_steps", 3, "--log_interval", 1, "--sample_tokens", 5])
+    for words in ("tiny: 5.0M parameters", "Validation loss", "The model continues", "weights", "Next: "):
+        assert words in out

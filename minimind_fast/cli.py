@@ -1,0 +1,65 @@
+"""`minimind-fast <command>`: finds the command's module, runs it, and turns errors into sentences.
+
+Purpose: one entry point for everything that is not training.
+Principle: a table from command to `module:function`; the module is imported when its command is called. The function
+    takes the arguments after the command and returns the exit code. To add a command: one line in COMMANDS.
+Properties: exit code 0 when all went well, 1 when a check failed, 2 for wrong usage or input, 130 after Ctrl-C. A
+    user's mistake is a line, not a traceback (MINIMIND_DEBUG=1 shows the traceback).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "chat": ("minimind_fast.chat:main", "talk to a model in the terminal, or pipe one question in"),
+    "generate": ("minimind_fast.chat:generate_main", "continue texts"),
+    "eval": ("minimind_fast.evaluate:main", "sample answers, perplexity, multiple-choice accuracy"),
+    "verify": ("minimind_fast.verify:main", "check every kernel against the reference, and whole models"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command and its arguments; the process's own if None.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: minimind-fast <command> [options]\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:10} {text}")
+        print("\nminimind-fast <command> --help shows a command's options.")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from minimind_fast import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, function = COMMANDS[argv[0]][0].split(":")
+    try:
+        return getattr(importlib.import_module(module), function)(argv[1:])
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: nothing to say, and nowhere to say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""Our options as a DeepSpeed config, and the learning rate."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import minimind_fast as mm
+from minimind_fast import losses
+from minimind_fast.config import TrainConfig
+from minimind_fast.engine import adopt, deepspeed_config, param_groups
+from minimind_fast.progress import clock, draw_loss
+from minimind_fast.trainer import learning_rate
+
+
+def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "gradient_clipping": 0.5}))
+    config = TrainConfig(deepspeed_config=str(file))
+    ds = deepspeed_config(config, 1)
+    assert ds["zero_optimization"]["stage"] == 2 and ds["zero_optimization"]["reduce_bucket_size"] == 5
+    adopt(config, ds)
+    assert config.zero_stage == 2 and config.grad_clip == 0.5
+
+
+@pytest.mark.parametrize(
+    ("theirs", "given", "message"),
+    [
+        ({"zero_optimization": {"stage": 2}}, {"zero_stage": 1}, "zero_optimization.stage = 2 .* --zero_stage"),
+        ({"gradient_clipping": 3.0}, {"grad_clip": 1.0}, "gradient_clipping = 3.0 .* --grad_clip"),
+        ({"optimizer": {"type": "Adam"}}, {}, "remove 'optimizer'; use --learning_rate"),
+    ],
+)
+def test_a_clash_names_both(tmp_path, theirs, given, message):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(theirs))
+    config = TrainConfig(deepspeed_config=str(file), **given)
+    config.given = set(given)
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(config, 1)
+
+
+def test_a_missing_deepspeed_file_is_named():
+    with pytest.raises(ValueError, match="--deepspeed_config nowhere.json"):
+        deepspeed_config(TrainConfig(deepspeed_config="nowhere.json"), 1)
+
+
+def test_offload_needs_a_partitioned_optimizer():
+    with pytest.raises(ValueError, match="--offload cpu needs --zero_stage 1"):
+        deepspeed_config(TrainConfig(offload="cpu", zero_stage=0), 1)
+
+
+def test_norms_do_not_decay():
+    model = mm.MiniMind(mm.ModelConfig.preset("tiny", max_position_embeddings=64))
+    matrices, norms = param_groups(model, 0.1)
+    assert matrices["weight_decay"] == 0.1 and all(p.dim() > 1 for p in matrices["params"])
+    assert norms["weight_decay"] == 0 and all(p.dim() == 1 for p in norms["params"])
+    assert len(matrices["params"]) + len(norms["params"]) == len(list(model.parameters()))
+
+
+def test_learning_rate_is_minimind_form():
+    config = TrainConfig(learning_rate=1.0)
+    assert learning_rate(config, 0, 100) == pytest.approx(1.0)
+    assert learning_rate(config, 50, 100) == pytest.approx(0.55)
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 25, 100) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    config.warmup_steps = 10
+    assert learning_rate(config, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 9, 100) == learning_rate(config, 10, 100) == pytest.approx(1.0)
+    config.lr_schedule = "constant"
+    assert learning_rate(config, 99, 100) == 1.0
+    config.lr_schedule = "cosine"
+    assert learning_rate(config, 100, 100) == pytest.approx(0.0)
+
+
+def test_lm_loss_is_the_weighted_sum():
+    logprobs = torch.tensor([-1.0, 0.0, -3.0], requires_grad=True)
+    assert losses.lm(logprobs).item() == 4.0
+    loss = losses.lm(logprobs, torch.tensor([1.0, 1.0, 10.0]))
+    assert loss.item() == 31.0
+    assert torch.autograd.grad(loss, logprobs)[0].tolist() == [-1.0, -1.0, -10.0]
+
+
+def test_clock():
+    assert [clock(x) for x in (0, 59.4, 61, 3600, 7325)] == ["0s", "59s", "1m01s", "1h00m", "2h02m"]
+
+
+def test_the_curve_is_drawn_from_the_log(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **kw: drawn.update({kw["label"]: (x, y)}) or plot(self, x, y, **kw)
+    )
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "val_loss": 2.5}\n')
+    draw_loss(log, tmp_path / "loss.png", "a run")
+    assert drawn == {"training": ((1, 2), (3.0, 2.0)), "validation": ((2,), (2.5,))}
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
