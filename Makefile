@@ -37,7 +37,7 @@ test: $(VENV)/installed-test ## Run the test suite
 lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-test ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -95,7 +95,7 @@ class _Pointer:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.dtype = tensor.dtype
-        self._offset = tensor.storage_offset() * tensor.element_size()
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
         self._bytes = tensor.numel() * tensor.element_size()
 
     def data_ptr(self) -> int:
@@ -192,7 +192,8 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
             plain = [_Pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
             named = {k: _Pointer(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
             programs = 1
-            for n in grid(named) if callable(grid) else grid:
+            sizes: Any = grid(named) if callable(grid) else grid
+            for n in sizes:
                 programs *= int(n)
             direction = "forward" if i < forward else "backward"
             found.append(Launch(case.op, preset, direction, function, plain, named, programs, size))
@@ -209,7 +210,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     Returns:
         Triton's compiled kernel.
     """
-    triton.runtime.driver.set_active(_NoDevice(target=GPUTarget(target.backend, target.arch, target.warp_size)))
+    driver: Any = _NoDevice(target=GPUTarget(target.backend, target.arch, target.warp_size))
+    triton.runtime.driver.set_active(driver)
     return launch.kernel.run(*launch.args, grid=None, warmup=True, **launch.options)
 
 

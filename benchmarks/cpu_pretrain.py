@@ -3,7 +3,7 @@
     python benchmarks/cpu_pretrain.py --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
 
 Purpose: useful tokens per second of both loops, the losses at equal useful tokens, and where our time goes.
-Principle: the same weights, documents, threads and learning rates. The two loops take turns, a few steps each, so that
+Principle: the same weights, documents, threads and learning rates. The two loops take turns, step by step, so that
     whatever else the machine does meets both; the median of the turns counts. Useful tokens are positions with a target.
 Properties: the baseline is given tokenised data and pays for its padding alone; ours is the real Trainer with its DeepSpeed
     engine and its loader. Writes benchmarks/results/cpu_pretrain.json and .md.
@@ -117,11 +117,13 @@ def main() -> None:
     parser.add_argument("--val_data_path", required=True)
     parser.add_argument("--tokenizer_path", required=True)
     parser.add_argument("--preset", default="minimind2-small")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each loop")
+    parser.add_argument(
+        "--cache_dir", default="", help="where the tokenised data is cached; beside the data if not given"
+    )
+    parser.add_argument("--turns", type=int, default=8, help="optimizer steps of each loop, taken in turns")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
 
-    our_steps_a_turn = 2
     config = TrainConfig(
         preset=args.preset, tokenizer_path=args.tokenizer_path, data_path=[args.data_path], batch_size=16,
         max_seq_len=LENGTH, accumulation_steps=1, learning_rate=LEARNING_RATE, num_threads=args.threads,
@@ -131,8 +133,8 @@ def main() -> None:
     device = stage.begin(config)
     tokenizer = stage.load_tokenizer(config)
     model = stage.load_model(config, tokenizer)
-    cache = build_cache(args.data_path, tokenizer)
-    val_cache = build_cache(args.val_data_path, tokenizer)
+    cache = build_cache(args.data_path, tokenizer, cache_dir=args.cache_dir or None)
+    val_cache = build_cache(args.val_data_path, tokenizer, cache_dir=args.cache_dir or None)
     fp32, fp32_how = peak_flops(device, torch.float32)
     bf16, _ = peak_flops(device, torch.bfloat16)
 
@@ -140,7 +142,7 @@ def main() -> None:
     rows = PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1)
     mean_useful = statistics.mean(b.num_targets for b, _ in zip(rows, range(50), strict=False))
     accumulation = max(1, round(our_tokens / mean_useful))
-    steps = args.turns * our_steps_a_turn
+    steps = args.turns
     baseline = Baseline(EagerMiniMind.from_ours(model), cache, accumulation, steps)
     data = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
     trainer = Trainer(config, "bench", model, tokenizer, data, our_loss, device)
@@ -153,13 +155,10 @@ def main() -> None:
     rates: dict[str, list[float]] = {"baseline": [], "ours": []}
     for turn in range(args.turns):
         for name, loop in (("baseline", baseline), ("ours", ours)):
-            begin, tokens = time.perf_counter(), 0
-            for _ in range(our_steps_a_turn):
-                useful, value = loop.take_step()
-                tokens += useful
-                seen = (curves[name][-1][0] if curves[name] else 0) + useful
-                curves[name].append((seen, value))
-            rates[name].append(tokens / (time.perf_counter() - begin))
+            begin = time.perf_counter()
+            useful, value = loop.take_step()
+            rates[name].append(useful / (time.perf_counter() - begin))
+            curves[name].append(((curves[name][-1][0] if curves[name] else 0) + useful, value))
             print(
                 f"turn {turn + 1}/{args.turns} {name:8} {rates[name][-1]:8,.0f} useful tok/s  loss {value:.3f}",
                 flush=True,

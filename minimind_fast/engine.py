@@ -241,6 +241,7 @@ def initialize(model: MiniMind, config: TrainConfig, ds: dict[str, Any]) -> Any:
     groups = param_groups(model, config.weight_decay)
     # lr 0: with bf16 and stage 0 DeepSpeed takes an optimizer step while it starts; so it must move nothing.
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+    engine: Any
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
     for state in optimizer.state.values():
         state["step"].zero_()  # of that same step: its gradients were zero, so the counter is all that it left

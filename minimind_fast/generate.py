@@ -50,7 +50,7 @@ def generate(
 ) -> Tensor: ...
 @overload
 def generate(model: MiniMind, input_ids: Tensor, *, return_logprobs: Literal[True], **options: Any) -> Generation: ...
-def generate(
+def generate(  # pyright: ignore[reportInconsistentOverload]  the overloads leave the options to this one
     model: MiniMind,
     input_ids: Tensor,
     *,

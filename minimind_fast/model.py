@@ -252,8 +252,8 @@ class Block(nn.Module):
             x, h = self.input_layernorm(branch, h)
         x, h = self.post_attention_layernorm(self.self_attn(x, cos, sin, positions, context), h)
         if isinstance(self.mlp, MoE):
-            branch, aux = self.mlp(x, cu_seqlens, valid)
-            return branch, h, aux
+            y, aux = self.mlp(x, cu_seqlens, valid)
+            return y, h, aux
         return self.mlp(x), h, None
 
 

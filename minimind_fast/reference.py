@@ -10,7 +10,7 @@ Shapes: T tokens, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E exp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def _accum(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, cast_first: bool = False):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, cast_first: bool = False) -> Any:
     """Root-mean-square norm, optionally of `x + residual`.
 
     Args:

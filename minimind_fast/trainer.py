@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Trainer:
         data: Batches,
         loss: LossFunction,
         device: torch.device,
-        val_data: Callable[[], Batches] | None = None,
+        val_data: Callable[[], Iterable[Batch]] | None = None,
         count: Callable[[Batch], float] | None = None,
     ) -> None:
         self.rank, self.world_size = ds.world()

@@ -8,10 +8,11 @@ Principle: truth is the reference in float64. For an output and for each gradien
     is luck, and no measure). By norm: 1.25 times eager's error, plus the noise.
     Then whole models, cut in layers: log-probabilities and gradients with one kernel on, and with all, by the norm rule.
 Properties: kernels run in memory poisoned with NaN, so that an element nobody wrote is seen, and may not write to
-    their inputs. The report runs in processes of its own: in parallel, and on a CPU under Triton's
-    interpreter (Triton decides at its import), on small cases in float32 and float16: the interpreter is wrong in bfloat16. Cases are drawn on the CPU from a seed.
-    Near ties between experts are decided by rounding, not by right and wrong: cases of the router hold no such tokens,
-    and whole models are compared at the eager run's experts, with the number of choices that differed.
+    their inputs. The report runs in processes of its own: several at a time, and on a CPU under Triton's interpreter
+    (Triton decides at its import), there on small cases in float32 and float16: the interpreter is wrong in bfloat16.
+    Cases are drawn on the CPU from a seed. Near ties between experts are decided by rounding, not by right and wrong:
+    cases of the router hold no such tokens, and whole models are compared at the eager run's experts, with the number
+    of choices that differed.
 
 Shapes: T tokens, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E experts, V vocab.
 """
@@ -511,9 +512,11 @@ def evaluate(
     Raises:
         RuntimeError: the op wrote to one of its inputs.
     """
-    tensors = case.tensors(Draw(dtype, device))
+    tensors: dict[str, Any] = case.tensors(Draw(dtype, device))
     if double:
-        tensors = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in tensors.items()}
+        for key, tensor in tensors.items():
+            if tensor is not None and tensor.is_floating_point():
+                tensors[key] = tensor.double()
     kept = {k: t.clone() for k, t in tensors.items() if t is not None}
     leaves = [k for k in DIFFERENTIABLE[case.op] if tensors[k] is not None]
     for key in leaves:

@@ -231,10 +231,13 @@ def test_the_command_runs_itself_under_the_interpreter_and_says_so(tmp_path):
     assert 0 < numbers["norm_error"] < 1e-6 and 0 < numbers["eager_norm_error"] < 1e-6
 
 
+SWIGLU = ["--ops", "swiglu", "--models", "no", "--dtype", "float32", "--device", "cpu"]
+
+
 def test_a_failing_kernel_gives_exit_code_1(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ops, "kernel", lambda name: lambda gate_up: reference.swiglu(gate_up) * 1.01)
-    assert verify.main("--ops swiglu --models no --dtype float32 --device cpu --jobs 0".split()) == 1
+    assert verify.main([*SWIGLU, "--jobs", "0"]) == 1
     assert "FAIL swiglu: minimind3 T=" in capsys.readouterr().out
 
 
@@ -255,7 +258,7 @@ def test_wrong_usage_is_told(argv, message, capsys):
 
 def test_a_process_that_dies_is_a_failure_of_its_op(monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert verify.main("--ops swiglu --models no --dtype float32 --device cpu --jobs 1".split()) == 1
+    assert verify.main([*SWIGLU, "--jobs", "1"]) == 1
     assert "the process ended with 1" in capsys.readouterr().out
 
 
