@@ -124,7 +124,7 @@ def attention(
         groups = q.shape[1] // k.shape[1]
         if groups > 1 and "enable_gqa" not in known:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        extra = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+        extra: dict[str, object] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
         if "enable_gqa" in known:
             extra["enable_gqa"] = groups > 1
         return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)

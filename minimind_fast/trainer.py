@@ -119,7 +119,10 @@ class Trainer:
         self.checkpoint_folder, self.weights_folder = self.folder / "checkpoints", self.folder / "weights"
         self.step, self.useful_tokens, self.nonfinite = 0, 0, 0
         self._stop_signal, self._first_signal_at = 0, 0.0
-        self._began, self._seconds_before = time.monotonic(), 0.0
+        self._began, self._seconds_before, self._agreed_clock = time.monotonic(), 0.0, 0.0
+        # Ranks agree over the host's network, so that no step waits for the GPU.
+        on_gpus = device.type == "cuda" and self.world_size > 1
+        self._talk = dist.new_group(backend="gloo") if on_gpus else None
 
         self.ds_config = ds.deepspeed_config(config, self.world_size)
         ds.adopt(config, self.ds_config)
@@ -144,6 +147,7 @@ class Trainer:
             self.step, self.useful_tokens = state["step"], state["useful_tokens"]
             self.data.load_state_dict(state["data"])
             self._seconds_before = state["seconds"]
+        self._position = self.data.state_dict()  # after the last group that was trained on
         self.total_steps = self._count_steps()
         self.progress: Progress | None = None
 
@@ -158,8 +162,10 @@ class Trainer:
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._run()
-        except torch.OutOfMemoryError as error:
-            raise TrainingStopped(self._memory_advice(error)) from None
+        except RuntimeError as error:  # a GPU's and the CPU allocator's words for the same thing
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise TrainingStopped(memory_advice(error, self.config, self.checkpoint_folder)) from None
         except OSError as error:
             raise TrainingStopped(str(error)) from None
         finally:
@@ -182,8 +188,10 @@ class Trainer:
         peak = peak_flops(self.device, self.dtype) if self.rank == 0 else (1.0, "")
         self._say(f"MFU is of {peak[0] / 1e12:.2f} TFLOP/s a device ({peak[1]}).")
         window = Window()
-        last_save = last_log = time.monotonic()
-        for group in self.groups():
+        last_log, last_save = time.monotonic(), 0.0
+        groups = self.groups()
+        while self.step < self.total_steps:
+            group = next(groups)
             counted, stopping, time_share = self._agree(sum(self.count(b) for b in group))
             if stopping:
                 self._say(f"Stopping at step {self.step}, as asked; saving first.")
@@ -196,15 +204,15 @@ class Trainer:
                 now = time.monotonic()
                 self._log(window, lr, norm, now - last_log, peak[0])
                 window, last_log = Window(), now
-            due = time.monotonic() - last_save > SAVE_EVERY_S if not config.save_interval else False
-            due = self._any(due) if not config.save_interval else self.step % config.save_interval == 0
+            if config.save_interval:
+                due = self.step % config.save_interval == 0
+            else:
+                due = self._agreed_clock - last_save > SAVE_EVERY_S
             if config.val_interval and self.step % config.val_interval == 0:
                 self.validate()
             if due and self.step < self.total_steps:
                 self._save()
-                last_save = time.monotonic()
-            if self.step >= self.total_steps:
-                break
+                last_save = self._agreed_clock
         self._save()
         if self.rank == 0:
             draw_loss(self.folder / "log.jsonl", self.folder / "loss.png", f"{self.folder.name}, {self.config.preset}")
@@ -253,6 +261,7 @@ class Trainer:
         self.useful_tokens += int(counted)
         norm, finite = ds.finish_step(self.engine, self.config.grad_clip)
         self.step += 1
+        self._position = self.data.state_dict()
         self._mind_nonfinite(finite, window)
         return lr, norm
 
@@ -264,22 +273,15 @@ class Trainer:
 
     def _agree(self, counted: float) -> tuple[float, bool, float]:
         """(counted units over all ranks, whether any rank was asked to stop, largest share of --max_minutes gone)."""
+        mine = [float(counted), float(bool(self._stop_signal)), self._seconds()]
+        everyone = torch.tensor([mine], dtype=torch.float64)
+        if self.world_size > 1:
+            parts = [torch.empty_like(everyone) for _ in range(self.world_size)]
+            dist.all_gather(parts, everyone, group=self._talk)
+            everyone = torch.cat(parts)
         limit = 60 * self.config.max_minutes
-        share = self._seconds() / limit if limit else 0.0
-        if self.world_size == 1:
-            return float(counted), bool(self._stop_signal), share
-        mine = torch.tensor([float(counted), float(bool(self._stop_signal)), share], dtype=torch.float64)
-        everyone = [torch.empty_like(mine, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(everyone, mine.to(self.device))
-        table = torch.stack(everyone).cpu()
-        return table[:, 0].sum().item(), bool(table[:, 1].any()), table[:, 2].max().item()
-
-    def _any(self, flag: bool) -> bool:
-        if self.world_size == 1:
-            return flag
-        value = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return value.item() > 0
+        self._agreed_clock = everyone[:, 2].max().item()
+        return everyone[:, 0].sum().item(), bool(everyone[:, 1].any()), self._agreed_clock / limit if limit else 0.0
 
     def _on_signal(self, number: int, _frame: object) -> None:
         now = time.monotonic()
@@ -363,7 +365,7 @@ class Trainer:
             "step": self.step,
             "seconds": self._seconds(),
             "useful_tokens": self.useful_tokens,
-            "data": self.data.state_dict(),
+            "data": self._position,
             "zero_stage": self.config.zero_stage,
             "dtype": self.config.dtype,
             "options": self.config.options(),
@@ -439,14 +441,21 @@ class Trainer:
         if self.step:
             self._say(f"Going on from step {self.step} ({self.useful_tokens:,} tokens).")
 
-    def _memory_advice(self, error: BaseException) -> str:
-        c = self.config
-        return (
-            f"Out of memory ({str(error).splitlines()[0]}). A micro-batch is {c.batch_size} x {c.max_seq_len} tokens: try "
-            f"--batch_size {max(c.batch_size // 2, 1)} --accumulation_steps {c.accumulation_steps * 2} (the same optimizer "
-            "step in half the memory), --gradient_checkpointing, or --zero_stage 2 on several GPUs. Checkpoints in "
-            f"{self.checkpoint_folder} are untouched."
-        )
+
+def memory_advice(error: BaseException, c: TrainConfig, checkpoints: Path) -> str:
+    """What to lower when memory ran out, with numbers.
+
+    Args:
+        error: of the allocator.
+        c: the run's options.
+        checkpoints: folder that is named as untouched.
+    """
+    return (
+        f"Out of memory ({str(error).splitlines()[0]}). A micro-batch is {c.batch_size} x {c.max_seq_len} tokens: try "
+        f"--batch_size {max(c.batch_size // 2, 1)} --accumulation_steps {c.accumulation_steps * 2} (the same optimizer "
+        "step in half the memory), --gradient_checkpointing, or --zero_stage 2 on several GPUs. Checkpoints in "
+        f"{checkpoints} are untouched."
+    )
 
 
 class Window:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from minimind_fast import ops
+
 TOOL = Path(__file__).resolve().parents[1] / "benchmarks" / "aot.py"
 # The compiler runs in a process of its own: Triton decides at its import between compiler and interpreter.
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -103,4 +105,5 @@ def test_the_committed_table_is_of_every_architecture_and_clean():
     file = TOOL.parent / "results" / "kernels_aot.json"
     rows = json.loads(file.read_text())["launches"]
     assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
+    assert {row["op"] for row in rows} == set(ops.NAMES)
     assert not [row for row in rows if row["problems"]]

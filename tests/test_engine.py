@@ -11,7 +11,7 @@ from minimind_fast import losses
 from minimind_fast.config import TrainConfig
 from minimind_fast.engine import adopt, deepspeed_config, param_groups
 from minimind_fast.progress import clock, draw_loss
-from minimind_fast.trainer import learning_rate
+from minimind_fast.trainer import learning_rate, memory_advice
 
 
 def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
@@ -99,3 +99,9 @@ def test_the_curve_is_drawn_from_the_log(tmp_path, monkeypatch):
     draw_loss(log, tmp_path / "loss.png", "a run")
     assert drawn == {"training": ((1, 2), (3.0, 2.0)), "validation": ((2,), (2.5,))}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_of_memory_says_what_to_lower_with_numbers(tmp_path):
+    config = TrainConfig(batch_size=32, max_seq_len=512, accumulation_steps=4)
+    text = memory_advice(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), config, tmp_path)
+    assert "32 x 512" in text and "--batch_size 16 --accumulation_steps 8" in text and "Tried to allocate 2 GiB" in text

@@ -95,15 +95,19 @@ def test_ranks_and_zero_stages_agree_in_fp32(corpus, tmp_path):
         assert got == pytest.approx(want, abs=1e-5), f"ZeRO {stage}, {ranks} ranks"
 
 
-def test_sigterm_saves_and_exits_cleanly(corpus, tmp_path):
-    args = [*TINY, *corpus, "--save_dir", tmp_path, "--epochs", 1000]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_no_token_is_lost(corpus, tmp_path, number):
+    args = [*TINY, *corpus, "--accumulation_steps", 1, "--max_steps", 60]
+    run("pretrain.py", [*args, "--save_dir", tmp_path / "whole"])
+    args += ["--save_dir", tmp_path]
     processes = start("pretrain.py", args)
     wait_for_step(tmp_path / "pretrain", 2, processes)
-    processes[0].send_signal(signal.SIGTERM)
-    out = finish(processes)
-    assert "as asked" in out
+    processes[0].send_signal(number)
+    assert "as asked" in finish(processes)
     assert len(checkpoints(tmp_path / "pretrain" / "checkpoints")) == 1
     assert mm.load_pretrained(tmp_path / "pretrain" / "weights").num_parameters() > 0
+    run("pretrain.py", [*args, "--from_resume"])
+    assert losses(tmp_path / "pretrain") == losses(tmp_path / "whole" / "pretrain")
 
 
 def test_kill_during_a_save_leaves_the_older_checkpoint(corpus, tmp_path):

@@ -1,0 +1,296 @@
+"""Configs of other formats: Hugging Face Llama, Qwen3 and Qwen3-MoE, both ways.
+
+Purpose: say in `config.json` of another format what a `ModelConfig` says, and read such a file back.
+Principle: tensor names are the same everywhere (MiniMind took them from Llama, Qwen3-MoE has the same names for
+    experts), so that only the config is translated. MiniMind2 dense is a Llama, MiniMind3 dense a Qwen3 (q/k norm),
+    MiniMind3 MoE a Qwen3-MoE. What cannot be said is refused with all reasons, before anything is written.
+Properties: in float32 both sides compute the same. In bf16 and fp16 they differ by one rounding per norm where the order
+    of cast and weight differs: Hugging Face casts first in every norm, as MiniMind2 does; MiniMind3 casts last. A model
+    read from such a folder gets `norm_cast_first`, which leaves only the q/k norms in our order. Of no effect on answers,
+    but not the same in training: Hugging Face drops out attention weights only, and its aux loss pools all layers
+    where ours is their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from minimind_fast.config import YARN, ModelConfig
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+NO_TOKEN = -1  # in a ModelConfig: there is no such token (null in Hugging Face's files)
+
+
+# ---------------------------------------------------------------------------------------------------------------- write
+
+
+def obstacles(config: ModelConfig, format: str) -> list[str]:
+    """Why a model cannot be written in a format; empty if it can.
+
+    Args:
+        config: the model's.
+        format: a key of ARCHITECTURES.
+    """
+    found = []
+    if format == "llama" and config.qk_norm:
+        found.append("Llama has no q/k norm, and this model has")
+    if format != "llama" and not config.qk_norm:
+        found.append("Qwen3 always has q/k norm, and this model has none")
+    if format == "qwen3_moe" and not config.use_moe:
+        found.append("Qwen3-MoE has experts in every layer, and this model has none")
+    if format != "qwen3_moe" and config.use_moe:
+        found.append(f"{'Llama' if format == 'llama' else 'Qwen3'} has no experts, and this model has")
+    if config.use_moe and config.num_shared_experts:
+        found.append("none of these formats has shared experts, and this model has")
+    if format == "llama" and config.hidden_size % config.num_attention_heads:
+        found.append(
+            f"Llama wants hidden_size ({config.hidden_size}) to be a multiple of the heads ({config.num_attention_heads})"
+        )
+    if _yarn_clamped_differently(config):
+        found.append("YaRN with this head_dim, rope_theta and original length is cut off at another frequency there")
+    return found
+
+
+def fitting_format(config: ModelConfig) -> str | None:
+    """The format that can hold a model, if one can.
+
+    Args:
+        config: the model's.
+    """
+    return next((format for format in ARCHITECTURES if not obstacles(config, format)), None)
+
+
+def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
+    """The content of `config.json` in another format.
+
+    Field names are those of Transformers 5, beside them `rope_theta`, `rope_scaling` and `torch_dtype`'s reader-side
+    equivalents of 4.x, which 5.x reads as well.
+
+    Args:
+        config: the model's.
+        format: a key of ARCHITECTURES.
+
+    Returns:
+        The JSON object, without `dtype`.
+
+    Raises:
+        ValueError: the format cannot hold this model; all reasons, and what can.
+
+    Source: LlamaConfig, Qwen3Config, Qwen3MoeConfig of Hugging Face Transformers 5.23.
+    """
+    reasons = obstacles(config, format)
+    if reasons:
+        fits = fitting_format(config)
+        instead = f"{fits!r} can" if fits else "only 'minimind' and 'pth' can"
+        raise ValueError(f"this model cannot be written as {format!r}: {'; '.join(reasons)}; {instead}")
+    raw: dict[str, Any] = {
+        "model_type": format,
+        "architectures": [ARCHITECTURES[format]],
+        **{name: getattr(config, name) for name in _SAME_NAMES},
+        "attention_dropout": config.dropout,
+        "attention_bias": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        **{name: None if value < 0 else value for name, value in _token_ids(config).items()},
+        **_rope_to_hf(config),
+    }
+    if format == "llama":
+        raw["mlp_bias"] = False
+    else:
+        raw.update(use_sliding_window=False, sliding_window=None)
+    if format == "qwen3_moe":
+        raw.update({name: getattr(config, name) for name in _MOE_NAMES})
+        raw.update(decoder_sparse_step=1, mlp_only_layers=[], output_router_logits=False)
+    return raw
+
+
+def generation_config(config: ModelConfig) -> dict[str, Any]:
+    """The content of `generation_config.json`: the special ids; how to sample stays the user's choice.
+
+    Args:
+        config: the model's.
+    """
+    return {name: value for name, value in _token_ids(config).items() if value >= 0}
+
+
+_SAME_NAMES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+)
+_MOE_NAMES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+
+
+def _token_ids(config: ModelConfig) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    theta, yarn = float(config.rope_theta), config.rope_scaling
+    plain = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    if not yarn:
+        return plain
+    original, amplitude = yarn["original_max_position_embeddings"], float(yarn.get("attention_factor", 1.0))
+    stretched = config.max_position_embeddings > original  # within the original length ours keeps the frequencies
+    if not stretched and amplitude == 1:
+        return plain
+    scaling = {
+        "rope_type": "yarn",
+        "factor": float(yarn["factor"]) if stretched else 1.0,
+        "original_max_position_embeddings": original,
+        "beta_fast": float(yarn["beta_fast"]),
+        "beta_slow": float(yarn["beta_slow"]),
+        "attention_factor": amplitude,  # named always: left out, it is taken from the factor there
+    }
+    return {"rope_theta": theta, "rope_parameters": {**scaling, "rope_theta": theta}, "rope_scaling": scaling}
+
+
+def _yarn_clamped_differently(config: ModelConfig) -> bool:
+    """Whether MiniMind's ramp between kept and stretched frequencies differs from Hugging Face's.
+
+    They do the same but for the ends: MiniMind ends the ramp at the last pair of a head (hd / 2 - 1), Hugging Face at hd - 1,
+    beyond it. That shows only where the slowest pair turns more than beta_slow times within the original length.
+    """
+    yarn = config.rope_scaling
+    if not yarn or yarn["factor"] == 1 or config.max_position_embeddings <= yarn["original_max_position_embeddings"]:
+        return False
+    assert config.head_dim is not None
+
+    def pair(rotations: float) -> float:
+        turns = yarn["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))  # type: ignore[operator]
+
+    low, high = max(math.floor(pair(yarn["beta_fast"])), 0), math.ceil(pair(yarn["beta_slow"]))
+    return high > config.head_dim // 2 - 1 or low > high
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] | None = None) -> ModelConfig:
+    """Read `config.json` of a Llama, Qwen3 or Qwen3-MoE folder.
+
+    Fields that Transformers' own model of that type does not read are not read here either.
+
+    Args:
+        raw: the parsed JSON; its `model_type` is a key of ARCHITECTURES.
+        where: named in errors, usually the file.
+        generation: the folder's `generation_config.json`; its special ids win, as in Transformers. Of several end
+            tokens the first is taken.
+
+    Raises:
+        ValueError: a field is missing, or asks for what MiniMind does not compute; all reasons.
+
+    Source: defaults and priorities of Hugging Face Transformers 5.23.
+    """
+    kind = raw["model_type"]
+    raw = {name: value for name, value in raw.items() if value is not None}
+    raw.setdefault("num_experts", raw.get("num_local_experts", 128))
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [name for name in required if name not in raw]
+    if missing:
+        raise ValueError(f"{where}: {kind} without {', '.join(missing)}")
+    values: dict[str, Any] = {
+        "generation": 2 if kind == "llama" else 3,
+        "qk_norm": kind != "llama",
+        "norm_cast_first": True,
+        "dropout": raw.get("attention_dropout", 0.0),
+        # what these types mean where the file is silent
+        "num_key_value_heads": {"llama": raw["num_attention_heads"], "qwen3": 32, "qwen3_moe": 4}[kind],
+        "head_dim": 128 if kind == "qwen3" else None,
+        "max_position_embeddings": 2048 if kind == "llama" else 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **{name: raw[name] for name in _SAME_NAMES if name in raw},
+        **_token_ids_from({**raw, **{k: v for k, v in (generation or {}).items() if v is not None}}),
+    }
+    if kind == "qwen3_moe":
+        defaults = dict(num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False)
+        values.update({**defaults, "router_aux_loss_coef": 1e-3})
+        values.update({name: raw[name] for name in _MOE_NAMES if name in raw})
+        values.update(use_moe=True, num_shared_experts=0)
+    reasons = _foreign(raw, kind)
+    try:
+        rope, rope_reasons = _rope_from_hf(raw, values["max_position_embeddings"])
+        values.update(rope)
+        if reasons := reasons + rope_reasons:
+            raise ValueError(f"this {kind} model computes what MiniMind does not: {'; '.join(reasons)}")
+        config = ModelConfig(**values)
+        if _yarn_clamped_differently(config):
+            raise ValueError("YaRN with this head_dim, rope_theta and original length is cut off elsewhere in MiniMind")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    return config
+
+
+def _token_ids_from(raw: dict[str, Any]) -> dict[str, int]:
+    def one(name: str) -> int:
+        value = raw.get(name)
+        value = value[0] if isinstance(value, list) and value else value
+        return value if isinstance(value, int) else NO_TOKEN
+
+    ids = {name: one(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] == NO_TOKEN:  # something must stand behind the end of a shorter row
+        ids["pad_token_id"] = max(ids["eos_token_id"], 0)
+    return ids
+
+
+def _foreign(raw: dict[str, Any], kind: str) -> list[str]:
+    """What a config asks for and MiniMind cannot compute."""
+    found = []
+    if raw.get("attention_bias") or raw.get("mlp_bias"):
+        names = [name for name in ("attention_bias", "mlp_bias") if raw.get(name)]
+        found.append(f"projections with biases ({', '.join(names)})")
+    if "quantization_config" in raw:
+        found.append("quantized weights (quantization_config)")
+    layers = set(raw.get("layer_types", [])) - {"full_attention"}
+    if kind != "llama" and (layers or (raw.get("use_sliding_window") and "sliding_window" in raw)):
+        found.append("sliding-window attention")
+    if kind == "qwen3_moe":
+        if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
+            found.append("layers without experts among those with (decoder_sparse_step, mlp_only_layers)")
+        if raw["num_experts"] < 1:
+            found.append("no experts at all (num_experts)")
+    return found
+
+
+def _rope_from_hf(raw: dict[str, Any], max_positions: int) -> tuple[dict[str, Any], list[str]]:
+    """Our rope fields and max_position_embeddings, and what is not to be had."""
+    # 4.x writes rope_theta and rope_scaling, 5.x rope_parameters; 5.x reads them in this order.
+    scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    fields: dict[str, Any] = {"rope_theta": float(scaling.get("rope_theta", raw.get("rope_theta", 1e4)))}
+    if scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1:
+        return fields, ["rotation of a part of each head (partial_rotary_factor)"]
+    if kind == "default":
+        return fields, []
+    if kind != "yarn":
+        return fields, [f"RoPE scaling of type {kind!r}"]
+    if not scaling.get("truncate", True):
+        return fields, ["YaRN with truncate=false"]
+    original = raw.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", max_positions))
+    factor = float(scaling.get("factor", max_positions / original))
+    fields["rope_scaling"] = {
+        **YARN,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": float(scaling.get("beta_fast") or 32),
+        "beta_slow": float(scaling.get("beta_slow") or 1),
+        "attention_factor": float(scaling.get("attention_factor", _yarn_amplitude(factor, scaling))),
+    }
+    if factor > 1 and max_positions <= original:
+        # There, the factor alone turns YaRN on; ours asks whether the context is longer than the original.
+        fields["max_position_embeddings"] = math.ceil(original * factor)
+    return fields, []
+
+
+def _yarn_amplitude(factor: float, scaling: dict[str, Any]) -> float:
+    """The factor on cos and sin where none is named. Source: Peng et al., YaRN, 2023, eq. 22; mscale: DeepSeek-V2."""
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"])
+    return magnitude(1.0)
