@@ -345,7 +345,7 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
         dtype: "bfloat16", "float16" or "float32".
 
     Returns:
-        One row a launch.
+        One row a compiled kernel, its launches summed.
     """
     target, rows, known = TARGETS[name], [], {}
     row: dict[str, Any]
@@ -358,28 +358,30 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
                 launches = [] if case is None else record(case, preset, getattr(torch, dtype), target)
             except Exception as error:  # a row of the table, and a failure of the run
                 fault = f"the launcher raised {type(error).__name__}: {str(error)[:300]}"
-                row = {**same, "direction": "", "kernel": op, "bytes_moved": 0, "seconds": 0.0, "error": fault}
+                row = {**same, "direction": "", "kernel": op, "error": fault}
+                row.update(launches=0, bytes_moved=0, seconds=0.0)
                 rows.append({**row, "problems": problems(row)})
                 continue
+            of_case: dict[Any, dict[str, Any]] = {}  # launches of one compiled kernel, such as chunks, are one row
             for launch in launches:
-                row = {
-                    **same,
-                    "direction": launch.direction,
-                    "kernel": launch.kernel.fn.__name__,
-                    "programs": launch.programs,
-                    "bytes_moved": launch.bytes_moved,
-                }
-                started = time.perf_counter()
+                row = {**same, "direction": launch.direction, "kernel": launch.kernel.fn.__name__}
+                started, key = time.perf_counter(), None
                 try:
                     compiled = compile_launch(launch, target)
+                    key = launch.direction, compiled.hash
                     if compiled.hash not in known:
                         known[compiled.hash] = resources(compiled, target)
                     row.update(known[compiled.hash])
                 except Exception as error:
                     row["error"] = f"does not compile: {type(error).__name__}: {str(error)[:300]}"
-                row["seconds"] = round(time.perf_counter() - started, 2)
+                    key = launch.direction, row["kernel"], row["error"]
+                row = of_case.setdefault(key, {**row, "launches": 0, "programs": 0, "bytes_moved": 0, "seconds": 0.0})
+                row["launches"] += 1
+                row["programs"] = max(row["programs"], launch.programs)  # of its largest launch
+                row["bytes_moved"] += launch.bytes_moved
+                row["seconds"] += time.perf_counter() - started
                 row["problems"] = problems(row)
-                rows.append(row)
+            rows += of_case.values()
     return rows
 
 
@@ -396,7 +398,7 @@ def ops_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         key = row["op"], row["preset"], row["direction"]
         total = sums.setdefault(key, {"launches": 0, "bytes_moved": 0})
-        total["launches"] += 1
+        total["launches"] += row["launches"]
         total["bytes_moved"] += row["bytes_moved"]
     out = []
     for (op, preset, direction), total in sums.items():
@@ -411,7 +413,9 @@ def ops_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "floor_us": round(max(least / COPY_BYTES_PER_S, flops / MATMUL_FLOP_PER_S) * 1e6, 1),
                 "matmul_gflop": round(flops / 1e9, 1),
                 # Says nothing where the floor is the matmul's.
-                "bytes_share_of_floor": None if flops else round(least / total["bytes_moved"], 3),
+                "bytes_share_of_floor": None
+                if flops or not total["bytes_moved"]
+                else round(least / total["bytes_moved"], 3),
             }
         )
     return out
@@ -448,7 +452,8 @@ def _markdown(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> str:
             "## Bytes and floors on an H200",
             "",
             f"A simple model: {COPY_BYTES_PER_S / 1e12} TB/s, {MATMUL_FLOP_PER_S / 1e12:.0f} TFLOP/s. Bytes moved are those "
-            "of all tensors that the launches are given, whole (of a fused projection also the part that is not read).",
+            "of all tensors that the launches are given, whole (of a fused projection also the part that is not read), "
+            "without cuBLAS's matmuls.",
             "",
             "| op | model | pass | launches | MB moved | MB at least | share | matmul GFLOP | floor, us |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -463,14 +468,14 @@ def _markdown(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> str:
             "",
             "## Launches on an H200",
             "",
-            "| kernel | model | pass | programs | warps | registers | shared KB | resident warps an SM |",
-            "|---|---|---|---|---|---|---|---|",
+            "| kernel | model | pass | launches | programs | warps | registers | shared KB | resident warps an SM |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for r in rows:
             if r["target"] == "sm_90" and "error" not in r:
                 lines.append(
-                    f"| {r['kernel']} | {r['preset']} | {r['direction']} | {r['programs']} | {r['num_warps']} | "
-                    f"{r['registers']} | {r['shared_bytes'] / 1024:.1f} | {resident_warps(r)} |"
+                    f"| {r['kernel']} | {r['preset']} | {r['direction']} | {r['launches']} | {r['programs']} | "
+                    f"{r['num_warps']} | {r['registers']} | {r['shared_bytes'] / 1024:.1f} | {resident_warps(r)} |"
                 )
     return "\n".join(lines) + "\n"
 
@@ -505,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
             mine = job.result()
             rows += mine
             seconds = sum(row["seconds"] for row in mine)
-            print(f"{name:8} {len(mine):4} launches, {seconds:6.1f} s of compilation", flush=True)
+            print(f"{name:8} {len(mine):4} kernels, {seconds:6.1f} s of compilation", flush=True)
             for row in mine:
                 for problem in row["problems"]:
                     print(f"    {row['preset']} {row['kernel']} ({row['direction']}): {problem}", flush=True)
@@ -520,11 +525,11 @@ def main(argv: list[str] | None = None) -> int:
             "tokens": TOKENS,
             "targets": [asdict(TARGETS[t]) for t in asked["targets"]],
         }
-        text = json.dumps({**facts, "launches": rows, "ops": summary}, indent=1)
+        text = json.dumps({**facts, "kernels": rows, "ops": summary}, indent=1)
         (folder / "kernels_aot.json").write_text(text + "\n", encoding="utf-8")
         (folder / "kernels_aot.md").write_text(_markdown(rows, summary), encoding="utf-8")
     bad = sum(bool(row["problems"]) for row in rows)
-    print(f"{len(rows) - bad} of {len(rows)} launches are sound; {time.perf_counter() - started:.0f} s")
+    print(f"{len(rows) - bad} of {len(rows)} kernels are sound; {time.perf_counter() - started:.0f} s")
     return 1 if bad else 0
 
 

@@ -19,6 +19,7 @@ Source: Liger-Kernel (chunks of rows, gradients in the forward); Wijmans et al.,
 """
 # Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportCallIssue=false
 
 from collections.abc import Iterator
 
@@ -101,24 +102,31 @@ def _linear_cross_entropy_fwd_kernel(
         weighted = tl.zeros((), dtype=wide)
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            z = tl.load(at + cols, mask=cols < V, other=-float("inf")).to(wide) * inv_temperature
+            z = tl.load(at + cols, mask=cols < V, other=-float("inf")).to(wide)
             new_top = tl.maximum(top, tl.max(z, axis=0))
             # inf - inf is nan; eager's logsumexp takes an infinite maximum for 0 too.
             shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
-            old = tl.exp(top - shift)
-            e = tl.exp(z - shift)
-            total = total * old + tl.sum(e, axis=0)
+            # The maximum is taken off before the temperature: small differences of large logits stay exact.
+            z = (z - shift) * inv_temperature
+            e = tl.exp(z)
+            moved = (top - shift) * inv_temperature
+            old = tl.exp(moved)
             if ENTROPY:
-                weighted = weighted * old + tl.sum(tl.where(cols < V, e * z, 0.0), axis=0)
+                # sum_j e_j z_j about the maximum, so that the entropy is no difference of large numbers.
+                moved = tl.where(top == -float("inf"), 0.0, total * moved)
+                weighted = (weighted + moved) * old + tl.sum(tl.where(cols < V, e * z, 0.0), axis=0)
+            total = total * old + tl.sum(e, axis=0)
             top = new_top
-        lse = tl.log(total) + tl.where(tl.abs(top) == float("inf"), 0.0, top)
-        valid = (target >= 0) & (target < V)
-        picked = tl.load(at + target, mask=valid, other=float("nan")).to(wide) * inv_temperature
+        top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+        log_total = tl.log(total)
         # A target outside the vocabulary has no probability: nan here, and through lse in the gradient.
-        lse = tl.where(valid, lse, float("nan"))
-        logprob = picked - lse
+        valid = (target >= 0) & (target < V)
+        log_total = tl.where(valid, log_total, float("nan"))
+        picked = tl.load(at + target, mask=valid, other=0.0).to(wide)
+        logprob = (picked - top) * inv_temperature - log_total
+        lse = top + log_total / inv_temperature
         if ENTROPY:
-            entropy = lse - weighted / total
+            entropy = log_total - weighted / total
     tl.store(logprobs_ptr + row, logprob)
     tl.store(lse_ptr + row, lse)
     if ENTROPY:
@@ -147,7 +155,7 @@ def _linear_cross_entropy_bwd_kernel(
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             z = tl.load(at + cols, mask=cols < V, other=-float("inf")).to(wide)
-            logp = z * inv_temperature - lse
+            logp = (z - lse) * inv_temperature
             p = tl.exp(logp)
             d = grad * (tl.where(cols == target, 1.0, 0.0) - p)
             if ENTROPY:
@@ -157,6 +165,11 @@ def _linear_cross_entropy_bwd_kernel(
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _flat(x: Tensor) -> Tensor:
+    """-> (T,) with adjacent values; copies only what is not."""
+    return x.reshape(-1).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -192,7 +205,242 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a.t(), b)
     elif a.device.type == "cuda":
-        # The matmul writes float32 from 16-bit operands; baddbmm takes a float32 summand in each torch from 2.11 on.
+        # The matmul reads 16 bits and writes float32. Batched, because addmm's first versions refuse a float32 summand.
         torch.baddbmm(total[None], a.t()[None], b[None], out_dtype=total.dtype, out=total[None])
     else:
         total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
+
+
+@torch.library.custom_op("minimind_fast::linear_cross_entropy_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _linear_cross_entropy_fwd(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> logprobs, entropy (empty if not asked for), lse times the temperature."""
+    shape, V = hidden.shape[:-1], weight.shape[0]
+    logprobs, lse = (hidden.new_empty(shape, dtype=_wide(hidden)) for _ in range(2))
+    entropy = hidden.new_empty(shape if with_entropy else 0, dtype=_wide(hidden))
+    if targets.numel() > 0:
+        x, t, params = _rows(hidden), _flat(targets), _launch_params(V)
+        out, L, h = logprobs.view(-1), lse.view(-1), entropy.view(-1)
+        with torch.cuda.device_of(hidden):
+            for rows, logits in _chunks(x, weight):
+                _linear_cross_entropy_fwd_kernel[(logits.shape[0],)](
+                    logits, t[rows], out[rows], L[rows], h[rows], logits.stride(0), 1.0 / temperature,
+                    V, IGNORE_INDEX, with_entropy, **params,
+                )  # fmt: skip
+    return logprobs, entropy, lse
+
+
+@_linear_cross_entropy_fwd.register_fake
+def _(hidden, weight, targets, temperature, with_entropy):
+    shape, dtype = hidden.shape[:-1], _wide(hidden)
+    entropy = hidden.new_empty(shape if with_entropy else 0, dtype=dtype)
+    return hidden.new_empty(shape, dtype=dtype), entropy, hidden.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("minimind_fast::linear_cross_entropy_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+def _linear_cross_entropy_bwd(
+    grad: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> d_hidden, d_weight, each empty where not wanted."""
+    d_hidden = hidden.new_empty(hidden.shape if want_hidden else 0)
+    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=_wide(weight))
+    if targets.numel() > 0:
+        x, t, L, g = _rows(hidden), _flat(targets), _flat(lse), _flat(grad)
+        h, g_h = (L, g) if grad_entropy is None else (_flat(entropy), _flat(grad_entropy))
+        V = weight.shape[0]
+        with torch.cuda.device_of(hidden):
+            for rows, logits in _chunks(x, weight):
+                _linear_cross_entropy_bwd_kernel[(logits.shape[0],)](
+                    logits, t[rows], L[rows], h[rows], g[rows], g_h[rows], logits.stride(0), 1.0 / temperature,
+                    V, IGNORE_INDEX, grad_entropy is not None, **_launch_params(V),
+                )  # fmt: skip
+                if want_hidden:
+                    torch.mm(logits, weight, out=d_hidden.view(-1, hidden.shape[-1])[rows])
+                if want_weight:
+                    _add_product(total, logits, x[rows])
+    return d_hidden, total.to(weight.dtype, copy=False)
+
+
+@_linear_cross_entropy_bwd.register_fake
+def _(grad, grad_entropy, hidden, weight, targets, entropy, lse, temperature, want_hidden, want_weight):
+    d_weight = torch.empty(weight.shape if want_weight else 0, dtype=weight.dtype, device=weight.device)
+    return hidden.new_empty(hidden.shape if want_hidden else 0), d_weight
+
+
+@torch.library.custom_op("minimind_fast::linear_cross_entropy_both", mutates_args=(), device_types=("cuda", "cpu"))
+def _linear_cross_entropy_both(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    grad_weights: Tensor,
+    temperature: float,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> logprobs; d_hidden and d_weight (float32) for the incoming gradient grad_weights, empty where not wanted."""
+    logprobs = hidden.new_empty(hidden.shape[:-1], dtype=_wide(hidden))
+    d_hidden = hidden.new_empty(hidden.shape if want_hidden else 0)
+    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=_wide(weight))
+    if targets.numel() > 0:
+        x, t, out, g = _rows(hidden), _flat(targets), logprobs.view(-1), _flat(grad_weights)
+        lse = torch.empty_like(out)
+        V = weight.shape[0]
+        params = _launch_params(V)
+        with torch.cuda.device_of(hidden):
+            for rows, logits in _chunks(x, weight):
+                L, grid = lse[rows], (logits.shape[0],)
+                _linear_cross_entropy_fwd_kernel[grid](
+                    logits, t[rows], out[rows], L, L, logits.stride(0), 1.0 / temperature,
+                    V, IGNORE_INDEX, False, **params,
+                )  # fmt: skip
+                _linear_cross_entropy_bwd_kernel[grid](
+                    logits, t[rows], L, L, g[rows], L, logits.stride(0), 1.0 / temperature,
+                    V, IGNORE_INDEX, False, **params,
+                )  # fmt: skip
+                if want_hidden:
+                    torch.mm(logits, weight, out=d_hidden.view(-1, hidden.shape[-1])[rows])
+                if want_weight:
+                    _add_product(total, logits, x[rows])
+    return logprobs, d_hidden, total
+
+
+@_linear_cross_entropy_both.register_fake
+def _(hidden, weight, targets, grad_weights, temperature, want_hidden, want_weight):
+    total = torch.empty(weight.shape if want_weight else 0, dtype=_wide(weight), device=weight.device)
+    logprobs = hidden.new_empty(hidden.shape[:-1], dtype=_wide(hidden))
+    return logprobs, hidden.new_empty(hidden.shape if want_hidden else 0), total
+
+
+@torch.library.custom_op("minimind_fast::linear_cross_entropy_scale", mutates_args=(), device_types=("cuda", "cpu"))
+def _linear_cross_entropy_scale(
+    grad: Tensor, targets: Tensor, grad_weights: Tensor, d_hidden: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-> d_hidden and d_weight times the s of grad = s grad_weights; nan where there is no such s."""
+    if targets.numel() == 0:
+        return d_hidden.clone(), total.to(d_hidden.dtype, copy=True)
+    live = targets != IGNORE_INDEX
+    g, w = torch.where(live, grad, 0.0).double(), torch.where(live, grad_weights, 0.0).double()
+    square = (w * w).sum()
+    s = torch.where(square > 0, (g * w).sum() / square, 0.0)
+    kept = ((g - s * w).abs() <= PROMISE * g.abs().amax()).all()
+    s = torch.where(kept, s, float("nan"))
+    return d_hidden * s, (total * s).to(d_hidden.dtype)
+
+
+@_linear_cross_entropy_scale.register_fake
+def _(grad, targets, grad_weights, d_hidden, total):
+    return torch.empty_like(d_hidden), torch.empty_like(total, dtype=d_hidden.dtype)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, targets, ctx.temperature, ctx.with_entropy = inputs
+    ctx.save_for_backward(hidden, weight, targets, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_entropy, _):
+    saved = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(saved[-1])
+    want_hidden, want_weight = ctx.needs_input_grad[:2]
+    d_hidden, d_weight = _linear_cross_entropy_bwd(
+        grad, grad_entropy if ctx.with_entropy else None, *saved, ctx.temperature, want_hidden, want_weight
+    )
+    return d_hidden if want_hidden else None, d_weight if want_weight else None, None, None, None
+
+
+def _save_both(ctx, inputs, output):
+    ctx.save_for_backward(inputs[2], inputs[3], *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_both(ctx, grad, *_):
+    nothing = (None,) * 7
+    if grad is None:
+        return nothing
+    want_hidden, want_weight = ctx.needs_input_grad[:2]
+    d_hidden, d_weight = _linear_cross_entropy_scale(grad, *ctx.saved_tensors)
+    return d_hidden if want_hidden else None, d_weight if want_weight else None, *nothing[2:]
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError(
+        "linear_cross_entropy's kernel has no second derivative: use mm.ops.use('none') for this computation."
+    )
+
+
+_linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
+_linear_cross_entropy_both.register_autograd(_backward_both, setup_context=_save_both)
+for _op in (_linear_cross_entropy_bwd, _linear_cross_entropy_scale):
+    _op.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    grad_weights: Tensor | None = None,
+):
+    """Compute the log-probability of each target under softmax(hidden @ weight.T / temperature), without stored logits.
+
+    Args:
+        hidden: (..., D) float32, bfloat16, float16 or float64, any strides.
+        weight: (V, D) of the head, in the same dtype.
+        targets: (...) int64 or int32; IGNORE_INDEX (-100) where there is no loss. Any other value outside [0, V) gives nan.
+        temperature: divides the logits; positive.
+        return_entropy: also return the entropy of the distribution; it has a gradient too.
+        grad_weights: (...) float32, constant: a promise that the gradient which comes back is one number times these
+            (ignored targets aside), as for a weighted mean of the log-probabilities. The gradients are then computed in the
+            forward, which saves a quarter of the matmuls. If the promise is broken by more than 1e-5 of the largest
+            gradient, both results are nan.
+    Returns:
+        logprobs (...) float32 (float64 for float64), 0 where ignored; with `return_entropy` also entropy, likewise.
+    Raises:
+        ValueError: shapes, dtypes or the temperature do not fit, or entropy is asked for together with grad_weights.
+        RuntimeError: a second derivative is asked for.
+    Source: Liger-Kernel; Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024.
+    """
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
+        raise ValueError(
+            f"linear_cross_entropy needs hidden (..., D) and weight (V, D), got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}."
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"linear_cross_entropy needs hidden and weight in one floating-point dtype, got {hidden.dtype} and "
+            f"{weight.dtype}."
+        )
+    if targets.shape != hidden.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"linear_cross_entropy needs integer targets of shape {tuple(hidden.shape[:-1])}, got {targets.dtype} of "
+            f"{tuple(targets.shape)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"linear_cross_entropy needs a positive temperature, got {temperature}.")
+    if grad_weights is not None:
+        if return_entropy:
+            raise ValueError("linear_cross_entropy has no entropy with grad_weights: leave one of the two out.")
+        if grad_weights.shape != targets.shape or grad_weights.dtype != torch.float32:
+            raise ValueError(
+                f"linear_cross_entropy needs float32 grad_weights of shape {tuple(targets.shape)}, got "
+                f"{grad_weights.dtype} of {tuple(grad_weights.shape)}."
+            )
+        wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+        if any(wanted):
+            return _linear_cross_entropy_both(
+                hidden, weight, targets, grad_weights.detach(), float(temperature), *wanted
+            )[0]
+    logprobs, entropy, _ = _linear_cross_entropy_fwd(hidden, weight, targets, float(temperature), return_entropy)
+    return (logprobs, entropy) if return_entropy else logprobs

@@ -1,19 +1,23 @@
 """Weights on disk: MiniMind's names outside, fused and stacked tensors inside.
 
-Purpose: `load_pretrained` and `save_pretrained` for MiniMind's Transformers-format folder and its `.pth` files.
-Principle: a table says which tensors on disk make up one tensor in memory; both directions read the same table.
+Purpose: `load_pretrained` and `save_pretrained` for MiniMind's Transformers-format folder and its `.pth` files, and for
+    Llama, Qwen3 and Qwen3-MoE folders, whose tensors have the same names (`exchange.py` translates the config).
+Principle: a table says which part of a tensor in memory is which tensor on disk, as views. Writing stores the views,
+    reading copies into them, so that both directions read the same table.
 Properties: a folder appears whole or not at all (written aside, then renamed); files are read without unpickling code;
-    extra or missing tensors are an error that lists them; a tied head is stored once.
+    extra, missing or misshapen tensors are an error that lists them; a tied head is stored once; a folder that holds
+    other things than a model is never replaced.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimind_fast.config import ModelConfig
+from minimind_fast.exchange import ARCHITECTURES, from_hf_config, generation_config, to_hf_config
 from minimind_fast.model import MiniMind
 
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Written by some releases, computed here.
 _BUFFERS = re.compile(r"(freqs_cos|freqs_sin|rotary_emb\.inv_freq|\.mask)$")
-FORMATS = ("minimind", "pth")
+FORMATS = ("minimind", "pth", *ARCHITECTURES)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a model's folder holds, here and as Transformers writes it: all of this may be replaced by a new model.
+_MODEL_FILE = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|[\w.]+\.index\.json|\.DS_Store|chat_template\.jinja|merges\.txt"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -92,73 +104,6 @@ def _head_norm_on_disk(name: str) -> str:
     return re.sub(r"\.([qk])_norm_weight$", r".\1_norm.weight", name)
 
 
-def from_disk_names(
-    disk: dict[str, Tensor], config: ModelConfig, expected: Iterable[str], where: str
-) -> dict[str, Tensor]:
-    """MiniMind's tensors -> ours.
-
-    Args:
-        disk: tensors by MiniMind's names.
-        config: the model's.
-        expected: our names, as in `model.state_dict()`.
-        where: named in errors.
-
-    Raises:
-        ValueError: missing or extra tensors, all of them listed.
-    """
-    rest = {name: tensor for name, tensor in disk.items() if not _BUFFERS.search(name)}
-    if config.tie_word_embeddings:
-        rest.setdefault(HEAD, rest.get(EMBEDDING, torch.empty(0)))
-        rest.setdefault(EMBEDDING, rest[HEAD])
-    missing: list[str] = []
-
-    def take(name: str) -> Tensor:
-        if name not in rest:
-            missing.append(name)
-            return torch.empty(0)
-        return rest.pop(name)
-
-    def gate_up(prefix: str) -> Tensor:
-        return torch.cat([take(f"{prefix}gate_proj.weight"), take(f"{prefix}up_proj.weight")])
-
-    state: dict[str, Tensor] = {}
-    for name in expected:
-        if name.endswith("self_attn.qkv_proj.weight"):
-            prefix = name.removesuffix("qkv_proj.weight")
-            state[name] = torch.cat([take(f"{prefix}{x}_proj.weight") for x in "qkv"])
-        elif name.endswith("mlp.experts.gate_up"):
-            prefix = name.removesuffix("gate_up")
-            state[name] = _stack([gate_up(f"{prefix}{e}.") for e in range(config.num_experts)])
-        elif name.endswith("mlp.experts.down"):
-            prefix = name.removesuffix("down")
-            state[name] = _stack([take(f"{prefix}{e}.down_proj.weight") for e in range(config.num_experts)])
-        elif ".mlp.shared." in name:
-            prefix, leaf = name.split("shared.")
-            shared = [f"{prefix}shared_experts.{i}." for i in range(config.num_shared_experts or 0)]
-            if leaf.startswith("gate_up"):
-                parts = [take(f"{p}{x}_proj.weight") for x in ("gate", "up") for p in shared]
-                state[name] = torch.cat(parts)
-            else:
-                state[name] = _cat_columns([take(f"{p}down_proj.weight") for p in shared])
-        elif name.endswith("mlp.gate_up_proj.weight"):
-            state[name] = gate_up(name.removesuffix("gate_up_proj.weight"))
-        else:
-            state[name] = take(_head_norm_on_disk(name))
-    if missing or rest:
-        lines = [f"missing: {', '.join(sorted(missing))}"] if missing else []
-        lines += [f"not part of this model: {', '.join(sorted(rest))}"] if rest else []
-        raise ValueError(f"{where} does not hold this model; {'; '.join(lines)}")
-    return state
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts) if len({p.shape for p in parts}) == 1 else torch.empty(0)
-
-
-def _cat_columns(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts, dim=1) if all(p.dim() == 2 for p in parts) else torch.empty(0)
-
-
 # ---------------------------------------------------------------------------------------------------------------- write
 
 
@@ -170,43 +115,146 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     state: dict[str, Tensor] | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
-    """Write a model so that MiniMind (and `load_pretrained`) can read it.
+    """Write a model so that MiniMind, Transformers or `load_pretrained` can read it.
+
+    Everything is checked before anything is written. A folder that held a model is replaced as a whole.
 
     Args:
         model: what to write.
         path: a folder, or a file for "pth".
-        format: "minimind" (folder with config.json and safetensors) or "pth" (MiniMind's own file).
-        dtype: convert floating-point weights; None keeps theirs ("pth": float16, as MiniMind writes).
-        tokenizer: an `mm.Tokenizer`; saved beside the weights, its fingerprint recorded.
+        format: "minimind" (folder with config.json and safetensors), "pth" (MiniMind's own file), or the folder of a
+            Hugging Face "llama", "qwen3" or "qwen3_moe" (with generation_config.json).
+        dtype: float32, bfloat16 or float16 for the weights; None keeps theirs ("pth": float16, as MiniMind writes).
+        tokenizer: an `mm.Tokenizer`; saved beside the weights with its chat template, its fingerprint recorded. In a
+            Hugging Face format its special ids are written for the model's.
         state: weights in place of `model.state_dict()` (a trainer's float32 masters).
+        max_shard_size: bytes, or text such as "500MB" or "2GiB": larger weights become several files with an index.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: an unknown format, dtype or size, a model that the format cannot hold (with the reason), a value
+            that float16 cannot hold, or a path that holds something other than a model.
     """
+    path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
-    path, config = Path(path), model.config
-    disk = to_disk_names(state or model.state_dict(), config)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"weights are written as float32, bfloat16 or float16, not {dtype}")
+    limit = _shard_bytes(max_shard_size)
+    if format == "pth" and limit is not None:
+        raise ValueError("a .pth is one file: leave max_shard_size out, or write a folder")
+    check_replaceable(path, a_file=format == "pth")
+    raw, extra = _config_files(model.config, format, tokenizer)
+    disk = _for_disk(state or model.state_dict(), model.config, dtype or (torch.float16 if format == "pth" else None))
     if format == "pth":
-        disk = {name: t.detach().to("cpu", dtype or torch.float16) for name, t in disk.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside:
             torch.save(disk, aside)
         return
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         disk.pop(HEAD, None)
-    disk = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in disk.items()}
-    raw = config.to_dict()
     raw["dtype"] = str(next(iter(disk.values())).dtype).removeprefix("torch.")
-    if tokenizer is not None:
-        raw["minimind_fast"] = {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_size": tokenizer.vocab_size}
+    if format in ARCHITECTURES:
+        raw["torch_dtype"] = raw["dtype"]  # its name in Transformers 4
     with written_aside(path) as aside:
         aside.mkdir(parents=True)
-        save_file(disk, aside / WEIGHTS_FILE, metadata={"format": "pt"})
-        (aside / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_weights(disk, aside, limit)
+        for name, content in {"config.json": raw, **extra}.items():
+            _write_json(aside / name, content)
         if tokenizer is not None:
             tokenizer.save(aside)
+
+
+def _config_files(config: ModelConfig, format: str, tokenizer: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """config.json in a format, and the other JSON files by name."""
+    extra = {}
+    if format in ARCHITECTURES:
+        if tokenizer is not None:
+            if tokenizer.vocab_size > config.vocab_size:
+                raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+            ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+            config = replace(config, **ids)
+        raw = to_hf_config(config, format)
+        extra["generation_config.json"] = generation_config(config)
+    else:
+        raw = config.to_dict()
+    if tokenizer is not None:
+        raw["minimind_fast"] = {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_size": tokenizer.vocab_size}
+    return raw, extra
+
+
+def _for_disk(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors by MiniMind's names, on the CPU, in their dtype on disk; a tied head shares its memory."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in to_disk_names(state, config).items():
+        if name == HEAD and config.tie_word_embeddings:
+            continue
+        out[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if out[name].dtype == torch.float16 and tensor.dtype != torch.float16:
+            lost = (out[name].isinf() & tensor.detach().cpu().isfinite()).sum()
+            if lost:
+                raise ValueError(f"{name} holds {lost} values beyond float16's 65504; write bfloat16 or float32")
+    if config.tie_word_embeddings:
+        out[HEAD] = out[EMBEDDING]
+    return out
+
+
+def _write_weights(disk: dict[str, Tensor], folder: Path, limit: int | None) -> None:
+    """One safetensors file, or several of at most `limit` bytes of tensors each (a larger tensor has its own)."""
+    shards: list[dict[str, Tensor]] = [{}]
+    sizes = [0]
+    for name, tensor in disk.items():
+        if shards[-1] and limit is not None and sizes[-1] + tensor.nbytes > limit:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = tensor
+        sizes[-1] += tensor.nbytes
+    if len(shards) == 1:
+        save_file(disk, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(shard, file))
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
+
+
+def _shard_bytes(size: int | str | None) -> int | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
+    number = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()) if match else 0
+    if number < 1:
+        raise ValueError(f"max_shard_size must be bytes or text such as 500MB or 2GiB, not {size!r}")
+    return int(number)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_replaceable(path: Path, a_file: bool = False) -> None:
+    """Refuse to put a model in the place of something that is not one.
+
+    Args:
+        path: where a model is to be written.
+        a_file: whether a file is to be written, not a folder.
+
+    Raises:
+        ValueError: a folder there holds other things, or a folder stands where a file is wanted, or the reverse.
+    """
+    if a_file and path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it, such as {path / 'model.pth'}")
+    if not a_file and path.is_file():
+        raise ValueError(f"{path} is a file; name a folder")
+    if not a_file and path.is_dir():
+        others = sorted(p.name for p in path.iterdir() if p.is_dir() or not _MODEL_FILE.fullmatch(p.name))
+        if others:
+            named = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+            raise ValueError(
+                f"{path} holds other things than a model ({named}), which would be lost; name a new folder"
+            )
 
 
 class written_aside:
@@ -228,21 +276,33 @@ class written_aside:
         return self.aside
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._put()
+        finally:  # nothing is left to remove where all went well
             _remove(self.aside)
-            return
+
+    def _put(self) -> None:
         sync_to_disk(self.aside)
         if self.path.is_dir():
-            old = self.path.with_name(f".{self.path.name}.old-{uuid.uuid4().hex[:6]}")
+            old = self.path.with_name(f"{_old_prefix(self.path)}{uuid.uuid4().hex[:6]}")
             os.replace(self.path, old)
-            os.replace(self.aside, self.path)
+            try:
+                os.replace(self.aside, self.path)
+            except OSError:
+                os.replace(old, self.path)
+                raise
             _remove(old)
         else:
             os.replace(self.aside, self.path)
 
 
+def _old_prefix(path: Path) -> str:
+    return f".{path.name}.old-"
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -283,8 +343,11 @@ def load_config(path: str | Path) -> ModelConfig:
     file = Path(path) / "config.json"
     raw = _read_json(file)
     kind = raw.get("model_type", "minimind")
+    if kind in ARCHITECTURES:
+        generation = file.with_name("generation_config.json")
+        return from_hf_config(raw, str(file), _read_json(generation) if generation.is_file() else None)
     if kind != "minimind":
-        raise ValueError(f"{file}: model_type {kind!r} cannot be read; known is 'minimind'")
+        raise ValueError(f"{file}: model_type {kind!r} cannot be read; known are minimind, {', '.join(ARCHITECTURES)}")
     return ModelConfig.from_dict(raw, str(file))
 
 
@@ -319,14 +382,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: nothing to read there, or a file that is not what its name says.
     """
     path = Path(path)
-    if path.is_file():
-        files = [path]
-    else:
-        index = next((f for f in path.glob("*.index.json")), None)
-        if index is not None:
-            files = [path / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-        else:
-            files = [f for f in (path / WEIGHTS_FILE, path / "pytorch_model.bin") if f.is_file()][:1]
+    files = [path] if path.is_file() else []
+    for name in () if files else (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (path / name).is_file():
+            files = _shards(path / name) if name.endswith(".json") else [path / name]
+            break
     if not files:
         raise ValueError(f"{path}: no {WEIGHTS_FILE}, pytorch_model.bin or .pth file there")
     out: dict[str, Tensor] = {}
@@ -341,6 +401,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return out
 
 
+def _shards(index: Path) -> list[Path]:
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} has no weight_map")
+    shards = sorted({str(name) for name in names.values()})
+    absent = [name for name in shards if Path(name).name != name or not index.with_name(name).is_file()]
+    if absent:
+        raise ValueError(f"{index} names files that are not beside it: {', '.join(absent)}")
+    return [index.with_name(name) for name in shards]
+
+
 def load_pretrained(
     path: str | Path,
     *,
@@ -351,7 +422,7 @@ def load_pretrained(
     """Open a model from a folder, or from MiniMind's own `.pth` with its config.
 
     Args:
-        path: folder with config.json and weights, or a .pth file.
+        path: folder with config.json and weights (model_type minimind, llama, qwen3 or qwen3_moe), or a .pth file.
         device: where the model goes.
         dtype: of its parameters; None: as stored (a .pth: float32).
         config: required for a .pth, which does not say its shape.
@@ -364,7 +435,9 @@ def load_pretrained(
     """
     path = resolve_folder(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+        old = sorted(path.parent.glob(f"{glob.escape(_old_prefix(path))}*"))  # a kill between the two renames of a swap
+        hint = f"; an interrupted save left the model before it as {old[-1]}: rename that" if old else ""
+        raise ValueError(f"{path}: no such file or folder{hint}")
     if path.is_file() and config is None:
         raise ValueError(f"{path} holds weights only; pass config=ModelConfig(...) that says the model's shape")
     config = config or load_config(path)
@@ -388,13 +461,28 @@ def load_disk_weights(model: MiniMind, disk: dict[str, Tensor], where: str) -> N
     Raises:
         ValueError: missing, extra or misshapen tensors.
     """
-    expected = model.state_dict()
-    state = from_disk_names(disk, model.config, expected, where)
+    config = model.config
+    wanted = to_disk_names(model.state_dict(), config)
+    disk = {name: tensor for name, tensor in disk.items() if not _BUFFERS.search(name)}
+    if config.tie_word_embeddings and HEAD in disk:
+        embedding = disk.setdefault(EMBEDDING, disk[HEAD])
+        if not torch.equal(disk[HEAD], embedding):
+            raise ValueError(
+                f'{where}: {HEAD} and {EMBEDDING} differ, but the config ties them; set "tie_word_embeddings": false there'
+            )
+    elif config.tie_word_embeddings and EMBEDDING in disk:
+        disk[HEAD] = disk[EMBEDDING]
+    missing, extra = sorted(wanted.keys() - disk.keys()), sorted(disk.keys() - wanted.keys())
+    if missing or extra:
+        lines = [f"missing: {', '.join(missing)}"] if missing else []
+        lines += [f"not part of this model: {', '.join(extra)}"] if extra else []
+        raise ValueError(f"{where} does not hold this model; {'; '.join(lines)}")
     wrong = [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(have.shape)}"
-        for name, have in expected.items()
-        if state[name].shape != have.shape
+        f"{name} is {tuple(disk[name].shape)}, expected {tuple(part.shape)}"
+        for name, part in wanted.items()
+        if disk[name].shape != part.shape
     ]
     if wrong:
         raise ValueError(f"{where} does not fit the config: {'; '.join(wrong)}")
-    model.load_state_dict(state)
+    for name, part in wanted.items():
+        part.copy_(disk[name])  # a view of the parameter in memory

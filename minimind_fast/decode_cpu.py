@@ -14,6 +14,8 @@ Shapes: B rows, D hidden, F ffn, H query heads, K kv heads, hd head_dim, S slots
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,15 +67,10 @@ class CpuStep:
 
     def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
         """(B,) ids at (B,) positions, `used` slots visible, all rows equally long if `level` -> (B, V) logits."""
-        # A switch of the whole process: another thread's matmuls meanwhile are right as well, only by another library.
-        onednn = torch._C._get_mkldnn_enabled()
         if self.single and self.dtype == torch.bfloat16:
-            torch._C._set_mkldnn_enabled(False)
-        try:
-            return self._run(ids, positions, used, level)
-        finally:
-            if self.single and self.dtype == torch.bfloat16:
-                torch._C._set_mkldnn_enabled(onednn)
+            with _without_onednn:
+                return self._run(ids, positions, used, level)
+        return self._run(ids, positions, used, level)
 
     def _run(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
         rows, heads, kv_heads, hd = self.rows, self.heads, self.kv_heads, self.head_dim
@@ -108,6 +105,33 @@ class CpuStep:
                 gate, up = _linear(x, weights[2]).chunk(2, -1)
                 h = h + _linear(F.silu(gate) * up, weights[3])
         return _linear(_norm(h, self.model.model.norm), self.head)
+
+
+class _WithoutOneDNN:
+    """Matmuls by PyTorch's own code in a `with` block.
+
+    The switch is the whole process's: the first of several threads sets it, the last one puts it back. Meanwhile another
+    thread's matmuls are right as well, only by another library.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch._C._set_mkldnn_enabled(self.before)
+
+
+_without_onednn = _WithoutOneDNN()
 
 
 def _linear(x: Tensor, weight: tuple[Tensor, bool]) -> Tensor:

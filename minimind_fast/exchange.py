@@ -6,9 +6,12 @@ Principle: tensor names are the same everywhere (MiniMind took them from Llama, 
     MiniMind3 MoE a Qwen3-MoE. What cannot be said is refused with all reasons, before anything is written.
 Properties: in float32 both sides compute the same. In bf16 and fp16 they differ by one rounding per norm where the order
     of cast and weight differs: Hugging Face casts first in every norm, as MiniMind2 does; MiniMind3 casts last. A model
-    read from such a folder gets `norm_cast_first`, which leaves only the q/k norms in our order. Of no effect on answers,
-    but not the same in training: Hugging Face drops out attention weights only, and its aux loss pools all layers
-    where ours is their sum.
+    read from such a folder gets `norm_cast_first`, which leaves only the q/k norms in our order. Measured with random
+    weights of minimind3's shape in bf16, relative error of the logits against float32: Hugging Face 1.45%, ours in its
+    own order 1.27%, ours in Hugging Face's order 1.38%: the order is smaller than bf16's own error.
+    Of no effect on answers, but not the same in training: Hugging Face drops out attention weights only, and its aux
+    loss pools all layers where ours is their sum.
+    Folders are held to Transformers 5.23 by tests; 4.57.1 opened them with the same logits (tried by hand).
 """
 
 from __future__ import annotations
@@ -64,8 +67,7 @@ def fitting_format(config: ModelConfig) -> str | None:
 def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
     """The content of `config.json` in another format.
 
-    Field names are those of Transformers 5, beside them `rope_theta`, `rope_scaling` and `torch_dtype`'s reader-side
-    equivalents of 4.x, which 5.x reads as well.
+    RoPE is said twice with the same meaning: `rope_parameters` for Transformers 5, `rope_theta` and `rope_scaling` for 4.
 
     Args:
         config: the model's.
@@ -116,7 +118,14 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 
 _SAME_NAMES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *(
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ),
 )
 _MOE_NAMES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 
@@ -148,8 +157,8 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _yarn_clamped_differently(config: ModelConfig) -> bool:
     """Whether MiniMind's ramp between kept and stretched frequencies differs from Hugging Face's.
 
-    They do the same but for the ends: MiniMind ends the ramp at the last pair of a head (hd / 2 - 1), Hugging Face at hd - 1,
-    beyond it. That shows only where the slowest pair turns more than beta_slow times within the original length.
+    They do the same but for the ends: MiniMind ends the ramp at the last pair of a head (hd / 2 - 1), Hugging Face
+    beyond it, at hd - 1. That shows only where the slowest pair turns more than beta_slow times within the original length.
     """
     yarn = config.rope_scaling
     if not yarn or yarn["factor"] == 1 or config.max_position_embeddings <= yarn["original_max_position_embeddings"]:
@@ -269,7 +278,9 @@ def _rope_from_hf(raw: dict[str, Any], max_positions: int) -> tuple[dict[str, An
         return fields, [f"RoPE scaling of type {kind!r}"]
     if not scaling.get("truncate", True):
         return fields, ["YaRN with truncate=false"]
-    original = raw.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", max_positions))
+    original = raw.get(
+        "original_max_position_embeddings", scaling.get("original_max_position_embeddings", max_positions)
+    )
     factor = float(scaling.get("factor", max_positions / original))
     fields["rope_scaling"] = {
         **YARN,

@@ -1,6 +1,8 @@
 """Generation: equal to the model without a cache, token by token; sampling against a plain oracle; streams of text."""
 
+import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,25 @@ def test_rows_that_stop_leave_the_batch_and_the_others_go_on_unchanged(case):
         assert c.finish_reason == ("length" if first is None else "stop")
         ends.append(first)
     assert len(set(ends)) > 3  # they did stop at different steps
+
+
+def test_the_penalty_knows_the_prompt_and_what_was_said_also_after_a_row_has_left(case):
+    model, golden = case
+    prompts, s, new, wanted = ragged(golden), Sampling(repetition_penalty=1.3), 20, []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(new):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[:, -1]
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            seen[0, ids] = True
+            ids.append(penalize(logits, seen, s.repetition_penalty).argmax().item())
+        wanted.append(ids[len(prompt) :])
+    assert generate_batch(model, prompts, max_new_tokens=new, stop_ids=(), repetition_penalty=1.3) == wanted
+    assert wanted != [no_cache(model, p, new) for p in prompts]
+    stop = wanted[0][2]
+    cut = [w[: w.index(stop) + 1] if stop in w else w for w in wanted]
+    assert generate_batch(model, prompts, max_new_tokens=new, stop_ids=(stop,), repetition_penalty=1.3) == cut
 
 
 def test_ragged_tensor_and_padding(case):
@@ -197,11 +218,26 @@ def test_the_cpu_step_is_the_plain_step(case, rows):
     torch.testing.assert_close(fast.cache, plain.cache, atol=2e-5, rtol=0)
 
 
-def test_the_switch_of_onednn_is_put_back(case):
-    model, golden = case
-    before = torch._C._get_mkldnn_enabled()
-    generate(model.bfloat16(), golden["input_ids"][:1, :4], max_new_tokens=3, stop_ids=())
-    assert torch._C._get_mkldnn_enabled() == before
+@pytest.mark.parametrize("before", [True, False])
+def test_the_switch_of_onednn_is_put_back(before):
+    was = torch._C._get_mkldnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(before)
+        model = mm.load_pretrained(GOLDEN / CASES[0], dtype=torch.bfloat16)
+        generate(model, torch.tensor([[1, 2]]), max_new_tokens=3, stop_ids=())
+        assert torch._C._get_mkldnn_enabled() == before
+    finally:
+        torch._C._set_mkldnn_enabled(was)
+
+
+def test_the_switch_is_put_back_by_the_last_of_several_threads():
+    was = torch._C._get_mkldnn_enabled()
+    model = mm.load_pretrained(GOLDEN / CASES[0], dtype=torch.bfloat16)
+    run = functools.partial(generate, model, torch.tensor([[1, 2]]), max_new_tokens=60, stop_ids=())
+    with ThreadPoolExecutor(4) as pool:
+        outs = [job.result() for job in [pool.submit(run) for _ in range(8)]]
+    assert torch._C._get_mkldnn_enabled() == was
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 def test_the_cache_holds_kv_heads_only():
@@ -299,11 +335,10 @@ def test_filters_are_the_oracle_s(s, vocab, spread):
 
 def test_a_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.1, 0.0, 0.4, 0.5]]).log()
-    drawn = [
-        choose(logits, Sampling(1.0), torch.tensor([u], dtype=torch.float64)).item()
-        for u in (0, 0.09, 0.11, 0.49, 0.51)
-    ]
-    assert drawn == [0, 0, 2, 2, 3]
+    uniform = torch.tensor([0, 0.09, 0.11, 0.49, 0.51], dtype=torch.float64)
+    assert choose(logits.expand(5, -1), Sampling(1.0), uniform).tolist() == [0, 0, 2, 2, 3]
+    impossible_first = torch.tensor([[-math.inf, 0.0, 0.0]])
+    assert choose(impossible_first, Sampling(1.0), uniform[:1]).item() == 1
     last = torch.nextafter(torch.tensor([1.0], dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
     assert choose(torch.tensor([[5.0, 1.0, -math.inf]]), Sampling(1.0), last).item() == 1
 
