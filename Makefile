@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP    := $(BIN)/pip install --disable-pip-version-check -qq -c constraints.txt
 ARGS   ?=
 # DeepSpeed's launcher warns at length where there is no GPU, unless it is told beforehand.
 QUIETLY := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
@@ -32,7 +32,7 @@ pretrain: $(VENV)/installed ## Train a small model on the shipped sample (ARGS="
 	@$(QUIETLY) $(BIN)/deepspeed -q train/pretrain.py $(ARGS)
 
 test: $(VENV)/installed-test ## Run the test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
 	$(BIN)/ruff format --check .

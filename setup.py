@@ -27,6 +27,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-benchmark>=5",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",  # the suite starts many processes that wait; two workers halve its time
         "hypothesis>=6.100",
         "transformers>=5,<6",  # tests only: exports and tokenizers are checked against it
         "ruff>=0.9",

@@ -321,7 +321,10 @@ def generate_main(argv: list[str]) -> int:
         ids = [tokenizer.encode(text) for text in texts]
     else:
         ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
-    options = {**vars(sampling), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    new = args.max_new_tokens
+    if new == parser.get_default("max_new_tokens"):  # not asked for: as many as the context has room for
+        new = max(1, min(new, model.config.max_position_embeddings - max(map(len, ids))))
+    options = {**vars(sampling), "max_new_tokens": new, "seed": args.seed}
     if len(prompts) == 1:
         answer = stream(model, tokenizer, ids[0], stop=args.stop, **options)
         print("" if args.chat else prompts[0], end="", flush=True)

@@ -306,11 +306,13 @@ class Head(nn.Module):
         temperature: float = 1.0,
         return_entropy: bool = False,
         teacher: Teacher | None = None,
+        grad_weights: Tensor | None = None,
     ) -> ModelOutput:
         """Logits if no targets are given, else their log-probabilities (and the entropy, and the KL to a teacher)."""
         if targets is None:
             return ModelOutput(logits=F.linear(hidden, self.weight))
-        result = ops.linear_cross_entropy(hidden, self.weight, targets, temperature, return_entropy)
+        how = (temperature, return_entropy, grad_weights)
+        result = ops.linear_cross_entropy(hidden, self.weight, targets, *how)
         logprobs, entropy = result if return_entropy else (result, None)
         kl = None
         if teacher is not None:
@@ -366,6 +368,7 @@ class MiniMind(nn.Module):
         return_entropy: bool = False,
         return_hidden: bool = False,
         teacher: Teacher | None = None,
+        grad_weights: Tensor | None = None,
     ) -> ModelOutput:
         """Logits, or log-probabilities of targets.
 
@@ -380,6 +383,8 @@ class MiniMind(nn.Module):
             return_entropy: also the entropy at each position with a target.
             return_hidden: also the hidden states before the head (and no logits).
             teacher: also the KL divergence to this teacher.
+            grad_weights: the targets' shape, float32: the loss is one number times the sum of these times the
+                log-probabilities, and nothing else is made of them. The head then computes its gradients at once.
 
         Returns:
             ModelOutput, its tensors in input_ids' shape.
@@ -413,7 +418,7 @@ class MiniMind(nn.Module):
         hidden = hidden.view(*shape, -1)
         if return_hidden and targets is None:
             return ModelOutput(hidden=hidden, aux_loss=aux_loss)
-        out = self.lm_head(hidden, targets, temperature, return_entropy, teacher)
+        out = self.lm_head(hidden, targets, temperature, return_entropy, teacher, grad_weights)
         return out._replace(aux_loss=aux_loss, hidden=hidden if return_hidden else None)
 
     def generate(self, input_ids: Tensor, **kwargs) -> Tensor:

@@ -108,7 +108,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, return_entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    grad_weights: Tensor | None = None,
 ):
     """Per-token log-probability of the target under softmax(hidden @ weight.T / temperature).
 
@@ -118,6 +123,8 @@ def linear_cross_entropy(
         targets: (...) int64; IGNORE_INDEX where there is no loss.
         temperature: divides the logits.
         return_entropy: also return the entropy of the distribution.
+        grad_weights: (...) float32: a promise that the gradient will be one number times these, which lets the kernel
+            save a matmul; it changes no result, and nothing here.
 
     Returns:
         logprobs (...) float32, 0 where ignored; with `return_entropy` also entropy (...) float32, 0 where ignored.

@@ -107,6 +107,12 @@ def test_generate_several_and_one_give_the_same(folder, capsys):
     assert capsys.readouterr().out.strip() == several[0]
 
 
+def test_unasked_the_answer_is_as_long_as_the_context_allows(folder, capsys):
+    assert cli.main(["generate", str(folder), "--prompt", "春天"]) == 0
+    prompt = 1 + len(mm.Tokenizer.load(folder).encode("春天"))
+    assert f"[{256 - prompt} tokens" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------------- pipe
 
 

@@ -3,12 +3,18 @@
 # isort: off
 import kernel_helpers  # before anything imports triton: it chooses the interpreter where there is no GPU
 
+import copy
+import runpy
+from pathlib import Path
+
 import pytest
 import test_golden
+import torch
 from test_golden import test_logits_and_label_logprobs, test_loss_and_every_gradient  # noqa: F401
 
 import minimind_fast as mm
 from minimind_fast import ops
+from minimind_fast.data import Batch
 # isort: on
 
 assert kernel_helpers.DTYPES
@@ -27,3 +33,39 @@ def case(request, monkeypatch):
         yield mm.load_pretrained(folder, device=kernel_helpers.DEVICE), golden, targets
     own = {"moe_route", "moe_mlp"} if "moe" in request.param else {"swiglu"}
     assert asked >= {"rms_norm", "rope", "linear_cross_entropy"} | own
+
+
+def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkeypatch):
+    """train/pretrain.py promises the head that all tokens weigh the same; the gradients are golden's all the same."""
+    model, golden, targets = case
+    loss = runpy.run_path(str(Path(__file__).parents[1] / "train" / "pretrain.py"))["loss"]
+    head = ops.kernel("linear_cross_entropy")
+    promised = []
+    monkeypatch.setattr(ops, "kernel", lambda name, k=ops.kernel: spy if name == "linear_cross_entropy" else k(name))
+
+    def spy(*args):
+        promised.append(args[5] is not None)
+        return head(*args)
+
+    class Engine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    model.train()
+    batch = Batch(golden["input_ids"], targets, None, targets.shape[1], int((targets != mm.IGNORE_INDEX).sum()), 3)
+    out = loss(Engine(), batch)
+    mean = out.total / batch.num_targets
+    mean.backward()
+    assert promised == [True]
+    # The balancing loss is left out on both sides: only the head's own gradient is in question.
+    with ops.use("none"):
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        plain = twin(golden["input_ids"], targets=targets)
+        (-plain.logprobs.sum() / batch.num_targets).backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm() + 1e-9, name

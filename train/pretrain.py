@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minimind_fast import losses, samples, stage
+from minimind_fast import IGNORE_INDEX, losses, samples, stage
 from minimind_fast.config import TrainConfig, parse
 from minimind_fast.data import Batch
 from minimind_fast.token_cache import encode_pretrain
@@ -32,9 +32,14 @@ class PretrainConfig(TrainConfig):
 
 def loss(model, batch: Batch) -> StepLoss:
     """Negative log-likelihood of the targets, and the experts' balancing loss."""
-    valid = None if batch.cu_seqlens is not None else batch.targets != -100
+    counted = batch.targets != IGNORE_INDEX
     out = model(
-        batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, valid=valid
+        batch.input_ids,
+        targets=batch.targets,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        valid=counted if batch.cu_seqlens is None else None,  # padded rows: padding must not count in the balance
+        grad_weights=counted.float(),  # every counted token weighs the same, which saves the head a matmul
     )
     return StepLoss(losses.lm(out.logprobs), out.aux_loss if model.module.config.use_moe else None)
 
