@@ -17,6 +17,11 @@ COMMANDS = {
     "chat": ("minimind_fast.chat:main", "talk to a model in the terminal, or pipe one question in"),
     "generate": ("minimind_fast.chat:generate_main", "continue texts"),
     "eval": ("minimind_fast.evaluate:main", "sample answers, perplexity, multiple-choice accuracy"),
+    "export": (
+        "minimind_fast.convert:main_export",
+        "write a model for Transformers and the tools that read its folders",
+    ),
+    "import": ("minimind_fast.convert:main_import", "bring a Hugging Face folder or a MiniMind .pth in"),
     "verify": ("minimind_fast.verify:main", "check every kernel against the reference, and whole models"),
 }
 

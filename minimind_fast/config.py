@@ -13,6 +13,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -331,6 +332,30 @@ class TrainConfig:
 
 
 Config = TypeVar("Config")
+
+
+def with_defaults(**defaults: Any) -> Callable[[type[Config]], type[Config]]:
+    """A class decorator: a dataclass of a stage's options whose inherited options have other defaults.
+
+    Args:
+        defaults: option=value, for options of the base class.
+    """
+
+    def make(cls: type[Config]) -> type[Config]:
+        inherited = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        annotations = dict(cls.__dict__.get("__annotations__", {}))
+        for name, value in defaults.items():
+            setattr(cls, name, option(value, **_as_option(inherited[name])))
+            annotations[name] = inherited[name].type
+        cls.__annotations__ = annotations
+        return dataclass(cls)
+
+    return make
+
+
+def _as_option(f: dataclasses.Field) -> dict[str, Any]:
+    extra = dict(f.metadata)
+    return {"text": extra.pop("help"), **extra}
 
 
 def _to_bool(text: str) -> bool:

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_fast import engine, ops, samples
+from minimind_fast import IGNORE_INDEX, engine, losses, ops, samples
+from minimind_fast.chat_data import PROMPTS, ChatEncoder
 from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
 from minimind_fast.config import ModelConfig, TrainConfig
 from minimind_fast.data import Batch, Batches, PackedBatches, PaddedBatches
 from minimind_fast.model import MiniMind
 from minimind_fast.token_cache import Encoder, build_cache
 from minimind_fast.tokenizer import Tokenizer
-from minimind_fast.trainer import TrainingStopped
+from minimind_fast.trainer import StepLoss, Trainer, TrainingStopped, finished
 
 
 def start(main: Callable[[], None]) -> None:
@@ -60,6 +61,49 @@ def begin(config: TrainConfig) -> torch.device:
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
         seed(config.seed)
     return device
+
+
+def use_sample(config: TrainConfig, name: str, val: str = "", **suitable: Any) -> None:
+    """Without --data_path: train on a shipped sample, on a CPU with options that suit it where they were not given.
+
+    Args:
+        config: changed in place.
+        name: file of the samples.
+        val: file of the samples for validation, if --val_data_path is not given either.
+        suitable: option=value.
+    """
+    if config.data_path:
+        return
+    config.data_path = [str(samples.path(name))]
+    if val and not config.val_data_path:
+        config.val_data_path = [str(samples.path(val))]
+    if not torch.cuda.is_available():
+        for option, value in suitable.items():
+            if option not in config.given:
+                setattr(config, option, value)
+
+
+def find_weights(config: TrainConfig, before: str) -> None:
+    """Make --from_weight a path: it may also name a run in --save_dir, as MiniMind's does.
+
+    Args:
+        config: changed in place.
+        before: the command that makes the weights which are the default.
+
+    Raises:
+        ValueError: they are not there; the message says what to run first.
+    """
+    name = config.from_weight
+    if name == "none" or Path(name).exists():
+        return
+    run = Path(config.save_dir) / name
+    if not run.exists():
+        hint = "" if "from_weight" in config.given else f" This stage goes on from trained weights: run `{before}` first."
+        raise ValueError(
+            f"--from_weight {name}: no such file or folder, and no run of that name in {config.save_dir}.{hint} "
+            "Give a folder with weights or a MiniMind .pth; none starts from nothing."
+        )
+    config.from_weight = str(run)
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -158,7 +202,7 @@ def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encod
         return PaddedBatches(
             cache, batch_size=config.batch_size, max_seq_len=config.max_seq_len, rank=rank, world_size=world_size
         )
-    return PackedBatches(
+    batches = PackedBatches(
         cache,
         batch_tokens=config.batch_size * config.max_seq_len,
         max_seq_len=config.max_seq_len,
@@ -168,6 +212,12 @@ def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encod
         truncate=config.truncate,
         shuffle=training,
     )
+    if batches.num_without_targets:
+        log(
+            f"{batches.num_without_targets:,} of {batches.num_pieces + batches.num_without_targets:,} were left out: "
+            f"nothing to learn within --max_seq_len {config.max_seq_len}."
+        )
+    return batches
 
 
 def one_pass(batches: Batches) -> Callable[[], Iterator[Batch]]:
@@ -185,13 +235,94 @@ def one_pass(batches: Batches) -> Callable[[], Iterator[Batch]]:
     return again
 
 
-def show_samples(weights: Path, prompts: list[str], new_tokens: int) -> None:
-    """Continue prompts with the weights on disk, as anybody else would read them.
+def next_token_loss(model: Any, batch: Batch) -> StepLoss:
+    """Negative log-likelihood of the targets by their weights, and the experts' balancing loss.
+
+    Args:
+        model: the engine.
+        batch: with weights where not every target counts the same.
+
+    Returns:
+        The sum; `nll` is the sum without weights, where there are any.
+    """
+    counted = batch.targets != IGNORE_INDEX
+    out = model(
+        batch.input_ids,
+        targets=batch.targets,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        valid=counted if batch.cu_seqlens is None else None,  # padded rows: padding must not count in the balance
+        # Known before the pass, which saves the head a matmul.
+        grad_weights=counted.float() if batch.weights is None else batch.weights,
+    )
+    metrics = {} if batch.weights is None else {"nll": losses.lm(out.logprobs.detach())}
+    aux = out.aux_loss if model.module.config.use_moe else None
+    return StepLoss(losses.lm(out.logprobs, batch.weights), aux, metrics)
+
+
+def train_on_chats(
+    config: TrainConfig,
+    name: str,
+    tag_weight: int = 1,
+    adapt: Callable[[MiniMind], None] | None = None,
+    save_weights: Callable[[MiniMind, Path], None] | None = None,
+) -> Trainer:
+    """The whole of a stage that learns the answers of chats: SFT, LoRA, reasoning.
+
+    Args:
+        config: the options, from_weight found.
+        name: of the stage.
+        tag_weight: of think and answer tags as targets.
+        adapt: changes the loaded model.
+        save_weights: as for `Trainer`.
+
+    Returns:
+        The trainer, its run over.
+    """
+    device = begin(config)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    if adapt is not None:
+        adapt(model)
+    encode = ChatEncoder(tokenizer, tag_weight)
+    data = open_data(config, config.data_path, tokenizer, encode, training=True)
+    val_data = None
+    if config.val_data_path:
+        val_data = one_pass(open_data(config, config.val_data_path, tokenizer, encode, training=False))
+    trainer = Trainer(
+        config, name, model, tokenizer, data, next_token_loss, device, val_data, save_weights=save_weights
+    )
+    trainer.run()
+    return trainer
+
+
+def report(trainer: Trainer, seconds: float, questions: list[str], then: str, thinking: bool = False) -> None:
+    """The end of a chat stage, on rank 0: answers of the weights on disk, where everything is, what to do now.
+
+    Args:
+        trainer: its run over.
+        seconds: since the start.
+        questions: asked if --sample_prompts is not given.
+        then: the last line.
+        thinking: open a thought first.
+    """
+    config = trainer.config
+    if trainer.rank == 0:
+        show_samples(
+            trainer.weights_folder, config.sample_prompts or questions, config.sample_tokens, PROMPTS[int(thinking)]
+        )
+        print(finished(trainer, seconds))
+        print(then)
+
+
+def show_samples(weights: Path, prompts: list[str], new_tokens: int, chat: dict[str, Any] | None = None) -> None:
+    """Continue or answer prompts with the weights on disk, as anybody else would read them.
 
     Args:
         weights: a folder written by `save_pretrained`.
-        prompts: texts to continue.
+        prompts: texts to continue, or questions.
         new_tokens: at most, for each; 0 shows nothing.
+        chat: variables of the chat template: the prompts are questions; None: they are continued.
     """
     if not new_tokens:
         return
@@ -199,11 +330,15 @@ def show_samples(weights: Path, prompts: list[str], new_tokens: int) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_pretrained(weights, device=device), Tokenizer.load(weights)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    if chat is None:
+        ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    else:
+        asked = [[{"role": "user", "content": p}] for p in prompts]
+        ids = [tokenizer.encode(tokenizer.render_chat(m, add_generation_prompt=True, **chat)) for m in asked]
     begin_s = time.perf_counter()
     outs = generate_batch(model, ids, max_new_tokens=new_tokens, temperature=0.7, top_p=0.9, seed=0)
     seconds = time.perf_counter() - begin_s
-    print(f"\nThe model continues ({sum(map(len, outs)):,} tokens in {seconds:.1f}s):")
+    print(f"\nThe model {'continues' if chat is None else 'answers'} ({sum(map(len, outs)):,} tokens in {seconds:.1f}s):")
     for prompt, out in zip(prompts, outs, strict=True):
-        text = tokenizer.decode(out, skip_special_tokens=True).replace("\n", " ")
+        text = tokenizer.decode(out, skip_special_tokens=True).strip().replace("\n", " ")
         print(f"  {prompt} → {text}")

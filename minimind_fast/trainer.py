@@ -28,7 +28,7 @@ from torch import Tensor
 from minimind_fast import engine as ds
 from minimind_fast import ops, resume
 from minimind_fast.attention import resolve
-from minimind_fast.checkpoint import save_pretrained
+from minimind_fast.checkpoint import check_replaceable, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import Batch, Batches, Prefetcher
 from minimind_fast.model import MiniMind, MoE
@@ -96,6 +96,8 @@ class Trainer:
         device: of `engine.prepare`.
         val_data: makes the batches of one validation pass, or None.
         count: units of a batch by which the loss is divided; its counted targets if None.
+        save_weights: (model with whole weights, the run's folder) writes what the stage leaves behind; None: the model,
+            to weights/.
     """
 
     def __init__(
@@ -109,10 +111,12 @@ class Trainer:
         device: torch.device,
         val_data: Callable[[], Iterable[Batch]] | None = None,
         count: Callable[[Batch], float] | None = None,
+        save_weights: Callable[[MiniMind, Path], None] | None = None,
     ) -> None:
         self.rank, self.world_size = ds.world()
         self.config, self.tokenizer, self.loss, self.val_data = config, tokenizer, loss, val_data
         self.count = count or (lambda batch: batch.num_targets)
+        self.save_weights = save_weights
         # On a CPU the loader competes with the model for the same cores and gains nothing.
         self.device, self.data = device, Prefetcher(data) if device.type == "cuda" else data
         self.folder = Path(config.save_dir) / (config.save_weight or name)
@@ -179,6 +183,8 @@ class Trainer:
         if self.rank == 0:
             if self.step == 0:
                 self._put_older_run_aside()
+            if self.save_weights is None:
+                check_replaceable(self.weights_folder)  # now rather than after an hour of training
             self.progress = Progress(
                 *(self.folder, self.total_steps, self.step, config.options(), self.folder.name),
                 use_wandb=config.use_wandb,
@@ -377,7 +383,9 @@ class Trainer:
             self.validate()
         resume.save(self.engine, self.checkpoint_folder, self._state(), self.config.keep_checkpoints)
         with ds.gathered(self.engine):
-            if self.rank == 0:
+            if self.rank == 0 and self.save_weights is not None:
+                self.save_weights(self.model, self.folder)
+            elif self.rank == 0:
                 save_pretrained(self.model, self.weights_folder, tokenizer=self.tokenizer)
         dist.barrier()
 

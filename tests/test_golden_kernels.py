@@ -68,4 +68,7 @@ def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkey
         plain = twin(golden["input_ids"], targets=targets)
         (-plain.logprobs.sum() / batch.num_targets).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if name.endswith("gate.weight") and not model.config.router_gets_lm_gradient:
+            assert a.grad.norm() < 1e-6 and b.grad.norm() < 1e-6, name  # nothing but rounding, on either side
+            continue
         assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm() + 1e-9, name

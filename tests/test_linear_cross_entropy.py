@@ -343,8 +343,10 @@ def test_a_broken_kernel_is_seen(tmp_path, monkeypatch, old, new):
         monkeypatch.setattr(m, "_chunk_rows", lambda V, itemsize: 4)
         # Several blocks a row, so that the maximum moves.
         monkeypatch.setattr(m, "_launch_params", lambda V: {"BLOCK_V": 16, "num_warps": 1, "num_stages": 1})
-        check(m.linear_cross_entropy, inputs, temperature=0.7, return_entropy=True)
-        check_grad_weights(m.linear_cross_entropy, inputs)
+        if "* s" in old:
+            check_grad_weights(m.linear_cross_entropy, inputs)
+        else:
+            check(m.linear_cross_entropy, inputs, temperature=0.7, return_entropy=True)
 
     kh.assert_broken(checks, module, tmp_path, old, new)
 

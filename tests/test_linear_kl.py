@@ -241,8 +241,7 @@ def test_a_broken_kernel_is_seen(tmp_path, monkeypatch, old, new):
         monkeypatch.setattr(m, "_chunk_rows", lambda V, itemsize: 4)
         # Several blocks a row, so that the maximum moves.
         monkeypatch.setattr(m, "_launch_params", lambda V: {"BLOCK_V": 16, "num_warps": 1, "num_stages": 1})
-        for reverse in (False, True):
-            check(m.linear_kl, inputs, grad, mask=mask, temperature=0.7, reverse=reverse)
+        check(m.linear_kl, inputs, grad, mask=mask, temperature=0.7, reverse="q - p" in old)
 
     kh.assert_broken(checks, module, tmp_path, old, new)
 
