@@ -34,4 +34,4 @@ def test_every_make_target_and_option_named_exists(name):
         assert f"\n{target}:" in makefile
     options = (ROOT / "minimind_fast" / "config.py").read_text(encoding="utf-8")
     for option in re.findall(r"`--(?:no_)?(\w+)", text):
-        assert f"    {option}: " in options or option == "num_gpus", option
+        assert f"    {option}: " in options or option in ("num_gpus", "help"), option
