@@ -37,6 +37,8 @@ CHUNK_BYTES = 32 << 20
 MIN_CHUNK_ROWS = 1024
 # The grad_weights promise: |g - s w| <= this * max |g|.
 PROMISE = 1e-5
+# Values a program of the scaling pass: two or more 16-byte loads a thread.
+SCALE_BLOCK, SCALE_WARPS = 4096, 8
 
 
 def _chunk_rows(V: int, itemsize: int) -> int:
@@ -163,6 +165,14 @@ def _linear_cross_entropy_bwd_kernel(
             tl.store(at + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V)
 
 
+@triton.jit
+def _linear_cross_entropy_scale_kernel(source_ptr, factor_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    wide = tl.float64 if source_ptr.dtype.element_ty == tl.float64 else tl.float32
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source_ptr + at, mask=at < numel, other=0.0).to(wide) * tl.load(factor_ptr).to(wide)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at < numel)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -209,6 +219,22 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.baddbmm(total[None], a.t()[None], b[None], out_dtype=total.dtype, out=total[None])
     else:
         total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
+
+
+def _scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply by a factor on the device, rounded once.
+
+    `source * factor` would do on a CPU, but on a GPU PyTorch first rounds a zero-dimensional operand to source's dtype: in
+    bfloat16 that would scale the whole gradient by up to 0.2% (its mantissa has 8 bits).
+    """
+    out = torch.empty_like(source, dtype=dtype)
+    if out.numel() > 0:
+        grid = (triton.cdiv(out.numel(), SCALE_BLOCK),)
+        with torch.cuda.device_of(source):
+            _linear_cross_entropy_scale_kernel[grid](
+                source, factor, out, out.numel(), BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS, num_stages=1
+            )
+    return out
 
 
 @torch.library.custom_op("minimind_fast::linear_cross_entropy_fwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -334,7 +360,7 @@ def _linear_cross_entropy_scale(
     s = torch.where(square > 0, (g * w).sum() / square, 0.0)
     kept = ((g - s * w).abs() <= PROMISE * g.abs().amax()).all()
     s = torch.where(kept, s, float("nan"))
-    return d_hidden * s, (total * s).to(d_hidden.dtype)
+    return _scaled(d_hidden, s, d_hidden.dtype), _scaled(total, s, d_hidden.dtype)
 
 
 @_linear_cross_entropy_scale.register_fake

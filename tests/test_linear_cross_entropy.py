@@ -100,6 +100,25 @@ def test_grad_weights(shape, dtype):
     check_grad_weights(linear_cross_entropy, draw(*shape, dtype), temperature=1.4)
 
 
+def check_scaled(m, dtype=torch.float16):
+    """Only the product is rounded: a factor that is no power of two keeps its digits in a narrow dtype."""
+    source = kh.randn(3, 2000, dtype=dtype)
+    for factor in (-1 / 3, 1 / 51234, 77.7):
+        exact = torch.tensor(factor, dtype=torch.float64, device=kh.DEVICE)
+        with kh.poisoned_memory():
+            out = m._scaled(source, exact, dtype)
+        product, finfo = source.double() * exact, torch.finfo(dtype)
+        # Half a unit in the last place, and the factor's own rounding to float32.
+        half = finfo.eps / 2 + torch.finfo(torch.float32).eps
+        smallest = finfo.smallest_normal * finfo.eps
+        assert ((out - product).abs() <= half * product.abs() + smallest / 2 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", kh.DTYPES, ids=str)
+def test_the_factor_is_not_rounded(dtype):
+    check_scaled(module, dtype)
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=str)
 def test_gradients_only_where_asked(wanted):
     inputs = draw((6,), 12, 70, torch.float32)
@@ -333,7 +352,8 @@ def test_peak_memory_is_what_is_counted(monkeypatch, with_grad_weights):
         ("tl.zeros((BLOCK_V,), dtype=logits_ptr.dtype.element_ty)", "tl.load(at + cols)"),
         ("total.addmm_(a.t(), b)", "total.copy_(a.t() @ b)"),
         ("slice(start, min(start + buffer.shape[0], x.shape[0]))", "slice(start, min(start + 4, x.shape[0] - 1))"),
-        ("return d_hidden * s, (total * s)", "return d_hidden * 1.0, (total * s)"),
+        ("return _scaled(d_hidden, s,", "return _scaled(d_hidden, 1 / s,"),
+        ("tl.load(factor_ptr).to(wide)", "tl.load(factor_ptr).to(out_ptr.dtype.element_ty).to(wide)"),
     ],
 )
 def test_a_broken_kernel_is_seen(tmp_path, monkeypatch, old, new):
@@ -343,8 +363,10 @@ def test_a_broken_kernel_is_seen(tmp_path, monkeypatch, old, new):
         monkeypatch.setattr(m, "_chunk_rows", lambda V, itemsize: 4)
         # Several blocks a row, so that the maximum moves.
         monkeypatch.setattr(m, "_launch_params", lambda V: {"BLOCK_V": 16, "num_warps": 1, "num_stages": 1})
-        if "* s" in old:
+        if "_scaled" in old:
             check_grad_weights(m.linear_cross_entropy, inputs)
+        elif "factor" in old:
+            check_scaled(m)
         else:
             check(m.linear_cross_entropy, inputs, temperature=0.7, return_entropy=True)
 
