@@ -30,6 +30,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",  # the suite starts many processes that wait; two workers halve its time
         "hypothesis>=6.100",
         "transformers>=5,<6",  # tests only: exports and tokenizers are checked against it
+        "peft>=0.17",  # tests only: it must load our adapters
         "ruff>=0.9",
         "pyright>=1.1.390",
     ],

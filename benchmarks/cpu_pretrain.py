@@ -3,7 +3,8 @@
     python benchmarks/cpu_pretrain.py --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
 
 Purpose: useful tokens per second of both loops, the losses at equal useful tokens, and where our time goes.
-Principle: the same weights, documents, threads and learning rates. The two loops take turns, step by step, so that
+Principle: the same weights, documents, threads and learning rates. The baseline has a process of its own, with the
+    allocator as it comes; ours sets its own up. The two take turns, step by step, so that
     whatever else the machine does meets both; the median of the turns counts. Useful tokens are positions with a target.
 Properties: the baseline is given tokenised data and pays for its padding alone; ours is the real Trainer with its DeepSpeed
     engine and its loader. Writes benchmarks/results/cpu_pretrain.json and .md.
@@ -15,6 +16,8 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,11 +27,13 @@ import torch
 from eager_minimind import EagerMiniMind
 from eager_minimind import loss as eager_loss
 
-from minimind_fast import engine, losses, stage
+from minimind_fast import losses, stage
+from minimind_fast.checkpoint import load_pretrained, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import PackedBatches, PaddedBatches
 from minimind_fast.progress import clock, peak_flops
 from minimind_fast.token_cache import build_cache
+from minimind_fast.tokenizer import Tokenizer
 from minimind_fast.trainer import StepLoss, Trainer, Window, learning_rate
 
 RESULTS = Path(__file__).with_name("results")
@@ -66,6 +71,53 @@ class Baseline:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return useful, summed / useful
+
+
+class BaselineProcess:
+    """The baseline in a process of its own, asked for one thing at a time."""
+
+    def __init__(self, args: argparse.Namespace, model: Any, accumulation: int) -> None:
+        weights = Path(tempfile.mkdtemp()) / "start"
+        save_pretrained(model, weights, dtype=torch.float32)
+        command = [sys.executable, __file__, "--role", "baseline", "--weights", str(weights)]
+        command += ["--accumulation", str(accumulation), "--threads", str(torch.get_num_threads())]
+        for name in ("data_path", "val_data_path", "tokenizer_path", "cache_dir", "turns"):
+            command += [f"--{name}", str(getattr(args, name))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ask("ready")  # loaded before the first turn is timed
+
+    def ask(self, what: str) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def take_step(self) -> tuple[int, float]:
+        useful, value = self.ask("step")
+        return useful, value
+
+
+def answer_as_baseline(args: argparse.Namespace) -> None:
+    """What the baseline's process does: a step or a validation for each line it reads."""
+    torch.set_num_threads(args.threads)
+    tokenizer = Tokenizer.load(args.tokenizer_path)
+    caches = [
+        build_cache(p, tokenizer, cache_dir=args.cache_dir or None, log=lambda _: None)
+        for p in (args.data_path, args.val_data_path)
+    ]
+    model = EagerMiniMind.from_ours(load_pretrained(args.weights))
+    baseline = Baseline(model, caches[0], args.accumulation, args.turns)
+    rows = PaddedBatches(caches[1], batch_size=ROWS, max_seq_len=LENGTH + 1)
+
+    def total(batch: Any) -> torch.Tensor:
+        return eager_loss(model, batch.input_ids, batch.targets) * batch.num_targets
+
+    for line in sys.stdin:
+        what = line.strip()
+        result = baseline.take_step() if what == "step" else None
+        if what == "val":
+            result = validation_loss(total, stage.one_pass(rows))
+        print(json.dumps(result), flush=True)
 
 
 class Ours:
@@ -122,7 +174,12 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=8, help="optimizer steps of each loop, taken in turns")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--role", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--accumulation", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.role == "baseline":
+        return answer_as_baseline(args)
 
     config = TrainConfig(
         preset=args.preset, tokenizer_path=args.tokenizer_path, data_path=[args.data_path], batch_size=16,
@@ -143,7 +200,7 @@ def main() -> None:
     mean_useful = statistics.mean(b.num_targets for b, _ in zip(rows, range(50), strict=False))
     accumulation = max(1, round(our_tokens / mean_useful))
     steps = args.turns
-    baseline = Baseline(EagerMiniMind.from_ours(model), cache, accumulation, steps)
+    baseline = BaselineProcess(args, model, accumulation)
     data = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
     trainer = Trainer(config, "bench", model, tokenizer, data, our_loss, device)
     trainer.total_steps = steps
@@ -164,14 +221,10 @@ def main() -> None:
                 flush=True,
             )
 
-    def eager_total(batch: Any) -> torch.Tensor:
-        return eager_loss(baseline.model, batch.input_ids, batch.targets) * batch.num_targets
-
-    val_rows = PaddedBatches(val_cache, batch_size=ROWS, max_seq_len=LENGTH + 1)
     val_packs = PackedBatches(val_cache, batch_tokens=8192, max_seq_len=LENGTH, seed=0, shuffle=False)
     trainer.model.eval()
     val = {
-        "baseline": validation_loss(eager_total, stage.one_pass(val_rows)),
+        "baseline": baseline.ask("val"),
         "ours": validation_loss(lambda b: our_loss(trainer.engine, b).total, stage.one_pass(val_packs)),
     }
     trainer.model.train()
@@ -239,5 +292,4 @@ fp32 and {m["matmul_bf16_gflops"]:.0f} in bf16 ({m["measured_by"]}). Our step: {
 
 
 if __name__ == "__main__":
-    engine.keep_freed_memory()
     stage.start(main)

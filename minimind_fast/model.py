@@ -435,18 +435,26 @@ class MiniMind(nn.Module):
 
         return generate(self, input_ids, **kwargs)
 
-    def num_parameters(self, active: bool = False) -> int:
-        """Number of parameters, a tied head counted once; with `active`, those that one token meets."""
-        total = sum(p.numel() for p in self.parameters())
+    def num_parameters(self, active: bool = False, trained: bool = False) -> int:
+        """Number of parameters, a tied head counted once.
+
+        Args:
+            active: count only those that one token meets.
+            trained: count only those that have gradients.
+        """
+        total = sum(_size(p) for p in self.parameters() if p.requires_grad or not trained)
         if active and self.config.use_moe:
             c = self.config
             assert c.num_experts_per_tok is not None
-            experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
-            total -= experts * (c.num_experts - c.num_experts_per_tok) // c.num_experts
+            experts = [p for m in self.modules() if isinstance(m, Experts) for p in m.parameters()]
+            count = sum(_size(p) for p in experts if p.requires_grad or not trained)
+            total -= count * (c.num_experts - c.num_experts_per_tok) // c.num_experts
         return total
 
     def flops(self, tokens: int, pairs: int) -> int:
         """FLOPs of forward and backward: 2MNK a matmul, causal pairs only, nothing for recomputation.
+
+        A frozen matrix passes gradients on but gets none: 4 a parameter and token instead of 6.
 
         Args:
             tokens: positions through the model.
@@ -454,10 +462,18 @@ class MiniMind(nn.Module):
         """
         c = self.config
         assert c.head_dim is not None
-        matmul = self.num_parameters(active=True)
+        matmul, trained = self.num_parameters(active=True), self.num_parameters(active=True, trained=True)
         if not c.tie_word_embeddings:
             matmul -= c.vocab_size * c.hidden_size
-        return 6 * matmul * tokens + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+            if self.model.embed_tokens.weight.requires_grad:
+                trained -= c.vocab_size * c.hidden_size
+        attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+        return (4 * matmul + 2 * trained) * tokens + attention
+
+
+def _size(p: Tensor) -> int:
+    """Elements of a parameter, also where ZeRO-3 keeps only a part of it here."""
+    return getattr(p, "ds_numel", p.numel())
 
 
 def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:

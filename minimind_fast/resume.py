@@ -3,7 +3,8 @@
 Purpose: `save` and `load` a run so that it goes on exactly, with the same number of ranks or another.
 Principle: each rank writes into a folder with a name that nobody reads; when all are done the folder is renamed to
     `step_<n>`. A folder with that name is therefore whole: the newest one is the one to go on from.
-Properties: holds DeepSpeed's own files (weights, float32 masters, optimizer), every rank's random generators, the data
+Properties: frozen weights are not stored again: they come from where they came from, and must be the same (a fingerprint
+    is compared). Holds DeepSpeed's own files (weights, float32 masters, optimizer), every rank's random generators, the data
     position and the schedule. Files are only ever replaced by a rename. For another number of ranks DeepSpeed's universal
     format is made from the newest checkpoint first.
 """
@@ -11,6 +12,7 @@ Properties: holds DeepSpeed's own files (weights, float32 masters, optimizer), e
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import re
@@ -51,6 +53,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
+def frozen_fingerprint(model: torch.nn.Module) -> str | None:
+    """16 hex digits for the parameters that are not trained; None if all are.
+
+    Args:
+        model: on the CPU, as it was loaded.
+    """
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for name, p in frozen:
+        digest.update(name.encode())
+        digest.update(p.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _partly_frozen(engine: Any) -> bool:
+    return any(not p.requires_grad for p in engine.module.parameters())
+
+
 def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint; all ranks call it.
 
@@ -75,7 +97,13 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
             for old in folder.glob(".new-*"):
                 shutil.rmtree(old, ignore_errors=True)
     with _together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
-        engine.save_checkpoint(str(folder), tag=aside.name, client_state=dict(_CLIENT_STATE), save_latest=False)
+        engine.save_checkpoint(
+            str(folder),
+            tag=aside.name,
+            client_state=dict(_CLIENT_STATE),
+            save_latest=False,
+            exclude_frozen_parameters=_partly_frozen(engine),
+        )
         torch.save(_generators(), aside / f"generators_rank_{rank:05d}.pt")
         if rank == 0:
             (aside / STATE_FILE).write_text(json.dumps({**state, "world_size": world_size}, indent=1), encoding="utf-8")
@@ -131,7 +159,7 @@ def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
                     ds.to_universal(checkpoint, aside)
         dist.barrier()
     saved_lr = [(g["lr"], g["weight_decay"]) for g in engine.optimizer.param_groups]
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=tag)
+    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=tag, load_module_strict=not _partly_frozen(engine))
     if path is None:
         raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load there")
     for group, (lr, weight_decay) in zip(engine.optimizer.param_groups, saved_lr, strict=True):

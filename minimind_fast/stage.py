@@ -63,14 +63,14 @@ def begin(config: TrainConfig) -> torch.device:
     return device
 
 
-def use_sample(config: TrainConfig, name: str, val: str = "", **suitable: Any) -> None:
+def use_sample(config: TrainConfig, name: str, suitable: dict[str, Any], val: str = "") -> None:
     """Without --data_path: train on a shipped sample, on a CPU with options that suit it where they were not given.
 
     Args:
         config: changed in place.
         name: file of the samples.
+        suitable: values of options.
         val: file of the samples for validation, if --val_data_path is not given either.
-        suitable: option=value.
     """
     if config.data_path:
         return
@@ -98,7 +98,9 @@ def find_weights(config: TrainConfig, before: str) -> None:
         return
     run = Path(config.save_dir) / name
     if not run.exists():
-        hint = "" if "from_weight" in config.given else f" This stage goes on from trained weights: run `{before}` first."
+        hint = (
+            "" if "from_weight" in config.given else f" This stage goes on from trained weights: run `{before}` first."
+        )
         raise ValueError(
             f"--from_weight {name}: no such file or folder, and no run of that name in {config.save_dir}.{hint} "
             "Give a folder with weights or a MiniMind .pth; none starts from nothing."
@@ -214,8 +216,8 @@ def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encod
     )
     if batches.num_without_targets:
         log(
-            f"{batches.num_without_targets:,} of {batches.num_pieces + batches.num_without_targets:,} were left out: "
-            f"nothing to learn within --max_seq_len {config.max_seq_len}."
+            f"{batches.num_without_targets:,} of {batches.num_pieces + batches.num_without_targets:,} documents are left "
+            f"out: no token to learn within --max_seq_len {config.max_seq_len}."
         )
     return batches
 
@@ -264,7 +266,7 @@ def train_on_chats(
     config: TrainConfig,
     name: str,
     tag_weight: int = 1,
-    adapt: Callable[[MiniMind], None] | None = None,
+    adapt: Callable[[MiniMind], Any] | None = None,
     save_weights: Callable[[MiniMind, Path], None] | None = None,
 ) -> Trainer:
     """The whole of a stage that learns the answers of chats: SFT, LoRA, reasoning.
@@ -338,7 +340,9 @@ def show_samples(weights: Path, prompts: list[str], new_tokens: int, chat: dict[
     begin_s = time.perf_counter()
     outs = generate_batch(model, ids, max_new_tokens=new_tokens, temperature=0.7, top_p=0.9, seed=0)
     seconds = time.perf_counter() - begin_s
-    print(f"\nThe model {'continues' if chat is None else 'answers'} ({sum(map(len, outs)):,} tokens in {seconds:.1f}s):")
+    print(
+        f"\nThe model {'continues' if chat is None else 'answers'} ({sum(map(len, outs)):,} tokens in {seconds:.1f}s):"
+    )
     for prompt, out in zip(prompts, outs, strict=True):
         text = tokenizer.decode(out, skip_special_tokens=True).strip().replace("\n", " ")
         print(f"  {prompt} → {text}")

@@ -132,7 +132,13 @@ class Trainer:
         ds.adopt(config, self.ds_config)
         self.dtype = ds.DTYPES[config.dtype]
         checkpoint = self._find_checkpoint()
+        self._frozen = resume.frozen_fingerprint(model)
         if checkpoint is not None:
+            if resume.read_state(checkpoint).get("frozen") != self._frozen:
+                raise ValueError(
+                    f"--from_resume: the frozen weights ({config.from_weight}) are not those that this run began with; give "
+                    "the same --from_weight and the same targets, or leave --from_resume out to start anew"
+                )
             self.ds_config["checkpoint"]["load_universal"] = resume.needs_universal(
                 checkpoint, self.world_size, config.zero_stage
             )
@@ -372,6 +378,7 @@ class Trainer:
             "seconds": self._seconds(),
             "useful_tokens": self.useful_tokens,
             "data": self._position,
+            "frozen": self._frozen,
             "zero_stage": self.config.zero_stage,
             "dtype": self.config.dtype,
             "options": self.config.options(),
@@ -427,6 +434,8 @@ class Trainer:
         c, m = self.config, self.model
         size, active = m.num_parameters() / 1e6, m.num_parameters(active=True) / 1e6
         extra = f" ({active:.1f}M active)" if m.config.use_moe else ""
+        if self._frozen is not None:
+            extra += f" ({m.num_parameters(trained=True) / 1e6:.2f}M of them trained)"
         device = (
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )

@@ -1,0 +1,162 @@
+"""SFT, LoRA and reasoning by their real commands: each trains, ranks and ZeRO stages agree, a resume is bitwise."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from launching import read_log, run
+
+import minimind_fast as mm
+from minimind_fast import lora, samples
+from minimind_fast.resume import checkpoints
+from minimind_fast.tokenizer import Tokenizer
+
+TINY = ["--max_seq_len", "64", "--batch_size", "4", "--num_threads", "1", "--log_interval", "1", "--sample_tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run's folder with the weights of a model that has learned nothing yet."""
+    torch.manual_seed(0)
+    config = mm.ModelConfig.preset("tiny", hidden_size=64, num_hidden_layers=2, vocab_size=6400)
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = Tokenizer.load(samples.path("tokenizer"))
+    mm.save_pretrained(mm.MiniMind(config), folder / "pretrain" / "weights", tokenizer=tokenizer)
+    return folder
+
+
+def chats(path, rows):
+    path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def losses(folder):
+    return {step: row["loss"] for step, row in read_log(folder).items() if "loss" in row}
+
+
+def test_sft_starts_from_the_run_before_and_leaves_a_model_that_answers(base, tmp_path):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    data = chats(
+        tmp_path / "chats.jsonl", [chat("hi", "hello"), chat("hi " * 90, "never seen"), chat("bye", "bye " * 90)]
+    )
+    args = [*TINY, "--data_path", data, "--val_data_path", data, "--save_dir", tmp_path, "--epochs", 9]
+    out = run("sft.py", [*args, "--max_steps", 9, "--learning_rate", 1e-3])
+    assert "1 of 3 documents are left out: no token to learn within --max_seq_len 64" in out
+    assert "pretrain: 0.5M parameters" in out and "The model answers" in out and "Validation loss" in out
+    assert losses(tmp_path / "sft")[9] < losses(tmp_path / "sft")[1] - 0.3
+    assert mm.load_pretrained(tmp_path / "sft").num_parameters() > 0
+
+
+def test_without_weights_the_command_to_run_first_is_named(tmp_path):
+    out = run("lora.py", [*TINY, "--save_dir", tmp_path], expect=1)
+    assert "run `deepspeed train/sft.py` first" in out and "Traceback" not in out
+
+
+def test_reason_weighs_tags(base, tmp_path):
+    """The first step's loss by hand: the same batch without dropout, tags ten times, over the number of tokens."""
+    data = chats(tmp_path / "chats.jsonl", [chat("2?", "<think>\none more\n</think>\n<answer>\n3\n</answer>")])
+    args = [
+        *TINY,
+        "--from_weight",
+        base / "pretrain",
+        "--data_path",
+        data,
+        "--save_dir",
+        tmp_path,
+        "--dtype",
+        "float32",
+    ]
+    run("reason.py", [*args, "--max_steps", 2, "--epochs", 2])
+    row = read_log(tmp_path / "reason")[1]
+    tokenizer = Tokenizer.load(base / "pretrain" / "weights")
+    heavy = {"</think>": 10.0, "<answer>": 10.0, "</answer>": 10.0}  # <think> is in the prompt
+    parts = ["one more\n", "</think>", "\n\n", "<answer>", "\n3\n", "</answer>", "<|im_end|>"]
+    prompt = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    ids, weights = tokenizer.encode(prompt), [0.0] * len(tokenizer.encode(prompt))
+    for part in parts:
+        ids += tokenizer.encode(part)
+        weights += [heavy.get(part, 1.0)] * len(tokenizer.encode(part))
+    with torch.no_grad():
+        logits = mm.load_pretrained(base / "pretrain")(torch.tensor([ids])).logits[0, :-1]
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    weight = torch.tensor(weights[1:])
+    assert row["loss"] == pytest.approx((nll * weight).sum().item() / weight.count_nonzero().item(), abs=1e-4)
+    assert row["nll"] == pytest.approx((nll * (weight > 0)).sum().item() / weight.count_nonzero().item(), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------ LoRA
+
+
+@pytest.fixture(scope="module")
+def lora_args(base):
+    return [*TINY, "--from_weight", base / "pretrain", "--dtype", "float32", "--batch_size", 2, "--max_minutes", 0]
+
+
+def adapters(folder):
+    return lora.read_adapters(folder / "lora")[0]
+
+
+@pytest.fixture(scope="module")
+def one_rank(lora_args, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    out = run(
+        "lora.py", [*lora_args, "--save_dir", folder, "--zero_stage", 0, "--accumulation_steps", 4, "--max_steps", 4]
+    )
+    assert "The adapters alone are in" in out
+    return folder
+
+
+def test_lora_moves_adapters_only_and_merges_them(base, one_rank):
+    found = adapters(one_rank)
+    assert len(found) == 2 * 4 and all(b.abs().max() > 0 for _, b in found.values())
+    before = mm.load_pretrained(base / "pretrain")
+    merged = mm.load_pretrained(one_rank / "lora")
+    lora.load_adapters(before, one_rank / "lora")
+    lora.merge(before)
+    for (name, want), got in zip(before.state_dict().items(), merged.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_path, stage):
+    """Frozen base, tied head. A rank that trained for itself alone, or lost its part, would end elsewhere.
+
+    At stage 3 also: a resume is bitwise, and another base is refused.
+    """
+    args = [*lora_args, "--save_dir", tmp_path, "--zero_stage", stage, "--accumulation_steps", 2, "--max_steps", 4]
+    args += ["--save_interval", 2, "--keep_checkpoints", 9, "--no_merge"]
+    out = run("lora.py", args, ranks=2)
+    assert "minimind-fast lora merge" in out and "0.5M parameters (0.01M of them trained)" in out
+    before = losses(tmp_path / "lora")
+    assert before == pytest.approx(losses(one_rank / "lora"), abs=1e-5)
+    whole = adapters(tmp_path)
+    for name, pair in adapters(one_rank).items():
+        for mine, want in zip(whole[name], pair, strict=True):  # a step moves them by 2e-3
+            torch.testing.assert_close(mine, want, atol=2e-5, rtol=0, msg=name)
+    if stage == 3:
+        shutil.rmtree(checkpoints(tmp_path / "lora" / "checkpoints")[-1])
+        resume = [*args, "--from_resume"]
+        assert "Going on from step 2" in run("lora.py", resume, ranks=2)
+        assert losses(tmp_path / "lora") == before
+        for name, pair in adapters(tmp_path).items():
+            assert all(torch.equal(x, y) for x, y in zip(pair, whole[name], strict=True)), name
+        out = run("lora.py", [*resume, "--from_weight", "none", "--preset", "tiny"], ranks=2, expect=1)
+        assert "the frozen weights (none) are not those that this run began with" in out
+
+
+def test_a_resume_in_bf16_restores_the_adapters_masters(lora_args, tmp_path):
+    """The default on one rank; the frozen base is not in the checkpoint."""
+    args = [*lora_args, "--dtype", "bfloat16", "--save_dir", tmp_path, "--lora_dropout", 0.1, "--max_steps", 4]
+    args += ["--save_interval", 2, "--keep_checkpoints", 9, "--no_merge"]
+    run("lora.py", args)
+    before, saved = losses(tmp_path / "lora"), checkpoints(tmp_path / "lora" / "checkpoints")
+    state = torch.load(saved[-1] / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    assert not [name for name in state if name.startswith("model.layers") and ".lora." not in name]
+    shutil.rmtree(saved[-1])
+    run("lora.py", [*args, "--from_resume"])
+    assert losses(tmp_path / "lora") == before

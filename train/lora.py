@@ -1,0 +1,77 @@
+"""LoRA: small adapters learn something new beside a frozen MiniMind, such as who it is.
+
+Purpose: `deepspeed train/lora.py` after `train/sft.py`; without arguments it teaches that run's model an identity, from the
+    sample that ships with the package.
+Principle: the loss of SFT; only the adapters have gradients and optimizer state (`minimind_fast/lora.py`).
+Properties: adapters are left in SAVE_DIR/SAVE_WEIGHT/adapter/ in PEFT's format; at the end they are also merged into a model
+    of their own, SAVE_DIR/SAVE_WEIGHT/weights/, unless --no_merge is given. The base is never written to.
+"""
+
+import time
+
+from minimind_fast import lora, stage
+from minimind_fast.checkpoint import save_pretrained
+from minimind_fast.config import TrainConfig, option, parse, with_defaults
+from minimind_fast.trainer import Trainer
+
+# What suits the sample chats and a CPU, where the option was not given.
+SAMPLE_DEFAULTS = dict(learning_rate=2e-3, batch_size=4, max_seq_len=256, epochs=20, max_minutes=1.0)
+QUESTIONS = ["Who are you?", "你是谁？", "What is 2 + 3?"]
+
+
+@with_defaults(
+    from_weight="sft",
+    learning_rate=1e-4,
+    batch_size=32,
+    accumulation_steps=1,
+    max_seq_len=340,
+    epochs=10,
+    truncate=True,
+)
+class LoRAConfig(TrainConfig):
+    """MiniMind's defaults of this stage."""
+
+    lora_rank: int = option(16, "rank of the adapters")
+    lora_alpha: float | None = option(None, "adapters are scaled by alpha / rank (as MiniMind, by 1, if not given)")
+    lora_dropout: float = option(0.0, "dropout of the adapters' input")
+    lora_targets: list[str] = option(
+        list(lora.ATTENTION),
+        f"projections that get adapters: {', '.join(lora.TARGETS)}, or square for MiniMind's choice",
+    )
+    merge: bool = option(True, "also write the model with its adapters merged, at the end")
+
+
+def write_merged(config: LoRAConfig, trainer: Trainer) -> None:
+    """The base and the adapters on disk as one model, on rank 0."""
+    model = stage.load_model(config, trainer.tokenizer)
+    lora.load_adapters(model, trainer.folder / "adapter")
+    lora.merge(model)
+    save_pretrained(model, trainer.weights_folder, tokenizer=trainer.tokenizer)
+
+
+def main() -> None:
+    began = time.perf_counter()
+    config = parse(LoRAConfig, description="Train LoRA adapters for a MiniMind on {'conversations': [...]} JSONL.")
+    stage.use_sample(config, "lora_identity.jsonl", SAMPLE_DEFAULTS)
+    stage.find_weights(config, "deepspeed train/sft.py")
+    spec = lora.LoRA(config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets))
+    trainer = stage.train_on_chats(
+        config,
+        "lora",
+        adapt=lambda model: lora.apply(model, spec),
+        save_weights=lambda model, folder: lora.save_adapters(
+            lora.adapters(model), spec, folder / "adapter", base=config.from_weight
+        ),
+    )
+    adapter = trainer.folder / "adapter"
+    if config.merge and trainer.rank == 0:
+        write_merged(config, trainer)
+    then = f"The adapters alone are in {adapter}. Next: minimind-fast chat {trainer.weights_folder}"
+    if not config.merge:
+        trainer.weights_folder, config.sample_tokens = adapter, 0
+        then = f"Next: minimind-fast lora merge {config.from_weight} {adapter} OUT"
+    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+
+
+if __name__ == "__main__":
+    stage.start(main)

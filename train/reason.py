@@ -1,0 +1,51 @@
+"""Reasoning: SFT on chats with thoughts, in which the tags that frame thought and answer weigh ten times.
+
+Purpose: `deepspeed train/reason.py` teaches the form `<think>...</think>` (and `<answer>...</answer>` where the data has
+    it), by MiniMind2's method of distilling a reasoning model's answers.
+Principle: a model that misses a tag loses the whole answer to a parser, while one wrong word costs a word; so each token
+    that renders a tag in an answer weighs --tag_weight. The loss is divided by the number of tokens, as MiniMind does.
+Properties: exactly the tags' tokens, in answers only, however the tokenizer splits them; all else is SFT. The log's `nll`
+    is the loss without weights.
+
+Source: MiniMind2's train_distill_reason.
+"""
+
+import time
+
+from minimind_fast import stage
+from minimind_fast.config import TrainConfig, option, parse, with_defaults
+
+# What suits the sample chats and a CPU, where the option was not given.
+SAMPLE_DEFAULTS = dict(learning_rate=5e-4, max_seq_len=256, epochs=8, max_minutes=1.5)
+QUESTIONS = ["What is 12 + 23?", "7加21等于多少？"]
+
+
+@with_defaults(
+    from_weight="sft",
+    learning_rate=1e-6,
+    batch_size=8,
+    accumulation_steps=1,
+    max_seq_len=1024,
+    epochs=1,
+    truncate=True,
+)
+class ReasonConfig(TrainConfig):
+    """MiniMind's defaults of this stage."""
+
+    tag_weight: int = option(10, "weight of the tokens of <think>, </think>, <answer>, </answer> in answers")
+
+
+def main() -> None:
+    began = time.perf_counter()
+    config = parse(
+        ReasonConfig, description="Teach a MiniMind to think before it answers, on {'conversations': [...]}."
+    )
+    stage.use_sample(config, "reason.jsonl", SAMPLE_DEFAULTS)
+    stage.find_weights(config, "deepspeed train/sft.py")
+    trainer = stage.train_on_chats(config, "reason", config.tag_weight)
+    then = f"Next: minimind-fast chat {trainer.weights_folder} --thinking"
+    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then, thinking=True)
+
+
+if __name__ == "__main__":
+    stage.start(main)

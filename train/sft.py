@@ -1,0 +1,44 @@
+"""Supervised fine-tuning: a pretrained MiniMind learns to answer, from `{"conversations": [...]}` lines.
+
+Purpose: `deepspeed train/sft.py` after `train/pretrain.py`; without arguments it goes on from that run, on the sample chats
+    that ship with the package.
+Principle: next-token prediction of the answers only; each turn of the assistant is learned, in the context of what came
+    before it. The loss is the mean over the answer tokens of the whole global batch.
+Properties: chats that are longer than --max_seq_len are cut off; one whose answers lie beyond it is left out and counted.
+"""
+
+import time
+
+from minimind_fast import stage
+from minimind_fast.config import TrainConfig, parse, with_defaults
+
+# What suits the sample chats and a CPU, where the option was not given.
+SAMPLE_DEFAULTS = dict(learning_rate=1e-3, max_seq_len=256, epochs=6, warmup_steps=10, max_minutes=2.0)
+QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
+
+
+@with_defaults(
+    from_weight="pretrain",
+    learning_rate=1e-5,
+    batch_size=16,
+    accumulation_steps=1,
+    max_seq_len=768,
+    epochs=2,
+    truncate=True,
+)
+class SFTConfig(TrainConfig):
+    """MiniMind's defaults of this stage."""
+
+
+def main() -> None:
+    began = time.perf_counter()
+    config = parse(SFTConfig, description="Teach a MiniMind to answer, on {'conversations': [...]} JSONL.")
+    stage.use_sample(config, "sft.jsonl", SAMPLE_DEFAULTS)
+    stage.find_weights(config, "deepspeed train/pretrain.py")
+    trainer = stage.train_on_chats(config, "sft")
+    then = f"Next: minimind-fast chat {trainer.weights_folder}   or: deepspeed train/lora.py"
+    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+
+
+if __name__ == "__main__":
+    stage.start(main)
