@@ -22,6 +22,7 @@ COMMANDS = {
         "write a model for Transformers and the tools that read its folders",
     ),
     "import": ("minimind_fast.convert:main_import", "bring a Hugging Face folder or a MiniMind .pth in"),
+    "lora": ("minimind_fast.lora:main", "merge adapters into a model, or change their format"),
     "verify": ("minimind_fast.verify:main", "check every kernel against the reference, and whole models"),
 }
 
