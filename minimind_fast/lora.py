@@ -448,10 +448,16 @@ def main(argv: list[str]) -> int:
     add("out", metavar="OUT", help="folder to write")
     add("--preset", help="shape of a .pth file, such as minimind2-small")
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
+    text = "of the merged weights; half precision rounds small changes away (default: float32)"
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=text)
     add = commands.add_parser("convert", help="PEFT's folder to MiniMind's .pth, or back").add_argument
     add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
     add("out", metavar="OUT", help="a .pth file or a folder to write")
+    for command in commands.choices.values():
+        command.add_argument("--overwrite", action="store_true", help="replace what is there already")
     args = parser.parse_args(argv)
+    if Path(args.out).exists() and not args.overwrite:
+        raise ValueError(f"{args.out} is there already; add --overwrite to replace it")
     if args.command == "convert":
         found, lora = read_adapters(args.adapter)
         save_adapters(found, lora, args.out)
@@ -459,7 +465,7 @@ def main(argv: list[str]) -> int:
         if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
             print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")
         return 0
-    model, tokenizer = open_model(argparse.Namespace(**vars(args), device="cpu", dtype="auto", threads=0))
+    model, tokenizer = open_model(argparse.Namespace(**vars(args), device="cpu", threads=0))
     lora = load_adapters(model, args.adapter)
     merge(model)
     save_pretrained(model, args.out, tokenizer=tokenizer)

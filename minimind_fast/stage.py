@@ -115,10 +115,14 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
         config: tokenizer_path, from_weight.
 
     Raises:
-        ValueError: it is not the one that the weights were trained with.
+        ValueError: it is not the one that the weights were trained with, or they have none with them and none is given.
     """
     weights = resolve_folder(config.from_weight) if config.from_weight != "none" else None
     has_own = weights is not None and (weights / "tokenizer.json").is_file()
+    if weights is not None and weights.exists() and not has_own and not config.tokenizer_path:
+        raise ValueError(
+            f"{weights} has no tokenizer with it: give --tokenizer_path, the folder that it was trained with"
+        )
     path = config.tokenizer_path or (str(weights) if has_own else str(samples.path("tokenizer")))
     tokenizer = Tokenizer.load(path)
     if weights is not None and weights.is_dir():
@@ -146,6 +150,8 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer, auto: str = "tiny") ->
         config.preset = "minimind3" if torch.cuda.is_available() else auto
     if config.from_weight != "none":
         path = Path(config.from_weight)
+        if path.is_file() and "preset" not in config.given:
+            raise ValueError(f"{path} does not say its model's shape: add --preset minimind2-small (or another)")
         shape = preset_config(config, tokenizer) if path.is_file() else None
         model = load_pretrained(path, config=shape, dtype=torch.float32)
         model.config.dropout = config.dropout
@@ -248,12 +254,14 @@ def next_token_loss(model: Any, batch: Batch) -> StepLoss:
         The sum; `nll` is the sum without weights, where there are any.
     """
     counted = batch.targets != IGNORE_INDEX
+    # Padded rows: what follows the last target is padding, which must not count in the experts' balance.
+    valid = counted.flip(-1).cumsum(-1).flip(-1) > 0 if batch.cu_seqlens is None else None
     out = model(
         batch.input_ids,
         targets=batch.targets,
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
-        valid=counted if batch.cu_seqlens is None else None,  # padded rows: padding must not count in the balance
+        valid=valid,
         # Known before the pass, which saves the head a matmul.
         grad_weights=counted.float() if batch.weights is None else batch.weights,
     )

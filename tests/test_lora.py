@@ -204,7 +204,7 @@ def test_what_a_user_can_get_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"the model has no model.layers.1"):
         lora.load_adapters(tiny(num_hidden_layers=1), tmp_path / "adapter")
     with pytest.raises(ValueError, match="holds no adapters"):
-        lora.read_adapters(tmp_path)
+        lora.read_adapters(tmp_path / "nowhere")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="bad.pth cannot be read"):
         lora.read_adapters(tmp_path / "bad.pth")
@@ -240,6 +240,8 @@ def test_the_command_merges_and_converts(tmp_path, capsys):
     lora.load_adapters(big, tmp_path / "run")
     torch.testing.assert_close(merged(IDS).logits, big(IDS).logits, atol=2e-5, rtol=1e-5)
     assert Tokenizer.load(tmp_path / "out").fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match="add --overwrite"):
+        lora.main(["convert", str(tmp_path / "run"), str(tmp_path / "out")])
     assert lora.main(["convert", str(tmp_path / "run"), str(tmp_path / "a.pth")]) == 0
     assert "square projections only" in capsys.readouterr().out
     assert lora.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "peft")]) == 0

@@ -8,7 +8,8 @@ import torch
 from launching import read_log, run
 
 import minimind_fast as mm
-from minimind_fast import lora, samples
+from minimind_fast import lora, samples, stage
+from minimind_fast.data import Batch
 from minimind_fast.resume import checkpoints
 from minimind_fast.tokenizer import Tokenizer
 
@@ -89,6 +90,90 @@ def test_reason_weighs_tags(base, tmp_path):
     assert row["nll"] == pytest.approx((nll * (weight > 0)).sum().item() / weight.count_nonzero().item(), abs=1e-4)
 
 
+def test_a_bad_line_and_weights_without_shape_or_tokenizer_stop_before_training(base, tmp_path):
+    data = chats(tmp_path / "chats.jsonl", [chat("2?", "3"), [{"role": "robot", "content": "x"}]])
+    args = [*TINY, "--data_path", data, "--save_dir", tmp_path, "--from_weight"]
+    out = run("sft.py", [*args, base / "pretrain"], expect=1)
+    assert "chats.jsonl, line 2: message 1: role must be one of" in out and "Traceback" not in out
+    model = mm.load_pretrained(base / "pretrain")
+    mm.save_pretrained(model, tmp_path / "full_sft_64.pth", format="pth")
+    args.append(tmp_path / "full_sft_64.pth")
+    assert "no tokenizer with it: give --tokenizer_path" in run("sft.py", args, expect=1)
+    args += ["--tokenizer_path", base / "pretrain" / "weights"]
+    assert "add --preset" in run("sft.py", args, expect=1)
+    args += [
+        "--preset",
+        "tiny",
+        "--hidden_size",
+        64,
+        "--num_hidden_layers",
+        2,
+        "--on_bad_line",
+        "skip",
+        "--max_steps",
+        1,
+    ]
+    assert "left out 1 unusable lines" in run("sft.py", args)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("preset", ["minimind3", "minimind2-moe"])
+def test_the_loss_and_its_gradients_are_those_of_plain_cross_entropy(preset, packed, weighted):
+    """Rows of a prompt, an answer and padding. The oracle runs each row alone, whole logits and all."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=97)
+    model = mm.MiniMind(mm.ModelConfig.preset(preset, **shape))
+    rows = [(torch.randint(1, 97, (n,)), begin) for n, begin in ((9, 4), (7, 2))]
+    inputs, targets, weights = [], [], []
+    for ids, begin in rows:
+        target = ids[1:].clone()
+        target[: begin - 1] = mm.IGNORE_INDEX
+        inputs.append(ids[:-1])
+        targets.append(target)
+        weights.append(torch.rand(target.shape) * 10 * (target != mm.IGNORE_INDEX))
+    count = sum(int((t != mm.IGNORE_INDEX).sum()) for t in targets)
+    if packed:
+        cu = torch.tensor([0, 8, 14], dtype=torch.int32)
+        parts = (torch.cat(inputs), torch.cat(targets), cu, 8, count, 2, torch.cat(weights) if weighted else None)
+    else:
+        pad = torch.nn.utils.rnn.pad_sequence
+        stacked = pad(weights, batch_first=True) if weighted else None
+        parts = (
+            pad(inputs, batch_first=True),
+            pad(targets, batch_first=True, padding_value=-100),
+            None,
+            8,
+            count,
+            2,
+            stacked,
+        )
+
+    class Engine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    got = stage.next_token_loss(Engine(), Batch(*parts))
+    model.zero_grad()
+    got.total.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    want = torch.zeros(())
+    for ids, target, weight in zip(inputs, targets, weights, strict=True):
+        nll = torch.nn.functional.cross_entropy(model(ids[None]).logits[0], target, reduction="none", ignore_index=-100)
+        want = want + (nll * weight if weighted else nll).sum()
+    want.backward()
+    torch.testing.assert_close(got.total, want)
+    assert ("nll" in got.metrics) == weighted and (got.aux is not None) == ("moe" in preset)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(grads[name], p.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 # ------------------------------------------------------------------------------------------------------------------ LoRA
 
 
@@ -122,13 +207,13 @@ def test_lora_moves_adapters_only_and_merges_them(base, one_rank):
         torch.testing.assert_close(got, want, msg=name)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_path, stage):
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_path, zero_stage):
     """Frozen base, tied head. A rank that trained for itself alone, or lost its part, would end elsewhere.
 
     At stage 3 also: a resume is bitwise, and another base is refused.
     """
-    args = [*lora_args, "--save_dir", tmp_path, "--zero_stage", stage, "--accumulation_steps", 2, "--max_steps", 4]
+    args = [*lora_args, "--save_dir", tmp_path, "--zero_stage", zero_stage, "--accumulation_steps", 2, "--max_steps", 4]
     args += ["--save_interval", 2, "--keep_checkpoints", 9, "--no_merge"]
     out = run("lora.py", args, ranks=2)
     assert "minimind-fast lora merge" in out and "0.5M parameters (0.01M of them trained)" in out
@@ -138,7 +223,7 @@ def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_pat
     for name, pair in adapters(one_rank).items():
         for mine, want in zip(whole[name], pair, strict=True):  # a step moves them by 2e-3
             torch.testing.assert_close(mine, want, atol=2e-5, rtol=0, msg=name)
-    if stage == 3:
+    if zero_stage == 3:
         shutil.rmtree(checkpoints(tmp_path / "lora" / "checkpoints")[-1])
         resume = [*args, "--from_resume"]
         assert "Going on from step 2" in run("lora.py", resume, ranks=2)

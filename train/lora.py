@@ -42,7 +42,7 @@ class LoRAConfig(TrainConfig):
 
 
 def write_merged(config: LoRAConfig, trainer: Trainer) -> None:
-    """The base and the adapters on disk as one model, on rank 0."""
+    """The base and the adapters on disk as one model, in float32: bfloat16 would round small changes away."""
     model = stage.load_model(config, trainer.tokenizer)
     lora.load_adapters(model, trainer.folder / "adapter")
     lora.merge(model)

@@ -10,13 +10,10 @@ Properties: everything but the data, the model and the loss is `minimind_fast.tr
 import time
 from dataclasses import dataclass
 
-import torch
-
-from minimind_fast import IGNORE_INDEX, losses, samples, stage
+from minimind_fast import stage
 from minimind_fast.config import TrainConfig, parse
-from minimind_fast.data import Batch
 from minimind_fast.token_cache import encode_pretrain
-from minimind_fast.trainer import StepLoss, Trainer, finished
+from minimind_fast.trainer import Trainer, finished
 
 # What suits the sample corpus and a CPU, where the option was not given.
 SAMPLE_DEFAULTS = dict(
@@ -30,30 +27,10 @@ class PretrainConfig(TrainConfig):
     """Pretraining's own defaults are the shared ones."""
 
 
-def loss(model, batch: Batch) -> StepLoss:
-    """Negative log-likelihood of the targets, and the experts' balancing loss."""
-    counted = batch.targets != IGNORE_INDEX
-    out = model(
-        batch.input_ids,
-        targets=batch.targets,
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
-        valid=counted if batch.cu_seqlens is None else None,  # padded rows: padding must not count in the balance
-        grad_weights=counted.float(),  # every counted token weighs the same, which saves the head a matmul
-    )
-    return StepLoss(losses.lm(out.logprobs), out.aux_loss if model.module.config.use_moe else None)
-
-
 def main() -> None:
     began = time.perf_counter()
     config = parse(PretrainConfig, description="Pretrain a MiniMind on {'text': ...} JSONL.")
-    if not config.data_path:
-        config.data_path = [str(samples.path("pretrain.jsonl"))]
-        config.val_data_path = config.val_data_path or [str(samples.path("pretrain_val.jsonl"))]
-        if not torch.cuda.is_available():
-            for name, value in SAMPLE_DEFAULTS.items():
-                if name not in config.given:
-                    setattr(config, name, value)
+    stage.use_sample(config, "pretrain.jsonl", SAMPLE_DEFAULTS, val="pretrain_val.jsonl")
     device = stage.begin(config)
     tokenizer = stage.load_tokenizer(config)
     model = stage.load_model(config, tokenizer)
@@ -64,7 +41,7 @@ def main() -> None:
             stage.open_data(config, config.val_data_path, tokenizer, encode_pretrain, training=False)
         )
 
-    trainer = Trainer(config, "pretrain", model, tokenizer, data, loss, device, val_data)
+    trainer = Trainer(config, "pretrain", model, tokenizer, data, stage.next_token_loss, device, val_data)
     trainer.run()
 
     if trainer.rank == 0:
