@@ -179,7 +179,19 @@ def test_the_loss_and_its_gradients_are_those_of_plain_cross_entropy(preset, pac
 
 @pytest.fixture(scope="module")
 def lora_args(base):
-    return [*TINY, "--from_weight", base / "pretrain", "--dtype", "float32", "--batch_size", 2, "--max_minutes", 0]
+    return [
+        *TINY,
+        "--from_weight",
+        base / "pretrain",
+        "--dtype",
+        "float32",
+        "--batch_size",
+        2,
+        "--max_minutes",
+        0,
+        "--learning_rate",
+        2e-3,
+    ]
 
 
 def adapters(folder):
