@@ -4,16 +4,14 @@
 import kernel_helpers  # before anything imports triton: it chooses the interpreter where there is no GPU
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import test_golden
-import torch
+from stand_ins import Engine
 from test_golden import test_logits_and_label_logprobs, test_loss_and_every_gradient  # noqa: F401
 
 import minimind_fast as mm
-from minimind_fast import ops
+from minimind_fast import ops, stage
 from minimind_fast.data import Batch
 # isort: on
 
@@ -36,9 +34,8 @@ def case(request, monkeypatch):
 
 
 def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkeypatch):
-    """train/pretrain.py promises the head that all tokens weigh the same; the gradients are golden's all the same."""
+    """The stages' loss promises the head how its tokens weigh; the gradients are those without the promise."""
     model, golden, targets = case
-    loss = runpy.run_path(str(Path(__file__).parents[1] / "train" / "pretrain.py"))["loss"]
     head = ops.kernel("linear_cross_entropy")
     promised = []
     monkeypatch.setattr(ops, "kernel", lambda name, k=ops.kernel: spy if name == "linear_cross_entropy" else k(name))
@@ -47,17 +44,9 @@ def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkey
         promised.append(args[5] is not None)
         return head(*args)
 
-    class Engine(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module = model
-
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
-
     model.train()
     batch = Batch(golden["input_ids"], targets, None, targets.shape[1], int((targets != mm.IGNORE_INDEX).sum()), 3)
-    out = loss(Engine(), batch)
+    out = stage.next_token_loss(Engine(model), batch)
     mean = out.total / batch.num_targets
     mean.backward()
     assert promised == [True]
