@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_fast import IGNORE_INDEX, engine, losses, ops, samples
-from minimind_fast.chat_data import PROMPTS, ChatEncoder
+from minimind_fast.chat_data import PROMPTS
 from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
 from minimind_fast.config import ModelConfig, TrainConfig
 from minimind_fast.data import Batch, Batches, PackedBatches, PaddedBatches
@@ -135,19 +135,18 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
     return tokenizer
 
 
-def load_model(config: TrainConfig, tokenizer: Tokenizer, auto: str = "tiny") -> MiniMind:
+def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     """The model of --from_weight, else a new one of --preset.
 
     Args:
         config: from_weight, preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob, dropout.
         tokenizer: its ids must fit the model.
-        auto: what the preset `auto` means on a CPU; on a GPU it is minimind3.
 
     Raises:
         ValueError: the tokenizer has more ids than the model has rows.
     """
     if config.preset == "auto":
-        config.preset = "minimind3" if torch.cuda.is_available() else auto
+        config.preset = "minimind3" if torch.cuda.is_available() else "tiny"
     if config.from_weight != "none":
         path = Path(config.from_weight)
         if path.is_file() and "preset" not in config.given:
@@ -270,19 +269,19 @@ def next_token_loss(model: Any, batch: Batch) -> StepLoss:
     return StepLoss(losses.lm(out.logprobs, batch.weights), aux, metrics)
 
 
-def train_on_chats(
+def train(
     config: TrainConfig,
     name: str,
-    tag_weight: int = 1,
+    make_encoder: Callable[[Tokenizer], Encoder],
     adapt: Callable[[MiniMind], Any] | None = None,
     save_weights: Callable[[MiniMind, Path], None] | None = None,
 ) -> Trainer:
-    """The whole of a stage that learns the answers of chats: SFT, LoRA, reasoning.
+    """The whole of a stage that learns to predict the next token: tokenizer, model, data, training.
 
     Args:
         config: the options, from_weight found.
         name: of the stage.
-        tag_weight: of think and answer tags as targets.
+        make_encoder: gives the stage's own way from rows to documents.
         adapt: changes the loaded model.
         save_weights: as for `Trainer`.
 
@@ -294,7 +293,7 @@ def train_on_chats(
     model = load_model(config, tokenizer)
     if adapt is not None:
         adapt(model)
-    encode = ChatEncoder(tokenizer, tag_weight)
+    encode = make_encoder(tokenizer)
     data = open_data(config, config.data_path, tokenizer, encode, training=True)
     val_data = None
     if config.val_data_path:
@@ -306,21 +305,21 @@ def train_on_chats(
     return trainer
 
 
-def report(trainer: Trainer, seconds: float, questions: list[str], then: str, thinking: bool = False) -> None:
-    """The end of a chat stage, on rank 0: answers of the weights on disk, where everything is, what to do now.
+def report(
+    trainer: Trainer, seconds: float, prompts: list[str], then: str, chat: dict[str, Any] | None = PROMPTS[0]
+) -> None:
+    """The end of a stage, on rank 0: what the weights on disk say, where everything is, what to do now.
 
     Args:
         trainer: its run over.
         seconds: since the start.
-        questions: asked if --sample_prompts is not given.
+        prompts: if --sample_prompts is not given.
         then: the last line.
-        thinking: open a thought first.
+        chat: as for `show_samples`.
     """
     config = trainer.config
     if trainer.rank == 0:
-        show_samples(
-            trainer.weights_folder, config.sample_prompts or questions, config.sample_tokens, PROMPTS[int(thinking)]
-        )
+        show_samples(trainer.weights_folder, config.sample_prompts or prompts, config.sample_tokens, chat)
         print(finished(trainer, seconds))
         print(then)
 

@@ -10,6 +10,7 @@ Properties: adapters are left in SAVE_DIR/SAVE_WEIGHT/adapter/ in PEFT's format;
 import time
 
 from minimind_fast import lora, stage
+from minimind_fast.chat_data import ChatEncoder
 from minimind_fast.checkpoint import save_pretrained
 from minimind_fast.config import TrainConfig, option, parse, with_defaults
 from minimind_fast.trainer import Trainer
@@ -55,9 +56,10 @@ def main() -> None:
     stage.use_sample(config, "lora_identity.jsonl", SAMPLE_DEFAULTS)
     stage.find_weights(config, "deepspeed train/sft.py")
     spec = lora.LoRA(config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets))
-    trainer = stage.train_on_chats(
+    trainer = stage.train(
         config,
         "lora",
+        ChatEncoder,
         adapt=lambda model: lora.apply(model, spec),
         save_weights=lambda model, folder: lora.save_adapters(
             lora.adapters(model), spec, folder / "adapter", base=config.from_weight

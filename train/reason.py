@@ -13,6 +13,7 @@ Source: MiniMind2's train_distill_reason.
 import time
 
 from minimind_fast import stage
+from minimind_fast.chat_data import PROMPTS, ChatEncoder
 from minimind_fast.config import TrainConfig, option, parse, with_defaults
 
 # What suits the sample chats and a CPU, where the option was not given.
@@ -42,9 +43,9 @@ def main() -> None:
     )
     stage.use_sample(config, "reason.jsonl", SAMPLE_DEFAULTS)
     stage.find_weights(config, "deepspeed train/sft.py")
-    trainer = stage.train_on_chats(config, "reason", config.tag_weight)
+    trainer = stage.train(config, "reason", lambda tokenizer: ChatEncoder(tokenizer, config.tag_weight))
     then = f"Next: minimind-fast chat {trainer.weights_folder} --thinking"
-    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then, thinking=True)
+    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then, PROMPTS[1])  # a thought is opened first
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Properties: chats that are longer than --max_seq_len are cut off; one whose answ
 import time
 
 from minimind_fast import stage
+from minimind_fast.chat_data import ChatEncoder
 from minimind_fast.config import TrainConfig, parse, with_defaults
 
 # What suits the sample chats and a CPU, where the option was not given.
@@ -35,7 +36,7 @@ def main() -> None:
     config = parse(SFTConfig, description="Teach a MiniMind to answer, on {'conversations': [...]} JSONL.")
     stage.use_sample(config, "sft.jsonl", SAMPLE_DEFAULTS)
     stage.find_weights(config, "deepspeed train/pretrain.py")
-    trainer = stage.train_on_chats(config, "sft")
+    trainer = stage.train(config, "sft", ChatEncoder)
     then = f"Next: minimind-fast chat {trainer.weights_folder}   or: deepspeed train/lora.py"
     stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
 
