@@ -27,23 +27,18 @@ import torch
 from eager_minimind import EagerMiniMind
 from eager_minimind import loss as eager_loss
 
-from minimind_fast import losses, stage
+from minimind_fast import stage
 from minimind_fast.checkpoint import load_pretrained, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import PackedBatches, PaddedBatches
 from minimind_fast.progress import clock, peak_flops
 from minimind_fast.token_cache import build_cache
 from minimind_fast.tokenizer import Tokenizer
-from minimind_fast.trainer import StepLoss, Trainer, Window, learning_rate
+from minimind_fast.trainer import Trainer, Window, learning_rate
 
 RESULTS = Path(__file__).with_name("results")
 ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8
 LEARNING_RATE = 5e-4
-
-
-def our_loss(model: Any, batch: Any) -> StepLoss:
-    out = model(batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-    return StepLoss(losses.lm(out.logprobs))
 
 
 class Baseline:
@@ -199,11 +194,10 @@ def main() -> None:
     rows = PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1)
     mean_useful = statistics.mean(b.num_targets for b, _ in zip(rows, range(50), strict=False))
     accumulation = max(1, round(our_tokens / mean_useful))
-    steps = args.turns
     baseline = BaselineProcess(args, model, accumulation)
     data = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
-    trainer = Trainer(config, "bench", model, tokenizer, data, our_loss, device)
-    trainer.total_steps = steps
+    trainer = Trainer(config, "bench", model, tokenizer, data, stage.next_token_loss, device)
+    trainer.total_steps = args.turns
     ours = Ours(trainer)
     some = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
     fill = statistics.mean(b.num_targets / our_tokens for b, _ in zip(some, range(50), strict=False))
@@ -225,7 +219,7 @@ def main() -> None:
     trainer.model.eval()
     val = {
         "baseline": baseline.ask("val"),
-        "ours": validation_loss(lambda b: our_loss(trainer.engine, b).total, stage.one_pass(val_packs)),
+        "ours": validation_loss(lambda b: stage.next_token_loss(trainer.engine, b).total, stage.one_pass(val_packs)),
     }
     trainer.model.train()
     median = {name: statistics.median(values) for name, values in rates.items()}

@@ -39,11 +39,15 @@ def _flash_attn() -> tuple[str, Callable] | None:
 
 
 @lru_cache(maxsize=1)
-def _torch_varlen() -> Callable | None:
+def _torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
+    """(function, arguments that make it causal, whether it groups heads itself) of PyTorch's own, or None."""
     try:
-        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
+    known = inspect.signature(varlen).parameters  # torch 2.11 says is_causal, later ones window_size and enable_gqa
+    causal: dict[str, object] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return varlen, causal, "enable_gqa" in known
 
 
 def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
@@ -116,17 +120,16 @@ def attention(
     if name == "flash_attn":
         return _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout)
     if name == "torch_varlen":
-        varlen = _torch_varlen()
-        assert varlen is not None
+        found = _torch_varlen()
+        assert found is not None
+        varlen, extra, groups_itself = found
         if dropout:
             raise ValueError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
-        known = inspect.signature(varlen).parameters  # torch 2.11 says is_causal, later ones window_size and enable_gqa
         groups = q.shape[1] // k.shape[1]
-        if groups > 1 and "enable_gqa" not in known:
+        if groups_itself:
+            extra = {**extra, "enable_gqa": groups > 1}
+        elif groups > 1:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        extra: dict[str, object] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-        if "enable_gqa" in known:
-            extra["enable_gqa"] = groups > 1
         return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
     if name == "eager":
         return _run_eager(q, k, v, cu_seqlens, dropout)

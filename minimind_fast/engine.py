@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)  # and never shrink it
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed() -> None:
     """Import it without its probe of compilers, and without the shared-memory op that it would build for a minute."""
     import deepspeed
     import deepspeed.ops
@@ -94,7 +94,6 @@ def _import_deepspeed() -> Any:
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints a dozen lines at every start, with no switch
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
 
 
 def world() -> tuple[int, int]:

@@ -208,7 +208,7 @@ class MoE(nn.Module):
         self.per_sequence, self.coefficient = config.aux_loss_per_sequence, config.router_aux_loss_coef
         self.dropout = config.dropout
         self.last_counts: Tensor | None = None  # (E,) slots of each expert in the last pass
-        self.last_entropy: Tensor | None = None  # () mean entropy of the router in the last pass, nats
+        self.last_scores: Tensor | None = None  # (T, E) the router's softmax in the last pass
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         routing = self.gate(x, cu_seqlens if self.per_sequence else None, valid)
@@ -216,9 +216,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(x)
         if self.training:
-            scores = routing.scores.detach()
-            self.last_counts = routing.counts.detach()
-            self.last_entropy = -torch.special.xlogy(scores, scores).sum(-1).mean()
+            self.last_counts, self.last_scores = routing.counts.detach(), routing.scores.detach()
             return y, routing.aux_loss * self.coefficient
         return y, routing.aux_loss.new_zeros(())
 

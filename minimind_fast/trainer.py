@@ -200,7 +200,7 @@ class Trainer:
         peak = peak_flops(self.device, self.dtype) if self.rank == 0 else (1.0, "")
         self._say(f"MFU is of {peak[0] / 1e12:.2f} TFLOP/s a device ({peak[1]}).")
         window = Window()
-        last_log, last_save = time.monotonic(), 0.0
+        last_log, last_save = time.monotonic(), self._seconds_before
         groups = self.groups()
         while self.step < self.total_steps:
             group = next(groups)
@@ -254,7 +254,7 @@ class Trainer:
         ds.set_lr(self.engine, lr)
         micro_batches = len(group)
         for i, batch in enumerate(group):
-            window.add_work(self.model, batch)
+            window.add_work(batch)
             batch = batch.to(self.device, non_blocking=True)
             self.engine.set_gradient_accumulation_boundary(i == micro_batches - 1)
             out = self.loss(self.engine, batch)
@@ -322,7 +322,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ log, validate
 
     def _log(self, window: Window, lr: float, norm: float | None, seconds: float, peak: float) -> None:
-        names, values = window.totals(self.device)
+        names, values = window.totals(self.model, self.device)
         if self.world_size > 1:
             dist.all_reduce(values)
         totals = dict(zip(names, values.tolist(), strict=True))
@@ -480,17 +480,18 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.flops = self.counted = self.steps = 0.0
+        self.tokens, self.pairs = 0, 0  # positions through the model, and pairs of them that attend
+        self.counted = self.steps = 0.0
         self.skipped, self.has_aux = 0, False
 
-    def add_work(self, model: MiniMind, batch: Batch) -> None:
+    def add_work(self, batch: Batch) -> None:
         if batch.cu_seqlens is None:
             rows, length = batch.input_ids.shape
-            pairs = rows * length * (length + 1) // 2
+            self.pairs += rows * length * (length + 1) // 2
         else:
             n = batch.cu_seqlens.diff().long()
-            pairs = int((n * (n + 1) // 2).sum())
-        self.flops += model.flops(batch.input_ids.numel(), pairs)
+            self.pairs += int((n * (n + 1) // 2).sum())
+        self.tokens += batch.input_ids.numel()
 
     def add_loss(self, out: StepLoss, share: float) -> None:
         self._add("loss", out.total)
@@ -505,10 +506,10 @@ class Window:
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def totals(self, device: torch.device) -> tuple[list[str], Tensor]:
+    def totals(self, model: MiniMind, device: torch.device) -> tuple[list[str], Tensor]:
         """(names, values) with loss, aux and flops always among them, in the same order on every rank."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        known = {"loss": zero, "aux": zero, **self.sums, "flops": zero + self.flops}
+        known = {"loss": zero, "aux": zero, **self.sums, "flops": zero + model.flops(self.tokens, self.pairs)}
         names = sorted(known)
         return names, torch.stack([known[n] for n in names])
 
@@ -528,12 +529,12 @@ def _moe_numbers(model: MiniMind) -> dict[str, Any]:
     if not layers:
         return {}
     counts = torch.stack([m.last_counts for m in layers if m.last_counts is not None]).double().cpu()
-    entropy = torch.stack([m.last_entropy for m in layers if m.last_entropy is not None]).mean().item()
+    scores = torch.stack([m.last_scores for m in layers if m.last_scores is not None])
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     imbalance = share.max(-1).values * counts.shape[-1]
     return {
         "expert_imbalance": imbalance.mean().item(),
-        "router_entropy": entropy,
+        "router_entropy": -torch.special.xlogy(scores, scores).sum(-1).mean().item(),
         "dead_experts": int((counts == 0).sum()),
         "expert_load": [[round(x, 4) for x in row] for row in share.tolist()],
     }

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from minimind_fast import ops, reference
-from minimind_fast.config import PRESETS, ModelConfig
+from minimind_fast.config import PRESETS, YARN, ModelConfig
 from minimind_fast.model import MiniMind, rope_tables
 
 MODELS = tuple(name for name in PRESETS if name != "tiny")
@@ -415,14 +415,7 @@ CASES: dict[str, list[Case]] = {
                 num_attention_heads=2,
                 num_key_value_heads=1,
                 head_dim=64,
-                rope_scaling={
-                    "type": "yarn",
-                    "factor": 16.0,
-                    "original_max_position_embeddings": 2048,
-                    "beta_fast": 32.0,
-                    "beta_slow": 1.0,
-                    "attention_factor": 1.0,
-                },
+                rope_scaling=dict(YARN),
             ),
         ),
     ],  # fmt: skip
