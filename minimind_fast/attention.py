@@ -2,8 +2,7 @@
 
 Purpose: one call for all: `attention(q, k, v, cu_seqlens, max_seqlen)` never lets a token see another document.
 Principle: softmax(q k^T / sqrt(hd)) v within each document. On a GPU a varlen flash kernel reads `cu_seqlens` itself.
-    On a CPU documents of like length are gathered into small rectangles and given to PyTorch's flash SDPA; a causal row
-    padded at its right end is exact, as real queries never look to the right.
+    On a CPU documents of like length are gathered into small rectangles (`attention_rows.py`).
 Properties: memory grows with T; work grows with the sum of squared document lengths (within the rounding of the
     rectangles), never with T squared. `eager` builds the T x T mask on purpose: it is the plainest truth.
 
@@ -23,6 +22,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minimind_fast.attention_rows import Rectangles, attend_rows
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
 
@@ -133,7 +134,7 @@ def attention(
         return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
     if name == "eager":
         return _run_eager(q, k, v, cu_seqlens, dropout)
-    return _run_sdpa(q, k, v, rectangles or Rectangles(cu_seqlens.tolist(), q.device), dropout)
+    return attend_rows(q, k, v, rectangles or Rectangles(cu_seqlens.tolist(), q.device), dropout)
 
 
 def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout):
@@ -158,92 +159,3 @@ def _run_eager(q, k, v, cu_seqlens, dropout):
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     probs = scores.to(wide).masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", F.dropout(probs, dropout), v)
-
-
-class Rectangles:
-    """Documents of a pack laid into rectangles of like length, for attention that knows rows only.
-
-    A document goes to the rectangle of its length rounded up (`_round`); its missing positions repeat its last token,
-    which is harmless: a causal row never looks to its right, and what the repeated positions compute is dropped.
-
-    Args:
-        offsets: document bounds on the host, [0, ..., T].
-        device: where the index tensors live.
-    """
-
-    def __init__(self, offsets: list[int], device: torch.device) -> None:
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for begin, end in zip(offsets, offsets[1:], strict=False):
-            if end > begin:
-                groups.setdefault(_round(end - begin), []).append((begin, end))
-        # One length for all: rows as they are, nothing to move.
-        same = {end - begin for bounds in groups.values() for begin, end in bounds}
-        if len(same) <= 1:
-            length = max(same, default=1)
-            self.shapes = [(offsets[-1] // length, length)]
-            self.source = self.place = None
-            return
-        self.shapes = [(len(bounds), length) for length, bounds in sorted(groups.items())]
-        source, place, base = [], [], 0
-        for length, bounds in sorted(groups.items()):
-            begin = torch.tensor([b for b, _ in bounds]).unsqueeze(1)
-            last = torch.tensor([e - 1 for _, e in bounds]).unsqueeze(1)
-            wanted = begin + torch.arange(length)
-            source.append(torch.minimum(wanted, last).flatten())
-            place.append((base + torch.arange(wanted.numel()).view_as(wanted))[wanted <= last])
-            base += wanted.numel()
-        self.source = torch.cat(source).to(device)  # (padded,) token that stands at each padded position
-        token = self.source[torch.cat(place).to(device)]
-        self.place = torch.empty_like(token)  # (T,) padded position of each token
-        self.place[token] = torch.cat(place).to(device)
-
-
-def _round(length: int) -> int:
-    """Up to a multiple of a quarter of the length's own power of two, at least 16: at most 1.25x the length above 64."""
-    step = max(16, 1 << max(length.bit_length() - 3, 0))
-    return -(-length // step) * step
-
-
-class _Spread(torch.autograd.Function):
-    """(T, ...) -> (padded, ...); the gradient of repeated tokens is nought, so that backward is a look-up as well."""
-
-    @staticmethod
-    def forward(ctx, x, source, place):
-        ctx.save_for_backward(place)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """(padded, ...) -> (T, ...)."""
-
-    @staticmethod
-    def forward(ctx, x, place):
-        ctx.save_for_backward(place)
-        ctx.padded = x.shape[0]
-        return x.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.padded, *grad.shape[1:]).index_copy_(0, place, grad), None
-
-
-def _run_sdpa(q, k, v, rectangles: Rectangles, dropout: float):
-    groups = q.shape[1] // k.shape[1]
-    if q.shape[0] == 0:
-        return torch.empty_like(q)
-    if rectangles.source is not None:
-        q, k, v = (_Spread.apply(x, rectangles.source, rectangles.place) for x in (q, k, v))
-    sizes = [n * length for n, length in rectangles.shapes]
-    outs = []
-    for shape, *qkv in zip(rectangles.shapes, *(x.split(sizes) for x in (q, k, v)), strict=True):
-        qs, ks, vs = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, dropout_p=dropout, enable_gqa=groups > 1)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return out if rectangles.place is None else _Collect.apply(out, rectangles.place)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_fast import ops
-from minimind_fast.attention import Rectangles, resolve
+from minimind_fast.attention import resolve
+from minimind_fast.attention_rows import Rectangles
 from minimind_fast.decode_cpu import CpuStep
 from minimind_fast.model import MiniMind, Packed
 
@@ -61,6 +62,24 @@ class Extend(NamedTuple):
         return out.unflatten(2, (groups, shape[1])).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+def new_cache(model: MiniMind, rows: int, slots: int) -> Tensor:
+    """An empty KV cache.
+
+    Args:
+        model: its shape, dtype and device.
+        rows: B.
+        slots: S.
+
+    Returns:
+        (L, B, 2K, S, hd): keys and values of a layer side by side, so that one write stores both.
+    """
+    config, weight = model.config, model.model.embed_tokens.weight
+    assert config.head_dim is not None
+    shape = (config.num_hidden_layers, rows, 2 * config.num_key_value_heads, slots, config.head_dim)
+    # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
+    return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+
 class Decoder:
     """One batch in flight.
 
@@ -68,16 +87,13 @@ class Decoder:
         model: in evaluation mode.
         rows: B.
         slots: S, the most tokens that a row will have.
+        cache: (L, B, 2K, S, hd) to work in, such as a part of a larger one; None: a new one.
     """
 
-    def __init__(self, model: MiniMind, rows: int, slots: int) -> None:
-        config, weight = model.config, model.model.embed_tokens.weight
-        self.model, self.device, self.dtype = model, weight.device, weight.dtype
-        assert config.head_dim is not None
-        # Keys and values of a layer side by side: one write stores both.
-        shape = (config.num_hidden_layers, rows, 2 * config.num_key_value_heads, slots, config.head_dim)
-        # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
-        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+    def __init__(self, model: MiniMind, rows: int, slots: int, cache: Tensor | None = None) -> None:
+        self.model = model
+        self.cache = new_cache(model, rows, slots) if cache is None else cache
+        self.device, self.dtype = self.cache.device, self.cache.dtype
         self.lengths = [0] * rows  # on the host, so that nothing waits for the device
         self.positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the same on the device
         self._fast: Step | None = None
@@ -108,6 +124,21 @@ class Decoder:
             hidden[rows] = self._run_rectangle(rows, pieces, begin)
         self.lengths = lengths
         self.positions = torch.tensor(lengths, device=self.device)
+        return self.model.lm_head(hidden).logits
+
+    @torch.inference_mode()
+    def prefill_piece(self, pieces: Sequence[Sequence[int]], begin: int = 0) -> Tensor:
+        """Run the same stretch of every row's prompt, for a caller who does other work between the stretches.
+
+        Args:
+            pieces: B lists of at least one token id.
+            begin: tokens of each row that ran before.
+
+        Returns:
+            (B, V) logits of the token after each piece.
+        """
+        rows = [list(p) for p in pieces]
+        hidden = self._run_rectangle(list(range(len(rows))), rows, begin) if begin else self._run_packed(rows)
         return self.model.lm_head(hidden).logits
 
     def _run_packed(self, prompts: list[list[int]]) -> Tensor:

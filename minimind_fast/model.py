@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind_fast import ops
-from minimind_fast.attention import Rectangles, resolve
+from minimind_fast.attention import resolve
+from minimind_fast.attention_rows import Rectangles
 from minimind_fast.config import ModelConfig
 
 INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)

@@ -4,8 +4,9 @@ Purpose: `ops.rms_norm(...)` and its siblings; `ops.use("none")` switches every 
     switches that one on and all others off, and so on: a difference in a run is traced by switching one op at a time.
 Principle: each op has a reference (`reference.<op>`) and a kernel (`kernels/<file>.<op>`) with the same signature.
     The choice is a table filled by `use`; a call is one look-up.
-Properties: `auto` takes a kernel where the tensor is on a GPU and the reference elsewhere; a kernel asked for by name
-    that cannot run is an error, never a silent fallback. With TRITON_INTERPRET=1 kernels asked for by name run on a CPU.
+Properties: `auto` takes a kernel where the tensor is on a GPU; elsewhere what `cpu_ops.py` has, or else the reference. A
+    kernel asked for by name that cannot run is an error, never a silent fallback. With TRITON_INTERPRET=1 kernels asked
+    for by name run on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from minimind_fast import reference
+from minimind_fast import cpu_ops, reference
 from minimind_fast.attention import attention
 from minimind_fast.reference import IGNORE_INDEX, Routing
 
@@ -94,8 +95,11 @@ def _choose(name: str, device_type: str) -> tuple[Callable, str]:
     plain = getattr(reference, name)
     if mode == "reference":
         return plain, "reference: switched off"
+    if mode == "auto" and device_type != "cuda":
+        chunked = getattr(cpu_ops, name, None)
+        return (chunked, f"in chunks: on {device_type}") if chunked else (plain, f"reference: on {device_type}")
     if mode == "auto":
-        return (kernel(name), "kernel: on a GPU") if device_type == "cuda" else (plain, f"reference: on {device_type}")
+        return kernel(name), "kernel: on a GPU"
     if device_type != "cuda" and not _interpreting():
         raise ValueError(
             f"the {name} kernel was asked for but the tensors are on {device_type}: "

@@ -124,12 +124,15 @@ def linear_cross_entropy(
         temperature: divides the logits.
         return_entropy: also return the entropy of the distribution.
         grad_weights: (...) float32: a promise that the gradient will be one number times these, which lets the kernel
-            save a matmul; it changes no result, and nothing here.
+            save a matmul; it changes no result, and nothing here. Unless that number is a power of two, the kernel's
+            d_hidden is rounded twice.
 
     Returns:
         logprobs (...) float32, 0 where ignored; with `return_entropy` also entropy (...) float32, 0 where ignored.
     """
-    logits = (hidden @ weight.t()).to(_accum(hidden.dtype)) / temperature
+    logits = (hidden @ weight.t()).to(_accum(hidden.dtype))
+    if temperature != 1.0:  # spares a CPU a pass over the largest tensor of a step, forward and backward
+        logits = logits / temperature
     counted = targets != IGNORE_INDEX
     lse = logits.logsumexp(-1)
     picked = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minimind_fast.attention import Rectangles, attention, resolve
+from minimind_fast.attention import attention, resolve
+from minimind_fast.attention_rows import Rectangles
 
 LENGTHS = [[7], [5, 5, 5], [1, 2, 3], [17, 1, 64, 33, 100, 2], [16, 0, 16], [40, 40, 8]]
 
