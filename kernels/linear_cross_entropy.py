@@ -429,7 +429,8 @@ def linear_cross_entropy(
         return_entropy: also return the entropy of the distribution; it has a gradient too.
         grad_weights: (...) float32, constant: a promise that the gradient which comes back is one number times these
             (ignored targets aside), as for a weighted mean of the log-probabilities. The gradients are then computed in the
-            forward, which saves a quarter of the matmuls. If the promise is broken by more than 1e-5 of the largest
+            forward, which saves a quarter of the matmuls; in 16 bits d_hidden is rounded once more when it is multiplied by
+            that number, unless the number is a power of two. If the promise is broken by more than 1e-5 of the largest
             gradient, both results are nan.
     Returns:
         logprobs (...) float32 (float64 for float64), 0 where ignored; with `return_entropy` also entropy, likewise.

@@ -246,13 +246,15 @@ class ChatEncoder:
         documents = iter([self._document([(next(encoded), is_answer) for _, is_answer in parts]) for parts in pieces])
         return [result if isinstance(result, BadRow) else [next(documents) for _ in result] for result in laid_out]
 
-    def _lay_out(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
+    def layouts(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
+        """Give the texts of a row, its answers marked, or what is wrong with it; a subclass reads other rows."""
         chat = read_chat(row)
-        if isinstance(chat, BadRow):
-            return chat
+        return chat if isinstance(chat, BadRow) else lay_out(tokenizer, chat)
+
+    def _lay_out(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
         try:
-            layouts = lay_out(tokenizer, chat)
-            for layout in layouts:
+            layouts = self.layouts(row, tokenizer)
+            for layout in layouts if isinstance(layouts, list) else ():
                 layout.text.encode("utf-8")
         except UnicodeEncodeError:
             return BadRow("holds half of a surrogate pair, such as \\ud83d alone, which is no character")

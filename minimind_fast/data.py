@@ -23,7 +23,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class Batch:
         num_targets: positions that count.
         num_docs: real documents (pieces) or rows.
         weights: same shape, float32, or None: each counted target weighs 1.
+        factor: the trainer will multiply the sum of the batch's losses by this.
     """
 
     input_ids: torch.Tensor
@@ -77,22 +78,27 @@ class Batch:
     num_targets: int
     num_docs: int
     weights: torch.Tensor | None = None
+    factor: float = 1.0
 
-    def _map(self, function: Any) -> Batch:
-        fields = ("input_ids", "targets", "cu_seqlens", "weights")
-        return replace(self, **{f: None if (t := getattr(self, f)) is None else function(t) for f in fields})
+    def _map(self, function: Any) -> Self:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy the tensors to a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """Copy the tensors into page-locked memory, from which a GPU copies while it computes."""
         return self._map(lambda tensor: tensor.pin_memory())
 
 
 class Batches(Protocol):
-    """What a training loop needs of a data source: iterating gives the rest of the current epoch."""
+    """What a training loop needs of a data source: iterating gives the rest of the current epoch.
+
+    Batches that depend on the model (rollouts) say so by an attribute `needs_model = True`: none is made ahead. The state
+    is the same on every rank, except for what stands under the key "own".
+    """
 
     def __iter__(self) -> Iterator[Batch]: ...
     def num_batches(self, epoch: int) -> int: ...
@@ -256,9 +262,10 @@ class PackedBatches(_Source):
         self.num_without_targets = 0
         if cache.mask is not None:  # a piece that trains nothing would only cost time
             targets = self._count_targets(cache.mask)
-            self._starts, self._lengths = self._starts[targets > 0], self._lengths[targets > 0]
-            self.total_targets = int(targets.sum())
-            self.num_without_targets = int((targets == 0).sum())
+            keep = self._trains(targets)
+            self._starts, self._lengths = self._starts[keep], self._lengths[keep]
+            self.total_targets = int(targets[keep].sum())
+            self.num_without_targets = int((~keep).sum())
         if not self._lengths.size:
             raise DataError(f"{', '.join(cache.meta['sources'])}: no document with at least one target")
         # A bound on the pieces of a batch, so that cu_seqlens can have one length; twice the mean is seldom reached.
@@ -268,6 +275,10 @@ class PackedBatches(_Source):
     def num_pieces(self) -> int:
         """Pieces in an epoch, over all ranks."""
         return self._lengths.size
+
+    def _trains(self, targets: np.ndarray) -> np.ndarray:
+        """Say which pieces stay, by their numbers of targets."""
+        return targets > 0
 
     def _count_targets(self, mask: np.ndarray) -> np.ndarray:
         counts = np.zeros(self._lengths.size, np.int64)
@@ -280,12 +291,15 @@ class PackedBatches(_Source):
         return counts
 
     def _make_plan(self, epoch: int) -> list[np.ndarray]:
-        order = np.arange(self._lengths.size)
+        return self._pack_shuffled(epoch, self._lengths, self._max_docs)
+
+    def _pack_shuffled(self, epoch: int, lengths: np.ndarray, max_items: int) -> list[np.ndarray]:
+        order = np.arange(lengths.size)
         if self.shuffle:
             key = np.array([self.seed % 2**64, epoch], np.uint64)
             keys = np.random.Philox(key=key).random_raw(order.size)
             order = np.argsort(keys, kind="stable")
-        return _pack(self._lengths[order], order, self.batch_tokens, self._max_docs)
+        return _pack(lengths[order], order, self.batch_tokens, max_items)
 
     def _size(self, items: np.ndarray) -> int:
         return int(self._lengths[items].sum())

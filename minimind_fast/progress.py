@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ PEAK_TFLOPS = {
     "V100": 125.0,
     "T4": 65.0,
 }
+LOSSES = {"loss": "training", "val_loss": "validation"}  # numbers of the log, and their names in the picture
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -103,7 +105,21 @@ class Progress:
         ValueError: wandb or swanlab asked for but not installed.
     """
 
-    SHOWN = ("loss", "aux_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gib")
+    SHOWN = (
+        "loss",
+        "reward",
+        "reward_margin",
+        "accuracy",
+        "kl",
+        "completion_length",
+        "rollout_tokens_per_s",
+        "aux_loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "mfu",
+        "memory_gib",
+    )
 
     def __init__(
         self,
@@ -198,13 +214,17 @@ def _import(name: str) -> Any:
         raise ValueError(f"--use_{name} needs the package: pip install {name}") from None
 
 
-def draw_loss(log: Path, picture: Path, title: str) -> None:
-    """Draw the training and validation loss of a log.
+def draw_loss(
+    log: Path, picture: Path, title: str, curves: Mapping[str, str] = LOSSES, ylabel: str = "loss, nats per token"
+) -> None:
+    """Draw the training and validation loss of a log, or other numbers of it.
 
     Args:
         log: a log.jsonl.
         picture: the PNG to write.
-        title: above the curve.
+        title: above the curves.
+        curves: numbers of the log, and what to call them.
+        ylabel: of the axis.
     """
     import matplotlib
 
@@ -215,12 +235,13 @@ def draw_loss(log: Path, picture: Path, title: str) -> None:
     for row in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
         rows.setdefault(row["step"], {}).update(row)  # a resumed run repeats steps; the later line counts
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "training"), ("val_loss", "validation")):
+    for key, label in curves.items():
         points = sorted((step, row[key]) for step, row in rows.items() if key in row)
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture, dpi=130)
     plt.close(figure)

@@ -57,7 +57,7 @@ def frozen_fingerprint(model: torch.nn.Module) -> str | None:
     """16 hex digits for the parameters that are not trained; None if all are.
 
     Args:
-        model: on the CPU, as it was loaded.
+        model: as it was loaded.
     """
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if not frozen:
@@ -65,7 +65,7 @@ def frozen_fingerprint(model: torch.nn.Module) -> str | None:
     digest = hashlib.blake2b(digest_size=8)
     for name, p in frozen:
         digest.update(name.encode())
-        digest.update(p.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -73,7 +73,7 @@ def _partly_frozen(engine: Any) -> bool:
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
-def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
+def save(engine: Any, folder: Path, state: dict[str, Any], keep: int, own: Any = None) -> Path:
     """Write a checkpoint; all ranks call it.
 
     Args:
@@ -81,6 +81,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
         folder: of the run's checkpoints.
         state: JSON-serialisable, with "step".
         keep: how many checkpoints stay.
+        own: this rank's part of the position in the data: tensors, numbers and texts in lists and dicts.
 
     Returns:
         The new checkpoint's folder.
@@ -104,7 +105,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
             save_latest=False,
             exclude_frozen_parameters=_partly_frozen(engine),
         )
-        torch.save(_generators(), aside / f"generators_rank_{rank:05d}.pt")
+        torch.save({**_generators(), "own": own}, aside / f"generators_rank_{rank:05d}.pt")
         if rank == 0:
             (aside / STATE_FILE).write_text(json.dumps({**state, "world_size": world_size}, indent=1), encoding="utf-8")
     with _together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
@@ -145,19 +146,18 @@ def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
         checkpoint: one of `checkpoints`.
 
     Returns:
-        The state that `save` was given.
+        The state that `save` was given; with as many ranks as then, its data holds this rank's "own".
     """
     rank, world_size = ds.world()
     state = read_state(checkpoint)
     tag = checkpoint.name
     if needs_universal(checkpoint, world_size, engine.zero_optimization_stage()):
         tag = f".universal-{checkpoint.name}"
-        if rank == 0:
-            target = checkpoint.with_name(tag)
-            if not target.is_dir():
+        target = checkpoint.with_name(tag)
+        with _together(f"{checkpoint} could not be rewritten for {world_size} ranks"):
+            if rank == 0 and not target.is_dir():
                 with written_aside(target) as aside:
                     ds.to_universal(checkpoint, aside)
-        dist.barrier()
     saved_lr = [(g["lr"], g["weight_decay"]) for g in engine.optimizer.param_groups]
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=tag, load_module_strict=not _partly_frozen(engine))
     if path is None:
@@ -167,7 +167,10 @@ def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
             lr=lr, weight_decay=weight_decay
         )  # stage 3's universal format gives every group those of the first
     if state["world_size"] == world_size:
-        _restore(torch.load(checkpoint / f"generators_rank_{rank:05d}.pt", weights_only=True))
+        saved = torch.load(checkpoint / f"generators_rank_{rank:05d}.pt", "cpu", weights_only=True)
+        _restore(saved)
+        if saved.get("own") is not None:
+            state["data"]["own"] = saved["own"]
     dist.barrier()
     if rank == 0 and tag != checkpoint.name:
         shutil.rmtree(checkpoint.with_name(tag), ignore_errors=True)

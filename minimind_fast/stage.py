@@ -8,6 +8,7 @@ Properties: user errors end in one sentence on rank 0, without a traceback.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import time
@@ -27,7 +28,7 @@ from minimind_fast.data import Batch, Batches, PackedBatches, PaddedBatches
 from minimind_fast.model import MiniMind
 from minimind_fast.token_cache import Encoder, build_cache
 from minimind_fast.tokenizer import Tokenizer
-from minimind_fast.trainer import StepLoss, Trainer, TrainingStopped, finished
+from minimind_fast.trainer import LossFunction, StepLoss, Trainer, TrainingStopped, finished
 
 
 def start(main: Callable[[], None]) -> None:
@@ -83,29 +84,30 @@ def use_sample(config: TrainConfig, name: str, suitable: dict[str, Any], val: st
                 setattr(config, option, value)
 
 
-def find_weights(config: TrainConfig, before: str) -> None:
-    """Make --from_weight a path: it may also name a run in --save_dir, as MiniMind's does.
+def find_weights(config: TrainConfig, before: str, option: str = "from_weight") -> None:
+    """Make --from_weight (or an option like it) a path: it may also name a run in --save_dir, as MiniMind's does.
 
     Args:
         config: changed in place.
         before: the command that makes the weights which are the default.
+        option: which one.
 
     Raises:
         ValueError: they are not there; the message says what to run first.
     """
-    name = config.from_weight
-    if name == "none" or Path(name).exists():
+    name = getattr(config, option)
+    may_be_none = option == "from_weight"
+    if name == "none" and may_be_none or Path(name).exists():
         return
     run = Path(config.save_dir) / name
     if not run.exists():
-        hint = (
-            "" if "from_weight" in config.given else f" This stage goes on from trained weights: run `{before}` first."
-        )
+        hint = "" if option in config.given else f" This stage goes on from trained weights: run `{before}` first."
+        advice = " or a MiniMind .pth; none starts from nothing." if may_be_none else "."
         raise ValueError(
-            f"--from_weight {name}: no such file or folder, and no run of that name in {config.save_dir}.{hint} "
-            "Give a folder with weights or a MiniMind .pth; none starts from nothing."
+            f"--{option} {name}: no such file or folder, and no run of that name in {config.save_dir}.{hint} "
+            f"Give a folder with weights{advice}"
         )
-    config.from_weight = str(run)
+    setattr(config, option, str(run))
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -261,8 +263,9 @@ def next_token_loss(model: Any, batch: Batch) -> StepLoss:
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
         valid=valid,
-        # Known before the pass, which saves the head a matmul.
-        grad_weights=counted.float() if batch.weights is None else batch.weights,
+        # Known before the pass, which saves the head a matmul. What is left for backward to multiply by is then a power
+        # of two, so that 16-bit gradients are not rounded a second time.
+        grad_weights=(counted.float() if batch.weights is None else batch.weights) * math.frexp(batch.factor)[0],
     )
     metrics = {} if batch.weights is None else {"nll": losses.lm(out.logprobs.detach())}
     aux = out.aux_loss if model.module.config.use_moe else None
@@ -275,8 +278,9 @@ def train(
     make_encoder: Callable[[Tokenizer], Encoder],
     adapt: Callable[[MiniMind], Any] | None = None,
     save_weights: Callable[[MiniMind, Path], None] | None = None,
+    make_loss: Callable[[MiniMind, Tokenizer, torch.device], LossFunction] | None = None,
 ) -> Trainer:
-    """The whole of a stage that learns to predict the next token: tokenizer, model, data, training.
+    """The whole of a stage that learns from the next token: tokenizer, model, data, training.
 
     Args:
         config: the options, from_weight found.
@@ -284,6 +288,7 @@ def train(
         make_encoder: gives the stage's own way from rows to documents.
         adapt: changes the loaded model.
         save_weights: as for `Trainer`.
+        make_loss: gives the stage's own loss; `next_token_loss` if None.
 
     Returns:
         The trainer, its run over.
@@ -293,14 +298,13 @@ def train(
     model = load_model(config, tokenizer)
     if adapt is not None:
         adapt(model)
+    loss = next_token_loss if make_loss is None else make_loss(model, tokenizer, device)
     encode = make_encoder(tokenizer)
     data = open_data(config, config.data_path, tokenizer, encode, training=True)
     val_data = None
     if config.val_data_path:
         val_data = one_pass(open_data(config, config.val_data_path, tokenizer, encode, training=False))
-    trainer = Trainer(
-        config, name, model, tokenizer, data, next_token_loss, device, val_data, save_weights=save_weights
-    )
+    trainer = Trainer(config, name, model, tokenizer, data, loss, device, val_data, save_weights=save_weights)
     trainer.run()
     return trainer
 

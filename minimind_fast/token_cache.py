@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,7 @@ PROGRESS_INTERVAL_S = 10.0
 SETTLED_NS = 2_000_000_000
 CACHE_FOLDER = ".minimind_fast_cache"
 MAX_REPORTED_LINES = 5
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -214,13 +215,18 @@ def build_cache(
     return cache
 
 
-def read_texts(
-    paths: Sequence[str | os.PathLike[str]], *, on_bad_line: str = "error", log: Callable[[str], None] = print
-) -> Iterator[str]:
-    """Give the non-empty texts of `{"text": ...}` JSONL files one by one, without holding a file in memory.
+def read_rows(
+    paths: Sequence[str | os.PathLike[str]],
+    read: Callable[[dict[str, Any]], T | BadRow],
+    *,
+    on_bad_line: str = "error",
+    log: Callable[[str], None] = print,
+) -> Iterator[T]:
+    """Give what `read` makes of each line of JSONL files, one by one, without holding a file in memory.
 
     Args:
         paths, on_bad_line, log: as for `build_cache`.
+        read: takes a parsed line, gives what is wanted of it or what is wrong with it.
 
     Raises:
         DataError: a file is missing or empty, or a line is unusable.
@@ -231,13 +237,28 @@ def read_texts(
     lines = _Lines(stop=on_bad_line == "error")
     for path, numbers, rows in _read_rows(sources, lines, log):
         for number, row in zip(numbers, rows, strict=True):
-            text = string_field(row, "text")
-            if isinstance(text, BadRow):
-                lines.bad(path, number, text.problem)
-            elif text.strip():
-                yield text
+            result = read(row)
+            if isinstance(result, BadRow):
+                lines.bad(path, number, result.problem)
+            else:
+                yield result
     if lines.count:
         log(f"left out {lines.count:,} unusable lines, the first: {lines.first[0]}")
+
+
+def read_texts(
+    paths: Sequence[str | os.PathLike[str]], *, on_bad_line: str = "error", log: Callable[[str], None] = print
+) -> Iterator[str]:
+    """Give the non-empty texts of `{"text": ...}` JSONL files one by one.
+
+    Args:
+        paths, on_bad_line, log: as for `build_cache`.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    texts = read_rows(paths, lambda row: string_field(row, "text"), on_bad_line=on_bad_line, log=log)
+    return (text for text in texts if text.strip())
 
 
 class _Lines:

@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class StepLoss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-LossFunction = Callable[[Any, Batch], StepLoss]
+LossFunction = Callable[[Any, Any], StepLoss]  # (engine, batch of the stage's own kind)
 
 
 def learning_rate(config: TrainConfig, step: float, total: int) -> float:
@@ -110,7 +110,7 @@ class Trainer:
         loss: LossFunction,
         device: torch.device,
         val_data: Callable[[], Iterable[Batch]] | None = None,
-        count: Callable[[Batch], float] | None = None,
+        count: Callable[[Any], float] | None = None,
         save_weights: Callable[[MiniMind, Path], None] | None = None,
     ) -> None:
         self.rank, self.world_size = ds.world()
@@ -118,7 +118,8 @@ class Trainer:
         self.count = count or (lambda batch: batch.num_targets)
         self.save_weights = save_weights
         # On a CPU the loader competes with the model for the same cores and gains nothing.
-        self.device, self.data = device, Prefetcher(data) if device.type == "cuda" else data
+        ahead = device.type == "cuda" and not getattr(data, "needs_model", False)
+        self.device, self.data = device, Prefetcher(data) if ahead else data
         self.folder = Path(config.save_dir) / (config.save_weight or name)
         self.checkpoint_folder, self.weights_folder = self.folder / "checkpoints", self.folder / "weights"
         self.step, self.useful_tokens, self.nonfinite = 0, 0, 0
@@ -199,12 +200,15 @@ class Trainer:
             self._introduce()
         peak = peak_flops(self.device, self.dtype) if self.rank == 0 else (1.0, "")
         self._say(f"MFU is of {peak[0] / 1e12:.2f} TFLOP/s a device ({peak[1]}).")
+        if self.step == 0:
+            self.validate()  # what the stage begins with, so that its end can be judged
         window = Window()
         last_log, last_save = time.monotonic(), self._seconds_before
+        self._began = last_log  # --max_minutes buys steps, not the start of a busy machine
         groups = self.groups()
         while self.step < self.total_steps:
             group = next(groups)
-            counted, stopping, time_share = self._agree(sum(self.count(b) for b in group))
+            counted, tokens, stopping, time_share = self._agree(group)
             if stopping:
                 self._say(f"Stopping at step {self.step}, as asked; saving first.")
                 break
@@ -212,6 +216,8 @@ class Trainer:
                 self._say(f"Stopping at step {self.step}: --max_minutes {config.max_minutes:g} are over.")
                 break
             lr, norm = self.train_step(group, counted, window, time_share)
+            self.useful_tokens += int(tokens)
+            window.useful_tokens += tokens
             if self.step % config.log_interval == 0 or self.step == self.total_steps:
                 now = time.monotonic()
                 self._log(window, lr, norm, now - last_log, peak[0])
@@ -257,12 +263,13 @@ class Trainer:
             window.add_work(batch)
             batch = batch.to(self.device, non_blocking=True)
             self.engine.set_gradient_accumulation_boundary(i == micro_batches - 1)
-            out = self.loss(self.engine, batch)
             # DeepSpeed averages gradients over ranks; the mean wanted is over counted units, so that undo it.
             if self.config.packing:
-                mean = out.total * (self.world_size / max(counted, 1.0))
+                factor = self.world_size / max(counted, 1.0)
             else:  # MiniMind's mean of micro-batch means
-                mean = out.total / (max(self.count(batch), 1.0) * micro_batches)
+                factor = 1.0 / (max(self.count(batch), 1.0) * micro_batches)
+            out = self.loss(self.engine, replace(batch, factor=factor))
+            mean = out.total * factor
             if out.aux is not None:
                 mean = mean + out.aux / micro_batches
             window.add_loss(out, 1.0 / micro_batches)
@@ -270,7 +277,6 @@ class Trainer:
             if i < micro_batches - 1:
                 self.engine.step()
         window.counted += counted
-        self.useful_tokens += int(counted)
         norm, finite = ds.finish_step(self.engine, self.config.grad_clip)
         self.step += 1
         self._position = self.data.state_dict()
@@ -283,9 +289,10 @@ class Trainer:
         """Seconds of training so far, those before a resume included."""
         return self._seconds_before + time.monotonic() - self._began
 
-    def _agree(self, counted: float) -> tuple[float, bool, float]:
-        """(counted units over all ranks, whether any rank was asked to stop, largest share of --max_minutes gone)."""
-        mine = [float(counted), float(bool(self._stop_signal)), self._seconds()]
+    def _agree(self, group: list[Batch]) -> tuple[float, float, bool, float]:
+        """(counted units and targets over all ranks, whether any was asked to stop, largest share of --max_minutes gone)."""
+        counted, tokens = sum(self.count(b) for b in group), sum(b.num_targets for b in group)
+        mine = [float(counted), float(bool(self._stop_signal)), self._seconds(), float(tokens)]
         everyone = torch.tensor([mine], dtype=torch.float64)
         if self.world_size > 1:
             parts = [torch.empty_like(everyone) for _ in range(self.world_size)]
@@ -293,7 +300,8 @@ class Trainer:
             everyone = torch.cat(parts)
         limit = 60 * self.config.max_minutes
         self._agreed_clock = everyone[:, 2].max().item()
-        return everyone[:, 0].sum().item(), bool(everyone[:, 1].any()), self._agreed_clock / limit if limit else 0.0
+        share = self._agreed_clock / limit if limit else 0.0
+        return everyone[:, 0].sum().item(), everyone[:, 3].sum().item(), bool(everyone[:, 1].any()), share
 
     def _on_signal(self, number: int, _frame: object) -> None:
         now = time.monotonic()
@@ -334,7 +342,7 @@ class Trainer:
         if window.has_aux:
             numbers["aux_loss"] = aux / max(window.steps, 1) / self.world_size
         numbers.update({name: total / counted for name, total in totals.items()})
-        rate = window.counted / seconds
+        rate = window.useful_tokens / seconds
         numbers.update(lr=lr, tokens_per_s=rate, mfu=flops / seconds / (peak * self.world_size))
         if norm is not None:
             numbers["grad_norm"] = norm
@@ -377,7 +385,7 @@ class Trainer:
             "step": self.step,
             "seconds": self._seconds(),
             "useful_tokens": self.useful_tokens,
-            "data": self._position,
+            "data": {name: value for name, value in self._position.items() if name != "own"},
             "frozen": self._frozen,
             "zero_stage": self.config.zero_stage,
             "dtype": self.config.dtype,
@@ -388,7 +396,8 @@ class Trainer:
         """A checkpoint to go on from, and the weights as a folder that stands alone."""
         if self.config.val_interval == 0 or self.step >= self.total_steps:
             self.validate()
-        resume.save(self.engine, self.checkpoint_folder, self._state(), self.config.keep_checkpoints)
+        own = self._position.get("own")
+        resume.save(self.engine, self.checkpoint_folder, self._state(), self.config.keep_checkpoints, own)
         with ds.gathered(self.engine):
             if self.rank == 0 and self.save_weights is not None:
                 self.save_weights(self.model, self.folder)
@@ -433,6 +442,7 @@ class Trainer:
     def _introduce(self) -> None:
         c, m = self.config, self.model
         size, active = m.num_parameters() / 1e6, m.num_parameters(active=True) / 1e6
+        tokens = getattr(self.data, "batch_tokens", c.batch_size * c.max_seq_len)
         extra = f" ({active:.1f}M active)" if m.config.use_moe else ""
         if self._frozen is not None:
             extra += f" ({m.num_parameters(trained=True) / 1e6:.2f}M of them trained)"
@@ -444,7 +454,7 @@ class Trainer:
         )
         self._say(
             f"{self.total_steps} optimizer steps of {c.accumulation_steps * self.world_size} micro-batches of up to "
-            f"{c.batch_size * c.max_seq_len:,} tokens; attention: {self.attention[0]} ({self.attention[1]})."
+            f"{tokens:,} tokens; attention: {self.attention[0]} ({self.attention[1]})."
         )
         groups: dict[str, list[str]] = {}
         for name, how in self.kernels.items():
@@ -481,7 +491,7 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.tokens, self.pairs = 0, 0  # positions through the model, and pairs of them that attend
-        self.counted = self.steps = 0.0
+        self.counted = self.steps = self.useful_tokens = 0.0
         self.skipped, self.has_aux = 0, False
 
     def add_work(self, batch: Batch) -> None:

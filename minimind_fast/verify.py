@@ -330,7 +330,9 @@ def _moe_mlp(name, tokens, hidden, ffn, experts, top_k, skew=0.0, scale=1.0) -> 
     return Case("moe_mlp", name, tensors)
 
 
-def preset_case(op: str, preset: str, tokens: int, vocab: int | None = None, width: int | None = None) -> Case | None:
+def preset_case(
+    op: str, preset: str, tokens: int, vocab: int | None = None, width: int | None = None, weighted: bool = False
+) -> Case | None:
     """An op as a model of MiniMind's calls it in training.
 
     Args:
@@ -339,6 +341,7 @@ def preset_case(op: str, preset: str, tokens: int, vocab: int | None = None, wid
         tokens: T.
         vocab: the model's own if None; less for the interpreter.
         width: ffn size; the model's own if None.
+        weighted: linear_cross_entropy is given its grad_weights, as by the stages that predict the next token.
 
     Returns:
         The case; None where the model does not call the op.
@@ -357,7 +360,7 @@ def preset_case(op: str, preset: str, tokens: int, vocab: int | None = None, wid
         # A mixture's own SwiGLU is inside moe_mlp; the op runs in its shared expert, if it has one.
         return _swiglu(name, (tokens, 2 * width)) if not c.use_moe or c.num_shared_experts else None
     if op == "linear_cross_entropy":
-        return _linear_cross_entropy(name, tokens, d, vocab)
+        return _linear_cross_entropy(name, tokens, d, vocab, weighted=weighted)
     if op == "linear_kl":
         return _linear_kl(name, tokens, d, vocab, 768, vocab)
     if not c.use_moe:

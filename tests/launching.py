@@ -1,5 +1,6 @@
 """Start a training script as a user would, in processes of its own."""
 
+import importlib.util
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_size", "64", "--num_hidden_layers", "2", "--max_seq_len", "64", "--batch_size", "4"]
@@ -39,6 +41,16 @@ def write_corpus(path: Path, rows: int, seed: int = 0) -> Path:
             text = " ".join(rng.choices(_WORDS, k=rng.randint(5, 60)))
             f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     return path
+
+
+def load_script(name: str) -> Any:
+    """A script of train/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"train_{name}", ROOT / "train" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port() -> int:

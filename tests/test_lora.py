@@ -1,5 +1,6 @@
 """Adapters: the arithmetic on fused projections, what is frozen, files of PEFT and MiniMind, merging."""
 
+import argparse
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import minimind_fast as mm
-from minimind_fast import lora
+from minimind_fast import cli, convert, lora, options, samples
 from minimind_fast.checkpoint import to_disk_names
 from minimind_fast.engine import param_groups
 from minimind_fast.lora import ATTENTION, TARGETS, LoRA
@@ -232,18 +233,49 @@ def test_the_command_merges_and_converts(tmp_path, capsys):
     tokenizer = Tokenizer.load(samples.path("tokenizer"))
     mm.save_pretrained(base, tmp_path / "untied")
     with pytest.raises(ValueError, match="tokenizer"):  # a model without its tokenizer is no use to chat with
-        lora.main(["merge", str(tmp_path / "untied"), str(tmp_path / "run"), str(tmp_path / "out")])
+        convert.main_lora(["merge", str(tmp_path / "untied"), str(tmp_path / "run"), str(tmp_path / "out")])
     big = tiny(vocab_size=6400)
     mm.save_pretrained(big, tmp_path / "base", tokenizer=tokenizer)
-    assert lora.main(["merge", str(tmp_path / "base"), str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert convert.main_lora(["merge", str(tmp_path / "base"), str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     merged = mm.load_pretrained(tmp_path / "out")
     lora.load_adapters(big, tmp_path / "run")
     torch.testing.assert_close(merged(IDS).logits, big(IDS).logits, atol=2e-5, rtol=1e-5)
     assert Tokenizer.load(tmp_path / "out").fingerprint == tokenizer.fingerprint
     with pytest.raises(ValueError, match="add --overwrite"):
-        lora.main(["convert", str(tmp_path / "run"), str(tmp_path / "out")])
-    assert lora.main(["convert", str(tmp_path / "run"), str(tmp_path / "a.pth")]) == 0
+        convert.main_lora(["convert", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert convert.main_lora(["convert", str(tmp_path / "run"), str(tmp_path / "a.pth")]) == 0
     assert "square projections only" in capsys.readouterr().out
-    assert lora.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "peft")]) == 0
+    assert convert.main_lora(["convert", str(tmp_path / "a.pth"), str(tmp_path / "peft")]) == 0
     lora.load_adapters(base, tmp_path / "peft")
     torch.testing.assert_close(base(IDS).logits, want, atol=2e-2, rtol=0)
+
+
+def test_export_and_chat_merge_adapters_on_the_way(tmp_path, capsys):
+    model = mm.MiniMind(mm.ModelConfig.preset("tiny"))
+    mm.save_pretrained(model, tmp_path / "base", tokenizer=mm.Tokenizer.load(samples.path("tokenizer")))
+    spec = lora.LoRA(2, None, 0.0, tuple(lora.ATTENTION))
+    lora.apply(model, spec)
+    for _, b in lora.adapters(model).values():
+        torch.nn.init.normal_(b.data, std=0.3)
+    lora.save_adapters(lora.adapters(model), spec, tmp_path / "adapter")
+    lora.merge(model)
+    argv = ["export", str(tmp_path / "base"), str(tmp_path / "hf"), "--lora", str(tmp_path / "adapter")]
+    assert cli.main(argv) == 0
+    exported = mm.load_pretrained(tmp_path / "hf")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[name], value, rtol=0, atol=0)
+    opened = parsed(["x", "--lora", str(tmp_path / "adapter")], tmp_path / "base")
+    assert torch.equal(opened.lm_head.weight, model.lm_head.weight) and not opened.training
+    assert torch.equal(
+        opened.model.layers[0].self_attn.qkv_proj.weight, model.model.layers[0].self_attn.qkv_proj.weight
+    )
+    assert cli.main([*argv[:2], str(tmp_path / "hf2"), "--lora", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def parsed(argv, path):
+    parser = argparse.ArgumentParser()
+    options.add_model_options(parser)
+    args = parser.parse_args(argv)
+    args.path = str(path)
+    return options.open_model(args)[0]

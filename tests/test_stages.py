@@ -201,6 +201,25 @@ def one_rank(lora_args, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_left_to_multiply_the_heads_gradients_by_is_a_power_of_two(weighted):
+    class Spy(torch.nn.Module):
+        module = mm.MiniMind(mm.ModelConfig.preset("tiny"))
+
+        def forward(self, _ids, targets, grad_weights, **_):
+            self.promised, self.logprobs = grad_weights, torch.randn(targets.shape, requires_grad=True)
+            return mm.model.ModelOutput(logprobs=self.logprobs)
+
+    ids = torch.arange(5, 45)
+    weights = torch.tensor([1.0, 10.0]).repeat(20) if weighted else None
+    batch = Batch(ids, ids, torch.tensor([0, 40], dtype=torch.int32), 40, 40, 1, weights, factor=1 / 51234)
+    spy = Spy()
+    (stage.next_token_loss(spy, batch).total * batch.factor).backward()
+    left = spy.logprobs.grad / spy.promised
+    assert torch.equal(left, left[:1].expand(40)) and left[0].abs().log2().frac() == 0
+
+
+
 def test_lora_moves_adapters_only_and_merges_them(base, one_rank):
     found = adapters(one_rank)
     assert len(found) == 2 * 4 and all(b.abs().max() > 0 for _, b in found.values())

@@ -1,0 +1,115 @@
+"""Distillation: a small MiniMind learns from a teacher's whole distribution, on `{"conversations": [...]}` lines.
+
+Purpose: `deepspeed train/distill.py` after `train/dpo.py`; without arguments the pretrained model learns to answer from the
+    model that DPO left, on the sample chats that ship with the package. With --from_weight none the student is a new model
+    of --preset, --hidden_size and --num_hidden_layers.
+Principle: alpha times the cross-entropy of SFT, and (1 - alpha) T^2 times KL(teacher || student) at temperature T, over the
+    answer tokens of the whole global batch. The student's head makes both from hidden states (`ops.linear_kl`), so that
+    whole logits of neither model are stored.
+Properties: any teacher that `load_pretrained` reads, of any size, with the student's tokenizer. It runs in the student's
+    precision (bfloat16 unless --dtype says otherwise) without gradients or optimizer state, and is in no checkpoint.
+
+Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; MiniMind's train_distillation for defaults.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+from minimind_fast import engine, losses, stage
+from minimind_fast.chat_data import ChatEncoder
+from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
+from minimind_fast.config import TrainConfig, option, parse, with_defaults
+from minimind_fast.data import Batch
+from minimind_fast.model import MiniMind, Teacher
+from minimind_fast.tokenizer import Tokenizer
+from minimind_fast.trainer import LossFunction, StepLoss
+
+# What suits the sample chats and a CPU, where the option was not given.
+SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, warmup_steps=10, max_minutes=1.5)
+QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
+
+
+@with_defaults(
+    from_weight="pretrain",
+    learning_rate=5e-6,
+    batch_size=32,
+    accumulation_steps=1,
+    max_seq_len=340,
+    epochs=6,
+    truncate=True,
+)
+class DistillConfig(TrainConfig):
+    """MiniMind's defaults of this stage."""
+
+    teacher_path: str = option("dpo", "the teacher: a folder with weights, or the name of a run in --save_dir")
+    alpha: float = option(0.5, "share of the cross-entropy; the rest is the teacher's")
+    temperature: float = option(1.5, "softens both distributions in the teacher's part")
+
+    def check(self) -> None:
+        """Refuse values that cannot work."""
+        super().check()
+        if not 0 <= self.alpha <= 1 or self.temperature <= 0:
+            raise ValueError("--alpha must be in [0, 1] and --temperature above 0")
+        if not self.packing:
+            raise ValueError("distillation has no --no_packing")
+
+
+def load_teacher(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer, device: torch.device) -> MiniMind:
+    """The teacher, frozen, whose ids mean what the student's do."""
+    path = resolve_folder(config.teacher_path)
+    if not path.is_dir():
+        raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
+    teacher = load_pretrained(path, device=device, dtype=engine.DTYPES[config.dtype]).requires_grad_(False)
+    theirs = tokenizer_fingerprint(path)
+    if theirs is None and (path / "tokenizer.json").is_file():  # written by another program
+        theirs = Tokenizer.load(path).fingerprint
+    if theirs not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"the teacher {path} has tokenizer {theirs}, the student {tokenizer.fingerprint}: their ids mean other words. "
+            "Choose a teacher with the student's tokenizer"
+        )
+    if teacher.config.vocab_size < student.config.vocab_size:
+        raise ValueError(
+            f"the teacher {path} knows {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "
+            "choose a teacher with at least as many"
+        )
+    teacher.attention = config.attention
+    return teacher
+
+
+def make_loss(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer, device: torch.device) -> LossFunction:
+    """The loss of a micro-batch; the teacher lives in it, and not in the student."""
+    teacher = load_teacher(config, student, tokenizer, device)
+
+    def loss(model: Any, batch: Batch) -> StepLoss:
+        where = dict(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        with torch.no_grad():  # not inference_mode, whose tensors autograd may not keep
+            hidden = teacher(batch.input_ids, return_hidden=True, **where).hidden
+        view = Teacher(hidden, teacher.lm_head.weight, config.temperature)
+        out = model(batch.input_ids, targets=batch.targets, teacher=view, **where)
+        total = losses.distill(out.logprobs, out.kl, config.alpha, config.temperature)
+        metrics = {"nll": losses.lm(out.logprobs.detach()), "kl": out.kl.detach().sum()}
+        return StepLoss(total, out.aux_loss if model.module.config.use_moe else None, metrics)
+
+    return loss
+
+
+def main() -> None:
+    began = time.perf_counter()
+    config = parse(
+        DistillConfig, description="Teach a MiniMind what another model thinks, on {'conversations': [...]}."
+    )
+    stage.use_sample(config, "sft.jsonl", SAMPLE_DEFAULTS)
+    stage.find_weights(config, "deepspeed train/pretrain.py")
+    stage.find_weights(config, "deepspeed train/dpo.py", "teacher_path")
+    if config.from_weight == "none" and not config.tokenizer_path:
+        config.tokenizer_path = str(resolve_folder(config.teacher_path))
+    trainer = stage.train(config, "distill", ChatEncoder, make_loss=lambda *parts: make_loss(config, *parts))
+    then = f"Next: minimind-fast chat {trainer.weights_folder}   or: deepspeed train/reason.py --from_weight distill"
+    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+
+
+if __name__ == "__main__":
+    stage.start(main)

@@ -1,0 +1,106 @@
+"""DPO: a MiniMind learns to prefer the better of two answers, from `{"chosen": [...], "rejected": [...]}` lines.
+
+Purpose: `deepspeed train/dpo.py` after `train/sft.py`; without arguments it goes on from that run, on the sample pairs that
+    ship with the package.
+Principle: the chosen answer is to gain more log-probability over the model as it was than the rejected one. The model as it
+    was is a table of numbers, computed once before training, so that it costs no memory; or a second model (--reference
+    alongside). The loss is the mean over the pairs of the whole global batch.
+Properties: log-probabilities are sums over an answer's tokens; --average_logprob is MiniMind2's mean. --batch_size counts
+    pairs of two full-length rows; packed, as many pairs as fit there. A loss that stays at 0.693 says that the learning
+    rate is too small: MiniMind's default is meant for a thousand steps.
+
+Source: Rafailov et al., Direct Preference Optimization, 2023; MiniMind's train_dpo for defaults.
+"""
+
+import copy
+import time
+from typing import Any
+
+from minimind_fast import engine, losses, stage
+from minimind_fast.config import TrainConfig, option, parse, with_defaults
+from minimind_fast.model import MiniMind
+from minimind_fast.pairs import PairBatch, answer_lengths, answer_logprobs, open_pairs
+from minimind_fast.progress import draw_loss
+from minimind_fast.trainer import LossFunction, StepLoss, Trainer
+
+# What suits the sample pairs and a CPU, where the option was not given.
+SAMPLE_DEFAULTS = dict(learning_rate=5e-5, max_seq_len=256, epochs=6, warmup_steps=5, log_interval=5, max_minutes=1.0)
+QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
+
+
+@with_defaults(
+    from_weight="sft", learning_rate=4e-8, batch_size=4, accumulation_steps=1, max_seq_len=1024, epochs=1, truncate=True
+)
+class DPOConfig(TrainConfig):
+    """MiniMind's defaults of this stage; batch_size counts pairs."""
+
+    beta: float = option(0.15, "what a log-ratio to the reference is worth; more holds the model closer to it")
+    dpo_loss: str = option("sigmoid", "loss of a pair's margin", choices=("sigmoid", "ipo"))
+    label_smoothing: float = option(0.0, "share of pairs that may be the wrong way round (sigmoid only)")
+    average_logprob: bool = option(False, "mean of an answer's log-probabilities instead of their sum (MiniMind2)")
+    reference: str = option(
+        "cached", "its log-probabilities once before training, or the model in memory", choices=("cached", "alongside")
+    )
+
+    def check(self) -> None:
+        """Refuse values that cannot work."""
+        super().check()
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+            raise ValueError("--beta must be above 0, and --label_smoothing in [0, 0.5)")
+        if self.dpo_loss == "ipo" and self.label_smoothing:
+            raise ValueError("--label_smoothing is for --dpo_loss sigmoid; IPO has none")
+        if not self.packing:
+            raise ValueError("DPO has no --no_packing: the two of a pair are packed together")
+
+
+def make_loss(config: DPOConfig, beside: MiniMind | None) -> LossFunction:
+    """The loss of a micro-batch, against the numbers that come with it or a model beside."""
+
+    def loss(policy: Any, batch: PairBatch) -> StepLoss:
+        answers, out = answer_logprobs(policy, batch)
+        before = batch.reference if beside is None else answer_logprobs(beside, batch)[0]
+        assert before is not None
+        lengths = answer_lengths(batch) if config.average_logprob else 1
+        (chosen, rejected), (old_chosen, old_rejected) = ((x / lengths).unbind(1) for x in (answers, before))
+        how = (config.beta, config.dpo_loss, config.label_smoothing)
+        each, margin = losses.dpo(chosen, rejected, old_chosen, old_rejected, *how)
+        metrics = {"reward_margin": margin.sum(), "accuracy": (margin > 0).float().sum()}
+        metrics |= {"chosen_logprob": chosen.sum(), "rejected_logprob": rejected.sum()}
+        return StepLoss(each.sum(), out.aux_loss if policy.module.config.use_moe else None, metrics)
+
+    return loss
+
+
+def main() -> None:
+    began = time.perf_counter()
+    config = parse(
+        DPOConfig, description="Teach a MiniMind preferences, on {'chosen': [...], 'rejected': [...]} JSONL."
+    )
+    stage.use_sample(config, "dpo.jsonl", SAMPLE_DEFAULTS)
+    stage.find_weights(config, "deepspeed train/sft.py")
+    device = stage.begin(config)
+    tokenizer = stage.load_tokenizer(config)
+    model = stage.load_model(config, tokenizer)
+    reference = copy.deepcopy(model).requires_grad_(False).to(engine.DTYPES[config.dtype]).eval()
+    reference.attention = config.attention
+    cached = config.reference == "cached"
+    parts = (tokenizer, reference, device, cached)
+    data = open_pairs(config, config.data_path, *parts, training=True)
+    val_data = None
+    if config.val_data_path:
+        val_data = stage.one_pass(open_pairs(config, config.val_data_path, *parts, training=False))
+    beside = None if cached else reference.to(device)
+    del parts, reference  # cached: its numbers are all that is needed of it
+
+    loss, per_pair = make_loss(config, beside), lambda batch: batch.num_pairs
+    trainer = Trainer(config, "dpo", model, tokenizer, data, loss, device, val_data, count=per_pair)
+    trainer.run()
+    if trainer.rank == 0:
+        curves = {"loss": "loss", "accuracy": "accuracy", "reward_margin": "reward margin"}
+        draw_loss(trainer.folder / "log.jsonl", trainer.folder / "loss.png", "DPO", curves, "mean over pairs")
+    then = f"Next: minimind-fast chat {trainer.weights_folder}   or: deepspeed train/distill.py"
+    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+
+
+if __name__ == "__main__":
+    stage.start(main)

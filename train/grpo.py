@@ -1,0 +1,125 @@
+"""GRPO: a MiniMind answers prompts, and learns from which of its own answers were rewarded.
+
+Purpose: `deepspeed train/grpo.py` on MiniMind's rlaif lines, `{"conversations": [...]}` with an empty answer at their end;
+    without arguments it goes on from `train/reason.py`, on sums that can be checked.
+Principle: to each prompt the model writes several answers; an answer that is better than the others of its prompt is made
+    likelier, the others less so, and a KL term holds the model near the one that it began as. No critic.
+Properties: each answer weighs the same, however long. Rollouts and log-probabilities share one temperature, so that the
+    ratio of the first update is 1. The rewards are in `minimind_fast/rewards.py`, or yours.
+
+Source: Shao et al., DeepSeekMath, 2024; MiniMind's train_grpo for defaults.
+"""
+
+import copy
+import time
+from typing import Any
+
+import torch
+
+from minimind_fast import engine, losses, stage
+from minimind_fast.config import TrainConfig, option, parse, with_defaults
+from minimind_fast.progress import draw_loss
+from minimind_fast.rewards import ModelReward, Rewards
+from minimind_fast.rollout import RolloutBatch, Rollouts, read_prompts
+from minimind_fast.trainer import StepLoss, Trainer
+
+# What suits the sample sums and a CPU, where the option was not given.
+SAMPLE_DEFAULTS = dict(
+    learning_rate=1.5e-4, lr_schedule="constant", warmup_steps=5, epochs=5, max_minutes=1.5, beta=0.02
+)
+SAMPLE_DEFAULTS |= dict(batch_size=8, num_generations=8, max_gen_len=64)
+SAMPLE_DEFAULTS |= dict(reward=["correct", "format"], thinking_ratio=1.0)  # a model this small learns the form first
+QUESTIONS = ["What is 2 + 3?", "7加2等于多少？"]
+
+
+@with_defaults(
+    **dict(from_weight="reason", learning_rate=3e-7, batch_size=2, accumulation_steps=1),
+    **dict(max_seq_len=768, epochs=1, log_interval=5),
+)
+class GRPOConfig(TrainConfig):
+    """MiniMind's defaults of this stage; batch_size counts prompts, max_seq_len the tokens of a prompt."""
+
+    num_generations: int = option(6, "answers to each prompt")
+    max_gen_len: int = option(1024, "longest answer in tokens")
+    temperature: float = option(0.8, "of the answers and of all log-probabilities")
+    thinking_ratio: float = option(0.9, "share of the prompts that open a thought")
+    reward: list[str] = option(
+        ["length", "thinking", "repetition"],
+        "rewards to add up: length, thinking, repetition, format, correct, MODULE:FUNCTION or FILE.py:FUNCTION, each with "
+        "*WEIGHT if not 1",
+    )
+    reward_model_path: str = option("", "folder of a reward model or of a language model, whose opinion is added")
+    grpo_loss: str = option("grpo", "clipped ratio, or clipped weight", choices=("grpo", "cispo"))
+    epsilon: float = option(0.2, "GRPO: the ratio is clipped to 1 -+ this")
+    epsilon_high: float = option(5.0, "CISPO: largest weight")
+    beta: float = option(0.1, "weight of the KL divergence to the weights at the start (0: none, and no reference)")
+    updates_per_rollout: int = option(1, "optimizer steps on the same answers")
+
+    def check(self) -> None:
+        """Refuse values that cannot work."""
+        super().check()
+        for name, least in (("num_generations", 2), ("max_gen_len", 1), ("updates_per_rollout", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature must be above 0, not {self.temperature}: equal answers teach nothing")
+        if self.dropout or not self.packing or self.val_data_path:
+            raise ValueError("GRPO has no --dropout (the ratio compares two passes), --no_packing or --val_data_path")
+
+
+def policy_loss(config: GRPOConfig, data: Rollouts, policy: Any, batch: RolloutBatch) -> StepLoss:
+    """The objective, summed over answers; a policy that has not moved since the rollout is its own old one."""
+    assert batch.weights is not None and batch.advantages is not None
+    logprobs, aux = data.run(policy, batch)
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    if config.grpo_loss == "grpo":
+        each, clipped = losses.grpo(logprobs, old, batch.advantages, config.epsilon)
+    else:
+        each, clipped = losses.cispo(logprobs, old, batch.advantages, config.epsilon_high)
+    metrics = {name: torch.tensor(value, device=each.device) for name, value in batch.stats.items()}
+    metrics["clip_fraction"] = (clipped * batch.weights).sum()
+    if batch.reference_logprobs is not None:
+        kl = losses.k3(logprobs, batch.reference_logprobs)
+        metrics["kl"] = (kl * batch.weights).sum()
+        each = each + config.beta * kl
+    return StepLoss((each * batch.weights).sum(), aux if policy.module.config.use_moe else None, metrics)
+
+
+def main() -> None:
+    began = time.perf_counter()
+    config = parse(GRPOConfig, description="Let a MiniMind learn from rewards, on {'conversations': [...]} prompts.")
+    stage.use_sample(config, "grpo.jsonl", SAMPLE_DEFAULTS)
+    stage.find_weights(config, "deepspeed train/reason.py")
+    device, dtype = stage.begin(config), engine.DTYPES[config.dtype]
+    rank, world_size = engine.world()
+    tokenizer = stage.load_tokenizer(config)
+    model = stage.load_model(config, tokenizer)
+    reference = None
+    if config.beta:
+        reference = copy.deepcopy(model).requires_grad_(False).to(device, dtype).eval()
+        reference.attention = config.attention
+    judge = ModelReward(config.reward_model_path, device, dtype) if config.reward_model_path else None
+    log = print if rank == 0 else lambda _text: None
+    data = Rollouts(
+        read_prompts(config.data_path, tokenizer, config.max_seq_len, config.on_bad_line, log),
+        *(tokenizer, Rewards(config.reward, judge), reference, rank, world_size),
+        **dict(batch_size=config.batch_size, generations=config.num_generations, max_new_tokens=config.max_gen_len),
+        **dict(temperature=config.temperature, thinking_ratio=config.thinking_ratio, seed=config.seed),
+        **dict(accumulation_steps=config.accumulation_steps, updates=config.updates_per_rollout),
+    )
+
+    def loss(policy: Any, batch: Any) -> StepLoss:
+        return policy_loss(config, data, policy, batch)
+
+    trainer = Trainer(config, "grpo", model, tokenizer, data, loss, device, count=lambda batch: batch.num_docs)
+    data.engine = trainer.engine
+    trainer.run()
+    if rank == 0:
+        curves = {"reward": "reward", **{f"reward_{name}": name for name in data.rewards.names}}
+        draw_loss(trainer.folder / "log.jsonl", trainer.folder / "reward.png", "grpo", curves, "mean over the answers")
+    then = f"Rewards: {trainer.folder / 'reward.png'}.   Next: minimind-fast chat {trainer.weights_folder} --thinking"
+    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then, stage.PROMPTS[1])
+
+
+if __name__ == "__main__":
+    stage.start(main)
