@@ -22,7 +22,9 @@ COMMANDS = {
         "write a model for Transformers and the tools that read its folders",
     ),
     "import": ("minimind_fast.convert:main_import", "bring a Hugging Face folder or a MiniMind .pth in"),
-    "lora": ("minimind_fast.lora:main", "merge adapters into a model, or change their format"),
+    "lora": ("minimind_fast.convert:main_lora", "merge adapters into a model, or change their format"),
+    "plan": ("minimind_fast.plan:main", "what a run needs: memory, step time, hours and cost, on 1 to 1,024 GPUs"),
+    "serve": ("minimind_fast.serve:main", "an OpenAI-compatible server and a chat page"),
     "verify": ("minimind_fast.verify:main", "check every kernel against the reference, and whole models"),
 }
 

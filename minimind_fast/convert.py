@@ -1,4 +1,4 @@
-"""`minimind-fast export` and `minimind-fast import`: a model from one format into another.
+"""`minimind-fast export`, `import` and `lora`: a model, or its adapters, from one format into another.
 
 Purpose: take a trained model to other tools (Transformers, vLLM, llama.cpp's converter, lm-eval), and bring one from there.
 Principle: open what PATH names, write it as asked; `checkpoint.py` and `exchange.py` do both.
@@ -17,8 +17,9 @@ import torch
 from minimind_fast.checkpoint import FORMATS, check_replaceable, load_pretrained, resolve_folder, save_pretrained
 from minimind_fast.config import ModelConfig
 from minimind_fast.exchange import ARCHITECTURES, fitting_format, obstacles
+from minimind_fast.lora import read_adapters, save_adapters
 from minimind_fast.model import MiniMind
-from minimind_fast.options import open_model
+from minimind_fast.options import add_lora_option, open_model, with_adapters
 from minimind_fast.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +44,7 @@ def main_export(argv: list[str]) -> int:
         choices=("auto", *FORMATS),
         help="auto: the Hugging Face format that holds this model (llama, qwen3 or qwen3_moe) (default: auto)",
     )
+    add_lora_option(parser)
     return _convert(parser.parse_args(argv))
 
 
@@ -73,7 +75,7 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
     add("--preset", help="shape of a .pth file, such as minimind2-small")
     add("--overwrite", action="store_true", help="replace a model that is there already")
-    parser.set_defaults(device="cpu", threads=0)
+    parser.set_defaults(device="cpu", threads=0, lora=None)
     return parser
 
 
@@ -103,7 +105,8 @@ def _open(args: argparse.Namespace, source: Path) -> tuple[MiniMind, Tokenizer |
         return open_model(argparse.Namespace(**{**vars(args), "dtype": "auto"}))
     if source.is_file() and not args.preset:
         raise ValueError(f"{source} does not say its model's shape: add --preset minimind2-small (or another)")
-    return load_pretrained(source, config=ModelConfig.preset(args.preset) if args.preset else None), None
+    model = load_pretrained(source, config=ModelConfig.preset(args.preset) if args.preset else None)
+    return with_adapters(model, args.lora), None
 
 
 def _check_places(source: Path, out: Path, a_file: bool, overwrite: bool) -> None:
@@ -113,3 +116,48 @@ def _check_places(source: Path, out: Path, a_file: bool, overwrite: bool) -> Non
         raise ValueError(f"{out} and {source} are one within the other; name another place to write to")
     if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise ValueError(f"{out} is there already; add --overwrite to replace it")
+
+
+def main_lora(argv: list[str]) -> int:
+    """`minimind-fast lora merge BASE ADAPTER OUT` and `minimind-fast lora convert ADAPTER OUT`.
+
+    Args:
+        argv: the arguments after the command.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: what cannot be read, does not belong together or cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="minimind-fast lora", description="Adapters: merge them, or change their format."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="merge|convert")
+    add = commands.add_parser("merge", help="add adapters into a model").add_argument
+    add("path", metavar="BASE", help="folder of the model that the adapters were trained on, or its .pth")
+    add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
+    add("out", metavar="OUT", help="folder to write")
+    add("--preset", help="shape of a .pth file, such as minimind2-small")
+    add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
+    text = "of the merged weights; half precision rounds small changes away (default: float32)"
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=text)
+    add = commands.add_parser("convert", help="PEFT's folder to MiniMind's .pth, or back").add_argument
+    add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
+    add("out", metavar="OUT", help="a .pth file or a folder to write")
+    for command in commands.choices.values():
+        command.add_argument("--overwrite", action="store_true", help="replace what is there already")
+    args = parser.parse_args(argv)
+    if Path(args.out).exists() and not args.overwrite:
+        raise ValueError(f"{args.out} is there already; add --overwrite to replace it")
+    if args.command == "convert":
+        found, lora = read_adapters(args.adapter)
+        save_adapters(found, lora, args.out)
+        print(f"{args.out}: {len(found)} adapters of rank {lora.rank} on {', '.join(lora.targets)}")
+        if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
+            print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")
+        return 0
+    model, tokenizer = open_model(argparse.Namespace(**vars(args), device="cpu", threads=0, lora=args.adapter))
+    save_pretrained(model, args.out, tokenizer=tokenizer)
+    print(f"{args.out}: {model.num_parameters() / 1e6:.1f}M parameters, the adapters of {args.adapter} merged")
+    return 0

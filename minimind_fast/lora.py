@@ -13,7 +13,6 @@ Source: Hu et al., LoRA, 2021; file format of Hugging Face PEFT; initialisation 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -26,9 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minimind_fast.checkpoint import check_replaceable, save_pretrained, written_aside
+from minimind_fast.checkpoint import check_replaceable, written_aside
 from minimind_fast.model import INIT_STD, MLP, Attention, MiniMind
-from minimind_fast.options import open_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = TARGETS[:4]
@@ -424,50 +422,3 @@ def load_adapters(model: MiniMind, path: str | Path) -> LoRA:
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
-def main(argv: list[str]) -> int:
-    """`minimind-fast lora merge BASE ADAPTER OUT` and `minimind-fast lora convert ADAPTER OUT`.
-
-    Args:
-        argv: the arguments after the command.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        ValueError: what cannot be read, does not belong together or cannot be written.
-    """
-    parser = argparse.ArgumentParser(
-        prog="minimind-fast lora", description="Adapters: merge them, or change their format."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="merge|convert")
-    add = commands.add_parser("merge", help="add adapters into a model").add_argument
-    add("path", metavar="BASE", help="folder of the model that the adapters were trained on, or its .pth")
-    add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
-    add("out", metavar="OUT", help="folder to write")
-    add("--preset", help="shape of a .pth file, such as minimind2-small")
-    add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
-    text = "of the merged weights; half precision rounds small changes away (default: float32)"
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=text)
-    add = commands.add_parser("convert", help="PEFT's folder to MiniMind's .pth, or back").add_argument
-    add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
-    add("out", metavar="OUT", help="a .pth file or a folder to write")
-    for command in commands.choices.values():
-        command.add_argument("--overwrite", action="store_true", help="replace what is there already")
-    args = parser.parse_args(argv)
-    if Path(args.out).exists() and not args.overwrite:
-        raise ValueError(f"{args.out} is there already; add --overwrite to replace it")
-    if args.command == "convert":
-        found, lora = read_adapters(args.adapter)
-        save_adapters(found, lora, args.out)
-        print(f"{args.out}: {len(found)} adapters of rank {lora.rank} on {', '.join(lora.targets)}")
-        if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
-            print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")
-        return 0
-    model, tokenizer = open_model(argparse.Namespace(**vars(args), device="cpu", threads=0))
-    lora = load_adapters(model, args.adapter)
-    merge(model)
-    save_pretrained(model, args.out, tokenizer=tokenizer)
-    print(f"{args.out}: {model.num_parameters() / 1e6:.1f}M parameters, adapters of rank {lora.rank} merged")
-    return 0

@@ -13,13 +13,14 @@ import torch
 
 from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
 from minimind_fast.config import ModelConfig
+from minimind_fast.lora import load_adapters, merge
 from minimind_fast.model import MiniMind
 from minimind_fast.sampling import Sampling
 from minimind_fast.tokenizer import Tokenizer
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add PATH, --tokenizer, --preset, --device, --dtype, --threads; `open_model` reads them.
+    """Add PATH, --tokenizer, --preset, --lora, --device, --dtype, --threads; `open_model` reads them.
 
     Args:
         parser: of the command.
@@ -27,11 +28,41 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="folder with a model, a run's folder, or MiniMind's .pth")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
     parser.add_argument("--preset", help="shape of a .pth file, such as minimind2-small")
+    add_lora_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument(
         "--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 (default: auto)"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
+
+
+def add_lora_option(parser: argparse.ArgumentParser) -> None:
+    """Add --lora.
+
+    Args:
+        parser: of the command.
+    """
+    text = "adapters to merge first: PEFT folder, MiniMind .pth, or the folder of a LoRA run; in float32 unless --dtype says"
+    parser.add_argument("--lora", metavar="ADAPTER", help=text)
+
+
+def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
+    """A model with adapters merged into it.
+
+    Args:
+        model: their base.
+        adapters: what --lora named, or None.
+
+    Returns:
+        The model in float32, as half precision rounds small changes away; without adapters the model as it is.
+
+    Raises:
+        ValueError: they cannot be read, or do not fit.
+    """
+    if adapters:
+        load_adapters(model.float(), adapters)
+        merge(model)
+    return model
 
 
 def open_model(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
@@ -61,7 +92,8 @@ def open_model(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
         raise ValueError(f"{folder} has no tokenizer with it: add --tokenizer FOLDER")
     config = ModelConfig.preset(args.preset) if args.preset else None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load_pretrained(folder, device=device, dtype=dtype, config=config)
+    model = with_adapters(load_pretrained(folder, dtype=None if args.lora else dtype, config=config), args.lora)
+    model = model.to(device=device, dtype=dtype).eval()
     try:
         tokenizer = Tokenizer.load(args.tokenizer or folder)
     except (ValueError, OSError) as error:
