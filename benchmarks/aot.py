@@ -43,6 +43,7 @@ from triton.runtime.jit import JITFunction
 
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
+from minimind_fast.roofline import op_work
 from minimind_fast.verify import DIFFERENTIABLE, MODELS, Case, Draw, preset_case
 
 TOKENS = 65536
@@ -299,42 +300,6 @@ def resident_warps(row: dict[str, Any]) -> int:
     return blocks * warps
 
 
-def floor(op: str, preset: str, direction: str, tokens: int, element_bytes: int) -> tuple[float, float]:
-    """Bytes that an op must move at least, and FLOPs of its matmuls.
-
-    Args:
-        op: its name.
-        preset: the model.
-        direction: "forward" or "backward".
-        tokens: T.
-        element_bytes: of the activations.
-
-    Returns:
-        (bytes, FLOPs).
-    """
-    c = ModelConfig.preset(preset)
-    assert c.head_dim and c.intermediate_size and c.moe_intermediate_size and c.num_experts_per_tok
-    d, v, back = c.hidden_size, c.vocab_size, direction == "backward"
-    f = c.moe_intermediate_size if c.use_moe else c.intermediate_size
-    qk, kv = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim, c.num_key_value_heads * c.head_dim
-    top_k = c.num_experts_per_tok
-    values = {
-        "rms_norm": 4 * d,
-        "rope": (3 if c.qk_norm else 2) * qk + 2 * kv if back else 2 * qk,
-        "swiglu": (5 if back else 3) * f,
-        "linear_cross_entropy": (2 if back else 1) * d,
-        "linear_kl": 2 * d if back else d + 768,
-        "moe_route": (2 if back else 1) * d,
-        "moe_mlp": (3 if back else 2) * d,
-    }[op]
-    flops = {
-        "linear_cross_entropy": 2 * d * v * (2 if back else 1),
-        "linear_kl": 4 * d * v if back else 2 * (d + 768) * v,
-        "moe_mlp": 6 * d * f * top_k * (2 if back else 1),
-    }.get(op, 0)
-    return tokens * values * element_bytes, tokens * flops
-
-
 def compile_target(name: str, presets: list[str], names: list[str], dtype: str) -> list[dict[str, Any]]:
     """Record and compile every launch for one target.
 
@@ -352,7 +317,7 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
     torch.set_num_threads(1)
     for op in names:
         for preset in presets:
-            case = preset_case(op, preset, TOKENS)
+            case = preset_case(op, preset, TOKENS, weighted=True)
             same = {"op": op, "preset": preset, "target": name, "dtype": dtype}
             try:
                 launches = [] if case is None else record(case, preset, getattr(torch, dtype), target)
@@ -402,7 +367,8 @@ def ops_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         total["bytes_moved"] += row["bytes_moved"]
     out = []
     for (op, preset, direction), total in sums.items():
-        least, flops = floor(op, preset, direction, TOKENS, 4 if rows[0]["dtype"] == "float32" else 2)
+        element_bytes = 4 if rows[0]["dtype"] == "float32" else 2
+        least, flops = op_work(op, ModelConfig.preset(preset), direction, TOKENS, element_bytes)
         out.append(
             {
                 "op": op,

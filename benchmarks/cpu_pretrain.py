@@ -128,6 +128,12 @@ class Ours:
         return useful, (window.sums["loss"] / useful).item()
 
 
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return next(names, platform.processor()).split(":")[-1].strip()
+
+
 def validation_loss(call: Any, batches: Any) -> float:
     total = count = 0.0
     with torch.no_grad():
@@ -227,10 +233,9 @@ def main() -> None:
     flops_a_token = model.flops(1, 0)
     positions_per_s = median["baseline"] / (mean_useful / (ROWS * LENGTH))
     flops_a_position = flops_a_token + model.flops(0, pairs) / LENGTH
-    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     result = {
         "machine": {
-            "processor": next(names, platform.processor()).split(":")[-1].strip(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "matmul_fp32_gflops": fp32 / 1e9,
