@@ -8,7 +8,7 @@ ARGS   ?=
 QUIETLY := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test lint format aot bench clean
+.PHONY: help install pretrain pipeline test lint format aot bench clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ install: $(VENV)/installed ## Make the environment and install the package in it
 
 pretrain: $(VENV)/installed ## Train a small model on the shipped sample (ARGS="--data_path my.jsonl ..." for your own)
 	@$(QUIETLY) $(BIN)/deepspeed -q train/pretrain.py $(ARGS)
+
+pipeline: $(VENV)/installed ## The whole chain on the shipped samples, tokenizer to GRPO, in under ten minutes (ARGS="--help")
+	@$(BIN)/python train/pipeline.py $(ARGS)
 
 test: $(VENV)/installed-test ## Run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

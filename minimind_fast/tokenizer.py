@@ -325,13 +325,17 @@ class StreamDecoder:
         return rest
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int = 6400, show_progress: bool = False) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int = 6400, show_progress: bool = False, split_digits: bool = True
+) -> Tokenizer:
     """Train a byte-level BPE with MiniMind3's special tokens at ids 0-35 and our ChatML template.
 
     Args:
         texts: the corpus, read once; memory grows with the number of different words, not with the text.
         vocab_size: entries in all, the 36 special tokens and the 256 bytes included.
         show_progress: show the Rust library's progress bars.
+        split_digits: each digit is a token of its own, so that every number is read the same way; else frequent numbers
+            become tokens, up to rows of 64 zeros.
 
     Raises:
         ValueError: the size does not fit, or the texts have too few repeated pieces for it.
@@ -342,7 +346,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 6400, show_progress: bool 
     if vocab_size < len(special) + NUM_BYTES:
         raise ValueError(f"vocab_size {vocab_size} is too small: {len(special)} special tokens and {NUM_BYTES} bytes")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -350,7 +354,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 6400, show_progress: bool 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
+    if split_digits:  # only while learning: when no merge holds a digit, a digit is a token without this rule too
+        digit = pre_tokenizers.Split(tokenizers.Regex("[0-9]"), "isolated")
+        # In this order: digits cut off first would leave the line breaks before "1." as a word of their own.
+        backend.pre_tokenizer = pre_tokenizers.Sequence([byte_level, digit])
     backend.train_from_iterator(texts, trainer=trainer)
+    backend.pre_tokenizer = byte_level
     # The trainer marks all of them as control tokens; thoughts and tool calls must stay in decoded text.
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:

@@ -259,6 +259,20 @@ def test_fingerprint_follows_the_ids_only(own, tmp_path, shared):
     assert Tokenizer.load(shared / "minimind" / "minimind3").fingerprint == "07e448dfa7ac41b2"  # stable over time
 
 
+def test_a_digit_is_a_token_unless_they_may_join():
+    texts = ["some years were 1000 or 2000 or 3000, some others 4000\n\n10. first\n\n11. second"] * 50
+    split, joined = (train_bpe(texts, 320, split_digits=choice) for choice in (True, False))
+    assert len(split.encode("2000")) == 4 and split.decode(split.encode(" 2000")) == " 2000"
+    assert len(joined.encode("2000")) < 4
+    for raw in split.token_bytes()[36:]:
+        assert raw.isdigit() == (raw in [b"%d" % n for n in range(10)]) and (
+            len(raw) == 1 or not set(raw) & set(b"0123456789")
+        )
+    assert b"\n\n" not in split.token_bytes()  # a word only while digits are cut off first; a prompt ends with it
+    rules = [json.loads(t.backend.to_str())["pre_tokenizer"] for t in (split, joined)]
+    assert rules[0] == rules[1] and rules[0]["type"] == "ByteLevel"
+
+
 def test_train_bpe_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="too small"):
         train_bpe(["x"], vocab_size=100)

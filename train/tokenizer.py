@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=6400, help="tokens in all, 36 special ones and 256 bytes too")
     parser.add_argument("--save_dir", default="out/tokenizer", help="the folder to write")
     parser.add_argument("--max_train_mb", type=float, default=50, help="use about this much text at most")
+    parser.add_argument("--join_digits", action="store_true", help="let numbers become tokens; else a digit is a token")
     parser.add_argument("--on_bad_line", choices=["error", "skip"], default="error", help="stop at a bad line, or not")
     return parser.parse_args(argv)
 
@@ -59,7 +60,9 @@ def main() -> None:
     counts = {"texts": 0, "bytes": 0}
     start = time.monotonic()
     try:
-        tokenizer = train_bpe(split(args, held_out, counts), args.vocab_size, show_progress=sys.stderr.isatty())
+        tokenizer = train_bpe(
+            split(args, held_out, counts), args.vocab_size, sys.stderr.isatty(), split_digits=not args.join_digits
+        )
     except (DataError, ValueError) as error:
         sys.exit(f"error: {error}")
     tokenizer.save(args.save_dir)

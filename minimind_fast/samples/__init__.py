@@ -1,8 +1,9 @@
 """The sample files that ship with the package.
 
 Purpose: a first run without a download: small corpora in MiniMind's formats, and a tokenizer.
-Principle: the texts are written by `generate.py` from a seed, the tokenizer by `train/tokenizer.py`; both are committed, so
-    that nothing has to be made before the first step.
+Principle: the texts are written by `generate.py` from a seed, the tokenizer by `train/tokenizer.py` from them and from
+    classical Chinese poems, web and encyclopedia paragraphs; both are committed, so that nothing has to be
+    made before the first step.
 Properties: Chinese and English about half and half; facts are true, sums are right; a test regenerates the texts and
     compares them byte for byte.
 """

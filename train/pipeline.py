@@ -1,0 +1,219 @@
+"""The whole chain in one go: tokenizer, pretraining, SFT, LoRA, DPO, distillation, reasoning, GRPO, and an answer.
+
+Purpose: `make pipeline` shows every stage at work in under ten minutes on two CPU cores, on the shipped samples; with
+    --data_path, --sft_data_path, ... the same on your own files.
+Principle: a list of commands. Each stage is the same script that you would start by hand, in a process of its own under
+    the deepspeed launcher, and begins with the folder that the stage before it wrote; nothing passes between them but files.
+Properties: the table at the end is read from the logs of the runs, save the last stage's: the share of sums that no training
+    file holds which the model gets right, before and after. A stage that fails ends the pipeline with its name. --STAGE_args
+    hands any options to a stage, and those win.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_fast import samples
+from minimind_fast.progress import clock
+
+TRAIN = Path(__file__).resolve().parent
+QUESTIONS = ["What is 2 + 3?", "5加6等于多少？"]
+
+
+@dataclass
+class Stage:
+    """A run of one script.
+
+    Attributes:
+        name: of the script, and of its folder in --save_dir.
+        begins: the run whose weights it begins with, or none.
+        share: of --minutes.
+        measures: a number of its log and what to call it, best first; the first that the log has is shown.
+        data: sample to train on, the script's own default.
+        val: sample to validate on, or "".
+        extra: options that belong to the stage.
+    """
+
+    name: str
+    begins: str
+    share: float
+    measures: dict[str, str]
+    data: str
+    val: str = ""
+    extra: tuple[str, ...] = ()
+
+
+LOSSES = {"val_loss": "validation loss", "loss": "training loss"}
+STAGES = [
+    Stage("pretrain", "none", 0.28, LOSSES, "pretrain", "pretrain_val"),
+    Stage("sft", "pretrain", 0.19, LOSSES, "sft", "sft_val"),
+    Stage("lora", "sft", 0.10, LOSSES, "lora_identity"),
+    Stage("dpo", "lora", 0.06, {"reward_margin": "reward margin", **LOSSES}, "dpo", "dpo_val"),
+    Stage("distill", "pretrain", 0.12, LOSSES, "sft", "sft_val", ("--teacher_path", "dpo")),
+    Stage("reason", "distill", 0.10, LOSSES, "reason", "reason_val"),
+    Stage("grpo", "reason", 0.15, {"reward": "reward"}, "grpo"),
+]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save_dir", default="out/pipeline", help="folder of all runs")
+    parser.add_argument("--minutes", type=float, default=6.5, help="time of training, shared out among the stages")
+    parser.add_argument("--max_steps", type=int, default=0, help="stop each stage after this many optimizer steps")
+    parser.add_argument("--launcher", default="deepspeed", choices=["deepspeed", "python"], help="python: one process")
+    parser.add_argument("--data_path", nargs="+", default=[], help="pretraining data, also for the tokenizer")
+    parser.add_argument("--val_data_path", nargs="+", default=[], help="its validation data")
+    for stage in STAGES[1:]:
+        parser.add_argument(f"--{stage.name}_data_path", nargs="+", default=[], help=f"data of {stage.name}")
+        if stage.val:
+            parser.add_argument(f"--{stage.name}_val_data_path", nargs="+", default=[], help="its validation data")
+    parser.add_argument("--args", default="", help='options for every stage, such as --args="--num_threads 2"')
+    for name in ("tokenizer", *(stage.name for stage in STAGES)):
+        parser.add_argument(f"--{name}_args", default="", help=f"options for {name}")
+    return parser.parse_args(argv)
+
+
+def run(name: str, command: list[str]) -> float:
+    """Run one command to its end; seconds that it took. Exits with a sentence if it fails."""
+    print(f"\n=== {name}: {shlex.join(command[command.index(str(TRAIN / f'{name}.py')) :])}", flush=True)
+    began = time.monotonic()
+    code = subprocess.run(command, env=launcher_environment()).returncode
+    if code:
+        sys.exit(
+            f"error: the stage {name} ended with exit code {code}; what it said is above. The stages before it are done."
+        )
+    return time.monotonic() - began
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses right now: the launcher's default may be taken by another run."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launcher_environment() -> dict[str, str]:
+    """DeepSpeed's launcher warns at length where there is no GPU, unless it is told beforehand."""
+    import torch
+
+    return os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
+
+
+def tokenizer_command(args: argparse.Namespace) -> list[str]:
+    """The sample has few words: 3,000 tokens are enough for it."""
+    data = args.data_path or [str(samples.path("pretrain.jsonl"))]
+    size = [] if args.data_path else ["--vocab_size", "3000"]
+    where = ["--save_dir", str(Path(args.save_dir) / "tokenizer")]
+    script = str(TRAIN / "tokenizer.py")
+    return [sys.executable, script, "--data_path", *data, *size, *where, *shlex.split(args.tokenizer_args)]
+
+
+def stage_command(args: argparse.Namespace, stage: Stage) -> list[str]:
+    """What a user would type, with the time that the stage has."""
+    prefix = "" if stage.name == "pretrain" else f"{stage.name}_"
+    options = vars(args)
+    data, val = options[f"{prefix}data_path"], options.get(f"{prefix}val_data_path", [])
+    if not data and stage.val:  # left out, the script takes its sample and what suits it
+        val = val or [str(samples.path(f"{stage.val}.jsonl"))]
+    launcher = ["-m", "deepspeed.launcher.runner", "-q", "--master_port", str(free_port())]
+    command = [sys.executable, *(launcher if args.launcher == "deepspeed" else []), str(TRAIN / f"{stage.name}.py")]
+    command += ["--save_dir", args.save_dir, "--from_weight", stage.begins]
+    command += ["--max_minutes", f"{args.minutes * stage.share:.3g}", "--max_steps", str(args.max_steps)]
+    if stage.begins == "none":
+        command += ["--tokenizer_path", str(Path(args.save_dir) / "tokenizer")]
+    if data:
+        command += ["--data_path", *data]
+    if val:
+        command += ["--val_data_path", *val]
+    return [*command, *stage.extra, *shlex.split(args.args), *shlex.split(options[f"{stage.name}_args"])]
+
+
+def change(log: Path, measures: dict[str, str]) -> tuple[str, float, float]:
+    """What a run did to its own measure: (its name, first value, last value) of its log.
+
+    Args:
+        log: a log.jsonl.
+        measures: numbers to look for and their names, best first.
+    """
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for key, name in measures.items():
+        values = [row[key] for row in rows if key in row]
+        if values:
+            return name, values[0], values[-1]
+    raise ValueError(f"{log} has none of {', '.join(measures)}")
+
+
+def share_right(weights: Path) -> float:
+    """The share of the kept back sums that a model gets right, thinking first, without chance."""
+    from minimind_fast.checkpoint import load_pretrained
+    from minimind_fast.generate import generate_batch
+    from minimind_fast.rewards import correct
+    from minimind_fast.tokenizer import Tokenizer
+
+    model, tokenizer = load_pretrained(weights), Tokenizer.load(weights)
+    rows = [json.loads(line) for line in samples.path("grpo_val.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [
+        tokenizer.render_chat(row["conversations"][:1], add_generation_prompt=True, open_thinking=True) for row in rows
+    ]
+    outs = generate_batch(model, [tokenizer.encode(text) for text in prompts], max_new_tokens=64, temperature=0.0)
+    answers = [tokenizer.decode(out, skip_special_tokens=True) for out in outs]
+    return sum(correct(prompts, answers, rows)) / len(rows)
+
+
+def chat(weights: Path) -> None:
+    """Ask the last model, by the command that a user would type."""
+    for question in QUESTIONS:
+        command = [sys.executable, "-m", "minimind_fast.cli", "chat", str(weights), "--thinking"]
+        command += ["--max_new_tokens", "64"]
+        said = subprocess.run(command, input=question, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        print(f"  {question} → {' '.join(said.stdout.split())}")
+
+
+def table(rows: list[tuple[Any, ...]]) -> str:
+    """Rows as aligned columns, numbers to the right.
+
+    Args:
+        rows: (stage, begins with, measure, before, after, seconds).
+    """
+    head = ("stage", "begins with", "measure", "before", "after", "time")
+    shown = [(a, b, c, f"{x:.3f}", f"{y:.3f}", clock(s)) for a, b, c, x, y, s in rows]
+    widths = [max(len(row[i]) for row in (head, *shown)) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (head, *shown)
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def main() -> None:
+    args = parse_args()
+    began = time.monotonic()
+    folder = Path(args.save_dir)
+    rows: list[tuple[Any, ...]] = []
+    tokenizer_s = run("tokenizer", tokenizer_command(args))
+    for stage in STAGES:
+        seconds = run(stage.name, stage_command(args, stage))
+        rows.append((stage.name, stage.begins, *change(folder / stage.name / "log.jsonl", stage.measures), seconds))
+    last = folder / STAGES[-1].name / "weights"
+    if not args.grpo_data_path:
+        right = share_right(folder / "reason" / "weights"), share_right(last)
+        rows.append(("", "", "sums never shown, right", *right, 0.0))
+    print(f"\n{table(rows)}\n\nThe model of the last stage, asked:")
+    chat(last)
+    total_s = time.monotonic() - began
+    print(f"Done: tokenizer in {clock(tokenizer_s)}, everything in {clock(total_s)}; all runs are in {folder}.")
+    print(f"Next: minimind-fast chat {last} --thinking")
+
+
+if __name__ == "__main__":
+    main()
