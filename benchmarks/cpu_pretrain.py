@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eager_minimind import EagerMiniMind
+from eager_minimind import EagerMiniMind, EagerTraining
 from eager_minimind import loss as eager_loss
 
 from minimind_fast import stage
@@ -34,38 +34,11 @@ from minimind_fast.data import PackedBatches, PaddedBatches
 from minimind_fast.progress import clock, peak_flops
 from minimind_fast.token_cache import build_cache
 from minimind_fast.tokenizer import Tokenizer
-from minimind_fast.trainer import Trainer, Window, learning_rate
+from minimind_fast.trainer import Trainer, Window
 
 RESULTS = Path(__file__).with_name("results")
 ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8
 LEARNING_RATE = 5e-4
-
-
-class Baseline:
-    """MiniMind's loop: accumulate, clip, AdamW, over padded rows in fp32."""
-
-    def __init__(self, model: EagerMiniMind, cache: Any, accumulation: int, total_steps: int) -> None:
-        self.model, self.accumulation, self.total = model, accumulation, total_steps
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False, fused=False)
-        self.batches = iter(PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1))
-        self.step = 0
-
-    def take_step(self) -> tuple[int, float]:
-        config = TrainConfig(learning_rate=LEARNING_RATE)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step, self.total)
-        useful, summed = 0, 0.0
-        for _ in range(self.accumulation):
-            batch = next(self.batches)
-            value = eager_loss(self.model, batch.input_ids, batch.targets)
-            (value / self.accumulation).backward()
-            useful += batch.num_targets
-            summed += value.item() * batch.num_targets
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return useful, summed / useful
 
 
 class BaselineProcess:
@@ -101,7 +74,7 @@ def answer_as_baseline(args: argparse.Namespace) -> None:
         for p in (args.data_path, args.val_data_path)
     ]
     model = EagerMiniMind.from_ours(load_pretrained(args.weights))
-    baseline = Baseline(model, caches[0], args.accumulation, args.turns)
+    baseline = EagerTraining(model, caches[0], ROWS, LENGTH, args.accumulation, args.turns, LEARNING_RATE)
     rows = PaddedBatches(caches[1], batch_size=ROWS, max_seq_len=LENGTH + 1)
 
     def total(batch: Any) -> torch.Tensor:

@@ -4,7 +4,8 @@ Purpose: a faithful stand-in for upstream's dense model and training loop, writt
 Principle: separate q, k, v, gate and up projections, keys and values repeated for the query heads, RMSNorm and RoPE as
     chains of elementwise operators, whole logits, cross-entropy over padded rows, unfused AdamW.
 Properties: it loads the same weights as our model (`from_ours`), so that both start from the same point; nothing in it is
-    slowed down on purpose: attention is PyTorch's causal SDPA, data is tokenised beforehand as ours is.
+    slowed down on purpose: attention is PyTorch's causal SDPA, data is tokenised beforehand as ours is. Its operators
+    are as many as MiniMind's (a test counts them).
 
 Source: the behaviour of MiniMind (jingyaogong/minimind, Apache-2.0), restated.
 """
@@ -16,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_fast.checkpoint import to_disk_names
-from minimind_fast.config import ModelConfig
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.data import PaddedBatches
 from minimind_fast.model import MiniMind, rope_tables
+from minimind_fast.token_cache import TokenCache
+from minimind_fast.trainer import learning_rate
 
 
 class Norm(nn.Module):
@@ -141,3 +145,52 @@ def loss(model: EagerMiniMind, input_ids: Tensor, targets: Tensor) -> Tensor:
     """
     logits = model(input_ids).float()
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten(), ignore_index=-100)
+
+
+class EagerTraining:
+    """MiniMind's loop: padded rows, accumulation, clipping, AdamW; autocast to bfloat16 on a GPU, float32 on a CPU.
+
+    Args:
+        model: on its device; may be compiled.
+        cache: tokenised data.
+        rows: of a micro-batch.
+        length: positions of a row.
+        accumulation: micro-batches of an optimizer step.
+        total_steps: of the schedule.
+        lr: its peak.
+    """
+
+    def __init__(
+        self,
+        model: EagerMiniMind,
+        cache: TokenCache,
+        rows: int,
+        length: int,
+        accumulation: int,
+        total_steps: int,
+        lr: float,
+    ) -> None:
+        self.model, self.accumulation, self.total = model, accumulation, total_steps
+        self.device = model.cos.device
+        fused = None if self.device.type == "cuda" else False  # as PyTorch chooses by itself on a GPU
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=fused, fused=False)
+        self.batches = iter(PaddedBatches(cache, batch_size=rows, max_seq_len=length + 1))
+        self.config, self.step = TrainConfig(learning_rate=lr), 0
+
+    def take_step(self) -> tuple[int, float]:
+        """One optimizer step -> (useful tokens, their mean loss)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step, self.total)
+        useful, summed = 0, 0.0
+        for _ in range(self.accumulation):
+            batch = next(self.batches).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                value = loss(self.model, batch.input_ids, batch.targets)
+            (value / self.accumulation).backward()
+            useful += batch.num_targets
+            summed += value.item() * batch.num_targets
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return useful, summed / useful
