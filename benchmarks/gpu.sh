@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, the most valuable first, in one call of under ten minutes on a bare offline machine
-# (Python 3.12, torch 2.11, triton 3.6, no network): tests, the proof, kernel times, end to end.
+# (Python 3.12, torch 2.11, triton 3.6, no network): tests, the proof, kernel groups, end to end, the rest of the suite, the report.
 #
 # usage: [WHEELS=FOLDER] [OUT=FOLDER] [PARTS="tests verify ..."] benchmarks/gpu.sh [--dry-run]
 #   WHEELS   wheels of benchmarks/wheels.sh to install first (default: benchmarks/wheels, if it is there)
-#   OUT      where results go (default: benchmarks/results); few files: gpu.log, gpu_parts.tsv, and each part's JSON
+#   OUT      where results go (default: benchmarks/results); few files: gpu.log, gpu_parts.tsv, each part's JSON, the report
 #   PARTS    which parts, by name (default: all)
 #   --dry-run  all parts on this machine's CPU with small shapes: proves the button, measures nothing
 #
@@ -64,7 +64,7 @@ part() {
   shift 2
   [[ " ${PARTS:-$name} " == *" $name "* ]] || return 0
   say "--- $name (at most $budget s): $*"
-  timeout --kill-after=10 "$budget" "$@" 2>&1 | tee -a "$log"
+  timeout --signal=INT --kill-after=10 "$budget" "$@" 2>&1 | tee -a "$log"
   code=${PIPESTATUS[0]}
   case $code in
     0) code=passed ;;
@@ -73,34 +73,35 @@ part() {
   esac
   printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - started))" >> "$parts"
 }
-# part_if FILE NAME BUDGET_S COMMAND...: the same, for what is not there yet.
-part_if() {
-  local file=$1
-  shift
-  if compgen -G "$file" > /dev/null; then
-    part "$@"
-  elif [[ " ${PARTS:-$1} " == *" $1 "* ]]; then
-    say "--- $1: left out, there is no $file"
-    printf '%s\tleft out\t0\n' "$1" >> "$parts"
-  fi
+# suite NAME BUDGET_S OPTIONS...: a part of the benchmark suite. It begins no row after five sixths of the budget, and an
+# interrupt at its end still lets pytest write what was measured.
+suite() {
+  local name=$1 budget=$2
+  shift 2
+  part "$name" "$budget" "$python" -m pytest -p no:cacheprovider -rs --budget_s "$((budget * 5 / 6))" "$@" \
+    --benchmark-json="$out/suite_$name.json"
 }
 
 if [[ $dry == 1 ]]; then
   export CUDA_VISIBLE_DEVICES=
-  part tests 120 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_verify.py tests/test_swiglu.py
+  part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_verify.py tests/test_swiglu.py
   part verify 300 "$python" -m minimind_fast.verify --ops swiglu --dtype float32 --json "$out/verify.json"
-  part kernel_times 120 "$python" benchmarks/kernel_times.py --presets minimind2-small --tokens 32 --out "$out"
-  part_if "benchmarks/test_*.py" benchmarks 120 "$python" -m pytest benchmarks/ -p no:cacheprovider --benchmark-disable
-  part_if benchmarks/end_to_end.py end_to_end 120 "$python" benchmarks/end_to_end.py --dry-run --out "$out"
+  suite kernels 240 benchmarks/test_kernels.py -k "swiglu and not compile"
+  suite end_to_end 240 benchmarks/test_steps.py
+  suite layers 240 benchmarks/test_layers.py -k "attention and mix"
+  suite rest 240 benchmarks/test_loading.py benchmarks/test_decoding.py
 else
-  part tests 150 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
+  part tests 140 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
     --deselect tests/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
-  part verify 130 "$python" -m minimind_fast.verify --device cuda --json "$out/verify.json"
-  part kernel_times 140 "$python" benchmarks/kernel_times.py --out "$out" --budget_s 110
-  part_if benchmarks/end_to_end.py end_to_end 120 "$python" benchmarks/end_to_end.py --out "$out"
-  part_if "benchmarks/test_*.py" benchmarks 40 "$python" -m pytest benchmarks/ -p no:cacheprovider \
-    --benchmark-json="$out/pytest_benchmark.json"
+  part verify 110 "$python" -m minimind_fast.verify --device cuda --json "$out/verify.json"
+  suite kernels 125 benchmarks/test_kernels.py
+  suite end_to_end 95 benchmarks/test_steps.py
+  suite layers 45 benchmarks/test_layers.py
+  suite rest 35 benchmarks/test_decoding.py benchmarks/test_loading.py
 fi
+shopt -s nullglob
+runs=("$out"/suite_*.json)
+[[ ${#runs[@]} == 0 ]] || part report 20 "$python" benchmarks/report.py "${runs[@]}" --out "$out"
 
 say "$(column -t -s $'\t' "$parts" 2> /dev/null || cat "$parts")"
 say "results in $out"

@@ -1,29 +1,67 @@
-"""Put committed results into the marked sections of the READMEs: `python benchmarks/refresh_readme.py`.
+"""Put committed results into the marked sections of READMEs and docs: `python benchmarks/refresh_readme.py`.
 
-Purpose: no number in a README is typed by hand.
-Principle: between `<!-- results:NAME -->` and `<!-- /results -->` stands benchmarks/results/NAME.md, word for word.
+Purpose: no number in a README or in docs/ is typed by hand.
+Principle: between `<!-- results:NAME -->` and `<!-- /results -->` stands benchmarks/results/NAME.md, word for word;
+    for aot_OP two tables made from kernels_aot.json.
 Properties: a test fails when a section and its file differ.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = ("README.md", "README_zh.md")
+RESULTS = ROOT / "benchmarks" / "results"
+READMES = ("README.md", "README_zh.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*/*.md")))
 SECTION = re.compile(r"<!-- results:(\w+) -->\n(.*?)<!-- /results -->", re.DOTALL)
+
+
+def compiled(op: str) -> str:
+    """What Triton's compiler made of an op's kernels, and the bytes that its launches are given.
+
+    Args:
+        op: its name.
+
+    Returns:
+        Markdown: a row a kernel and a column a GPU, the worst over the models; then a row a model and pass.
+    """
+    found = json.loads((RESULTS / "kernels_aot.json").read_text(encoding="utf-8"))
+    targets = [target["name"] for target in found["targets"]]
+    rows = [row for row in found["kernels"] if row["op"] == op]
+    lines = [
+        "| registers / spilled bytes / shared KB | " + " | ".join(targets) + " |",
+        "|---" * (len(targets) + 1) + "|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for target in targets:
+            mine = [row for row in rows if row["kernel"] == kernel and row["target"] == target]
+            registers, spilled, shared = (
+                max(row[key] for row in mine) for key in ("registers", "spill_bytes", "shared_bytes")
+            )
+            cells.append(f"{registers} / {spilled} / {shared / 1024:.1f}")
+        lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
+    lines += ["", f"| T = {found['tokens']:,}, bf16 | pass | launches | MB moved | MB at least | matmul GFLOP |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in (row for row in found["ops"] if row["op"] == op):
+        cells = (row["preset"], row["direction"], row["launches"], f"{row['bytes_moved'] / 1e6:,.0f}")
+        cells += (f"{row['floor_bytes'] / 1e6:,.0f}", f"{row['matmul_gflop']:,.0f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def refreshed(text: str) -> str:
     """The text with every marked section taken from its file.
 
     Args:
-        text: of a README.
+        text: of a README or of a page of docs/.
     """
 
     def section(found: re.Match[str]) -> str:
-        body = (ROOT / "benchmarks" / "results" / f"{found[1]}.md").read_text(encoding="utf-8")
+        op = found[1].removeprefix("aot_")
+        body = compiled(op) if op != found[1] else (RESULTS / f"{found[1]}.md").read_text(encoding="utf-8")
         return f"<!-- results:{found[1]} -->\n{body}<!-- /results -->"
 
     return SECTION.sub(section, text)

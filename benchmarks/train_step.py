@@ -55,7 +55,7 @@ class Rung:
     zero_stage: int = -1
 
 
-PLAIN = dict(kernels="none", own_attention=False, kept_memory=False)
+PLAIN: dict[str, Any] = dict(kernels="none", own_attention=False, kept_memory=False)
 CPU_LADDER = [
     Rung("MiniMind's eager loop: fp32, padded rows", eager=True, dtype="float32"),
     Rung("+ packed documents, fused projections (our model, reference ops)", dtype="float32", **PLAIN),

@@ -1,0 +1,78 @@
+"""The suite's options, its head, and what its tests are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from harness import CLOCK, Suite
+
+SUITE = pytest.StashKey[Suite]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("minimind_fast benchmarks")
+    group.addoption("--shapes", choices=("default", "all"), default="default", help="all T, models and documents")
+    group.addoption("--presets", default="", help="models, joined by commas")
+    group.addoption("--tokens", default="", help="T, joined by commas")
+    group.addoption("--budget_s", type=float, default=1e9, help="begin no row after this many seconds")
+    group.addoption("--threads", type=int, default=0, help="of a CPU (default: PyTorch's own choice)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    names = [name for name in config.getoption("--presets").split(",") if name]
+    tokens = [int(count) for count in config.getoption("--tokens").split(",") if count]
+    if threads := config.getoption("--threads"):
+        torch.set_num_threads(threads)
+    suite = Suite(config.getoption("--shapes") == "all", names, tokens, config.getoption("--budget_s"))
+    config.stash[SUITE] = suite
+    given = {argument.split("=")[0] for argument in map(str, config.invocation_params.args)}
+    # pytest-benchmark's defaults are a second a row, which is too long for a first look, and twelve columns.
+    wanted = {"--benchmark-columns": ["median", "iqr", "rounds"]}
+    if not suite.on_gpu:
+        wanted.update({"--benchmark-max-time": "0.2", "--benchmark-min-rounds": 3})  # type: ignore[dict-item]
+    for name, value in wanted.items():
+        if name not in given:
+            setattr(config.option, name.removeprefix("--").replace("-", "_"), value)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    for line in session.config.stash[SUITE].limits():
+        reporter.write_line(line)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test module's ROWS: a function of the suite that gives one tuple of parameters a row, eager first."""
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.module.ROWS[metafunc.function.__name__](metafunc.config.stash[SUITE])
+        metafunc.parametrize("case", cases, ids=["-".join(str(x) for x in case) for case in cases])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.stash[SUITE].on_gpu:
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK, disable_gc=False))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    suite = config.stash[SUITE]
+    output_json["minimind_fast"] = {
+        "device": suite.device_name,
+        "on_gpu": suite.on_gpu,
+        "torch": torch.__version__,
+        "roofs": suite.roofs,
+        "limits": suite.limits(),
+    }
+
+
+@pytest.fixture
+def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+    found = request.config.stash[SUITE]
+    found.stop_if_out_of_time()
+    yield found
+    found.tidy()
