@@ -18,9 +18,15 @@ INSTALL_REQUIRES = [
     "psutil>=5.9",  # memory of the process, for the log
 ]
 
+SERVE = [
+    "fastapi>=0.115",  # routes of `minimind-fast serve`
+    "uvicorn>=0.30",  # and what runs them
+]
+
 EXTRAS = {
     # flash-attn builds against the CUDA toolkit; without it PyTorch's own varlen flash attention is used.
     "flash": ["flash-attn>=2.7"],
+    "serve": SERVE,
     "wandb": ["wandb"],
     "swanlab": ["swanlab"],
     "test": [
@@ -31,6 +37,9 @@ EXTRAS = {
         "hypothesis>=6.100",
         "transformers>=5,<6",  # tests only: exports and tokenizers are checked against it
         "peft>=0.17",  # tests only: it must load our adapters
+        *SERVE,
+        "openai>=1.60",  # tests only: the server is spoken to by OpenAI's own client
+        "httpx>=0.27",  # tests and the serving benchmark: requests that OpenAI's client would not send
         "ruff>=0.9",
         "pyright>=1.1.390",
     ],
@@ -46,7 +55,7 @@ setup(
     python_requires=">=3.11",
     packages=["minimind_fast", "minimind_fast.kernels", "minimind_fast.samples"],
     package_dir={"minimind_fast.kernels": "kernels"},
-    package_data={"minimind_fast.samples": ["*.jsonl", "tokenizer/*"]},
+    package_data={"minimind_fast": ["web/*"], "minimind_fast.samples": ["*.jsonl", "tokenizer/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minimind-fast=minimind_fast.cli:main"]},

@@ -21,7 +21,7 @@ from torch import Tensor
 from minimind_fast import ops
 from minimind_fast.attention import resolve
 from minimind_fast.attention_rows import Rectangles
-from minimind_fast.decode_cpu import CpuStep
+from minimind_fast.decode_cpu import CpuStep, Packs
 from minimind_fast.model import MiniMind, Packed
 
 Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
@@ -88,15 +88,19 @@ class Decoder:
         rows: B.
         slots: S, the most tokens that a row will have.
         cache: (L, B, 2K, S, hd) to work in, such as a part of a larger one; None: a new one.
+        packs: weights laid out for a CPU, of a model that is not trained meanwhile.
     """
 
-    def __init__(self, model: MiniMind, rows: int, slots: int, cache: Tensor | None = None) -> None:
+    def __init__(
+        self, model: MiniMind, rows: int, slots: int, cache: Tensor | None = None, packs: Packs | None = None
+    ) -> None:
         self.model = model
         self.cache = new_cache(model, rows, slots) if cache is None else cache
         self.device, self.dtype = self.cache.device, self.cache.dtype
         self.lengths = [0] * rows  # on the host, so that nothing waits for the device
         self.positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the same on the device
         self._fast: Step | None = None
+        self._packs = packs
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
@@ -204,7 +208,7 @@ class Decoder:
         if self.device.type == "cuda" and can_capture(self.model):
             return GraphStep(self)
         if self.device.type == "cpu":
-            return CpuStep(self.model, self.cache)
+            return CpuStep(self.model, self.cache, self._packs)
         return self.plain_step
 
     def plain_step(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:

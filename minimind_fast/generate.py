@@ -334,7 +334,7 @@ class Stream:
                 if not found:
                     held += self._decoder.finish()
                 break
-            safe = len(held) - _overlap(held, self._stop)
+            safe = len(held) - overlap(held, self._stop)
             if safe:
                 yield held[:safe]
                 held = held[safe:]
@@ -365,8 +365,16 @@ def stream(model: MiniMind, tokenizer: Tokenizer, prompt_ids: Sequence[int], **o
     return Stream(model, tokenizer, prompt_ids, options)
 
 
-def _overlap(text: str, stops: list[str]) -> int:
-    """Characters at the text's end that may be the beginning of a stop string."""
+def overlap(text: str, stops: Sequence[str]) -> int:
+    """Characters at the text's end that may be the beginning of a stop string.
+
+    Args:
+        text: what has come so far.
+        stops: the strings.
+
+    Returns:
+        The length of the longest such end; 0 if there is none.
+    """
     longest = max(map(len, stops), default=1) - 1
     for n in range(min(longest, len(text)), 0, -1):
         if any(s.startswith(text[-n:]) for s in stops):

@@ -14,11 +14,13 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 # These modules stand on those of their own line and of the lines before, bottom first.
 LAYERS = [
-    {"config", "losses", "reference", "attention", "schema"},
+    {"config", "losses", "reference", "attention_rows", "schema"},
+    {"attention", "cpu_ops"},
     {"ops"},
     {"model", "tokenizer"},
     {"lora", "checkpoint", "token_cache", "data", "sampling"},
-    {"decode", "generate"},
+    {"decode"},
+    {"generate", "slots"},
     {"resume", "progress", "engine", "stage", "trainer", "verify"},
 ]
 # Modules that stand on everything: nothing of the package imports them, save the package's front door.
@@ -67,7 +69,7 @@ def test_config_imports_nothing_of_ours():
     assert ours(ROOT / "minimind_fast" / "config.py") == set()
 
 
-@pytest.mark.parametrize("name", ["reference", "attention", "losses"])
+@pytest.mark.parametrize("name", ["reference", "attention_rows", "cpu_ops", "losses"])
 def test_the_bottom_stands_on_torch_alone(name):
     path = ROOT / "minimind_fast" / f"{name}.py"
     assert ours(path) <= {"reference"}
@@ -75,12 +77,12 @@ def test_the_bottom_stands_on_torch_alone(name):
 
 
 def test_ops_stands_on_reference_and_attention_and_loads_kernels_by_name_only():
-    assert ours(ROOT / "minimind_fast" / "ops.py") == {"reference", "attention"}
+    assert ours(ROOT / "minimind_fast" / "ops.py") == {"reference", "cpu_ops", "attention"}
 
 
 def test_the_model_calls_ops_and_no_implementation():
     # attention's helpers stand beside the reference; generate is imported inside a method, for model.generate(...)
-    assert ours(ROOT / "minimind_fast" / "model.py") <= {"ops", "config", "attention", "generate"}
+    assert ours(ROOT / "minimind_fast" / "model.py") <= {"ops", "config", "attention", "attention_rows", "generate"}
     assert "minimind_fast.generate.generate" not in imports(ROOT / "minimind_fast" / "model.py", top_level_only=True)
 
 
@@ -119,14 +121,25 @@ def test_triton_only_in_kernels_and_deepspeed_only_in_the_trainer(path):
 
 
 @pytest.mark.parametrize("path", PACKAGE + KERNELS + TRAIN, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_the_web_framework_only_in_the_server_and_there_in_no_part_that_needs_it_not(path):
+    web = {"fastapi", "starlette", "uvicorn", "httpx", "openai"} & outside(path)
+    assert not web or path.stem in ("serve", "serve_app")
+    # The command's own module is imported where the extra is not installed, to say so.
+    at_once = {name.split(".")[0] for name in imports(path, top_level_only=True)}
+    assert path.stem == "serve_app" or not at_once & {"fastapi", "starlette", "uvicorn"}
+    if not path.stem.startswith("serve"):
+        assert not any(name.startswith("serve") for name in ours(path))
+
+
+@pytest.mark.parametrize("path", PACKAGE + KERNELS + TRAIN, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_transformers_nowhere(path):
     assert "transformers" not in outside(path)
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
-def test_triton_in_benchmarks_only_where_kernels_are_compiled_or_timed(path):
+def test_triton_in_benchmarks_only_where_kernels_are_compiled(path):
     if "triton" in outside(path):
-        assert path.stem in ("aot", "kernel_times")
+        assert path.stem == "aot"
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
