@@ -97,7 +97,7 @@ def _choose(name: str, device_type: str) -> tuple[Callable, str]:
         return plain, "reference: switched off"
     if mode == "auto" and device_type != "cuda":
         chunked = getattr(cpu_ops, name, None)
-        return (chunked, f"in chunks: on {device_type}") if chunked else (plain, f"reference: on {device_type}")
+        return (chunked, f"chunks: on {device_type}") if chunked else (plain, f"reference: on {device_type}")
     if mode == "auto":
         return kernel(name), "kernel: on a GPU"
     if device_type != "cuda" and not _interpreting():

@@ -1,8 +1,8 @@
 """`minimind-fast serve PATH`: an OpenAI-compatible server and a chat page for one model.
 
 Purpose: the command: options, model, socket, uvicorn.
-Principle: one process. A thread runs the model over a batch that requests join and leave (`serve_batch.py`); the event
-    loop does the rest (`serve_app.py`).
+Principle: one process. A thread runs the model over a batch that requests join and leave (`server/batch.py`); the event
+    loop does the rest (`server/app.py`).
 Properties: listens on localhost unless told otherwise. FastAPI and uvicorn are an extra, `pip install minimind_fast[serve]`.
 """
 
@@ -16,8 +16,8 @@ import sys
 
 from minimind_fast.options import add_model_options, open_model
 from minimind_fast.sampling import Sampling
-from minimind_fast.serve_batch import Batcher
-from minimind_fast.serve_protocol import Defaults
+from minimind_fast.server.batch import Batcher
+from minimind_fast.server.protocol import Defaults
 
 
 def is_local(host: str) -> bool:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     try:
         import uvicorn
 
-        from minimind_fast.serve_app import Service, make_app
+        from minimind_fast.server.app import Service, make_app
     except ImportError as error:
         raise ValueError(f"serve needs FastAPI and uvicorn ({error}): pip install 'minimind_fast[serve]'") from None
     Sampling(args.temperature, args.top_p)  # their ranges

@@ -10,9 +10,9 @@ import torch
 import uvicorn
 
 import minimind_fast as mm
-from minimind_fast import serve_batch
-from minimind_fast.serve_app import Service, make_app
-from minimind_fast.serve_batch import Batcher
+from minimind_fast.server import batch as serve_batch
+from minimind_fast.server.app import Service, make_app
+from minimind_fast.server.batch import Batcher
 
 TOKENIZER = mm.Tokenizer.load(Path(mm.__file__).with_name("samples") / "tokenizer")
 SCRIPTS: dict[int, list[int]] = {}  # seed -> the tokens that a request with it gets

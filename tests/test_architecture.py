@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "minimind_fast").glob("*.py"))
+SERVER = sorted((ROOT / "minimind_fast" / "server").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 TRAIN = sorted((ROOT / "train").glob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -120,15 +121,16 @@ def test_triton_only_in_kernels_and_deepspeed_only_in_the_trainer(path):
         assert path.stem in ("trainer", "engine", "resume") and path.parent.name == "minimind_fast"
 
 
-@pytest.mark.parametrize("path", PACKAGE + KERNELS + TRAIN, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", PACKAGE + SERVER + KERNELS + TRAIN, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_the_web_framework_only_in_the_server_and_there_in_no_part_that_needs_it_not(path):
     web = {"fastapi", "starlette", "uvicorn", "httpx", "openai"} & outside(path)
-    assert not web or path.stem in ("serve", "serve_app")
+    app = path.stem == "app" and path.parent.name == "server"
+    assert not web or app or path.stem == "serve"
     # The command's own module is imported where the extra is not installed, to say so.
     at_once = {name.split(".")[0] for name in imports(path, top_level_only=True)}
-    assert path.stem == "serve_app" or not at_once & {"fastapi", "starlette", "uvicorn"}
-    if not path.stem.startswith("serve"):
-        assert not any(name.startswith("serve") for name in ours(path))
+    assert app or not at_once & {"fastapi", "starlette", "uvicorn"}
+    if path not in SERVER and path.stem != "serve":
+        assert not any(name.startswith(("minimind_fast.serve", "minimind_fast.server")) for name in imports(path))
 
 
 @pytest.mark.parametrize("path", PACKAGE + KERNELS + TRAIN, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -156,7 +158,7 @@ def test_scripts_are_named_after_no_module_that_they_import():
         assert path.stem not in {n.split(".")[0] for p in PACKAGE + TRAIN for n in imports(p)}, path.name
 
 
-SOURCES = [p for p in PACKAGE + KERNELS + TRAIN if p.name != "__init__.py"]
+SOURCES = [p for p in PACKAGE + SERVER + KERNELS + TRAIN if p.name != "__init__.py"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.stem}")

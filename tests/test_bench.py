@@ -1,6 +1,7 @@
 """The benchmark suite's own promises: no time without a right answer, device time by events, numbers from files only."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -245,7 +246,8 @@ def test_the_suite_runs_says_its_limits_and_keeps_pytest_benchmarks_options(tmp_
     run = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-p", "no:cacheprovider", "--threads", "1"]
     run += ["--tokens", "16", "--presets", "minimind2-small", "-k", "swiglu and not compile and not linear"]
     run += ["-rs", f"--benchmark-json={file}", "--benchmark-min-rounds=4"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # pytest-benchmark rests under xdist
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, env=alone)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "anything of the Triton kernels" in done.stdout and "Liger-Kernel is not installed" in done.stdout
     rows = json.loads(file.read_text())["benchmarks"]

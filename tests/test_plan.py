@@ -87,7 +87,9 @@ def test_predicted_memory_is_within_15_percent_of_a_process_that_trains():
 def test_the_batch_part_grows_with_tokens_and_falls_with_checkpointing():
     config = ModelConfig.preset("minimind3", num_hidden_layers=4)
     sizes = [micro_batch(config, tokens, 256, kernels=True).saved_bytes for tokens in (2048, 4096, 6144)]
-    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], rel=0.001)  # what is left is the head's own gradient
+    assert sizes[2] - sizes[1] == pytest.approx(
+        sizes[1] - sizes[0], rel=0.001
+    )  # what is left is the head's own gradient
     assert sizes[0] > 0.8 * (sizes[1] - sizes[0])
     large = micro_batch(config, 4096, 256, kernels=True)
     again = micro_batch(config, 4096, 256, kernels=True, gradient_checkpointing=True)

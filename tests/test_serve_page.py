@@ -9,7 +9,7 @@ import httpx
 import pytest
 from serving import SCRIPTS, TOKENIZER, scripted_pick, serving, wait_for
 
-from minimind_fast import serve_batch
+from minimind_fast.server import batch as serve_batch
 
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(DRIVER is None, reason="needs chromedriver and Chromium (Debian: chromium-driver)")

@@ -10,10 +10,10 @@ from test_generate import CASES, GOLDEN
 import minimind_fast as mm
 from minimind_fast.generate import generate_batch
 from minimind_fast.sampling import Sampling
-from minimind_fast.serve_batch import Batcher, Event, Job
-from minimind_fast.serve_output import Answer, Sections, parse_call
-from minimind_fast.serve_queue import FairQueue, Full
-from minimind_fast.serve_reply import merged
+from minimind_fast.server.batch import Batcher, Event, Job
+from minimind_fast.server.output import Answer, Sections, parse_call
+from minimind_fast.server.queue import FairQueue, Full
+from minimind_fast.server.reply import merged
 from minimind_fast.slots import Slots
 
 

@@ -219,7 +219,6 @@ def test_what_is_left_to_multiply_the_heads_gradients_by_is_a_power_of_two(weigh
     assert torch.equal(left, left[:1].expand(40)) and left[0].abs().log2().frac() == 0
 
 
-
 def test_lora_moves_adapters_only_and_merges_them(base, one_rank):
     found = adapters(one_rank)
     assert len(found) == 2 * 4 and all(b.abs().max() > 0 for _, b in found.values())

@@ -168,13 +168,16 @@ def share_right(weights: Path) -> float:
     return sum(correct(prompts, answers, rows)) / len(rows)
 
 
-def chat(weights: Path) -> None:
-    """Ask the last model, by the command that a user would type."""
+def chat(weights: Path) -> list[tuple[str, str]]:
+    """Ask the last model, by the command that a user would type -> questions and answers."""
+    answers = []
     for question in QUESTIONS:
         command = [sys.executable, "-m", "minimind_fast.cli", "chat", str(weights), "--thinking"]
         command += ["--max_new_tokens", "64"]
         said = subprocess.run(command, input=question, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        print(f"  {question} → {' '.join(said.stdout.split())}")
+        answers.append((question, " ".join(said.stdout.split())))
+        print("  {} → {}".format(*answers[-1]))
+    return answers
 
 
 def table(rows: list[tuple[Any, ...]]) -> str:
@@ -209,8 +212,10 @@ def main() -> None:
         right = share_right(folder / "reason" / "weights"), share_right(last)
         rows.append(("", "", "sums never shown, right", *right, 0.0))
     print(f"\n{table(rows)}\n\nThe model of the last stage, asked:")
-    chat(last)
+    answers = chat(last)
     total_s = time.monotonic() - began
+    told = {"rows": rows, "seconds": total_s, "answers": answers, "threads": os.cpu_count()}
+    (folder / "pipeline.json").write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
     print(f"Done: tokenizer in {clock(tokenizer_s)}, everything in {clock(total_s)}; all runs are in {folder}.")
     print(f"Next: minimind-fast chat {last} --thinking")
 

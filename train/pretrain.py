@@ -17,7 +17,7 @@ from minimind_fast.token_cache import encode_pretrain
 SAMPLE_DEFAULTS = dict(
     batch_size=8, accumulation_steps=1, max_seq_len=256, learning_rate=2e-3, warmup_steps=20, max_minutes=1.75
 )
-PROMPTS = ["从前", "水", "The", "Once upon a time", "Question: what is 2 + 3?"]
+PROMPTS = ["从前有个孩子叫", "离太阳最近的行星是", "Once upon a time", "The capital of France is", "问：2加3等于多少？"]
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from minimind_fast.serve_batch import Batcher, Event, Job
-from minimind_fast.serve_metrics import Metrics
-from minimind_fast.serve_output import Answer, Delta
-from minimind_fast.serve_protocol import ApiError
-from minimind_fast.serve_queue import Full
+from minimind_fast.server.batch import Batcher, Event, Job
+from minimind_fast.server.metrics import Metrics
+from minimind_fast.server.output import Answer, Delta
+from minimind_fast.server.protocol import ApiError
+from minimind_fast.server.queue import Full
 
 
 class Gone(Exception):

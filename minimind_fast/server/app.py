@@ -28,13 +28,13 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
-from minimind_fast.serve_batch import Batcher, Job
-from minimind_fast.serve_call import Call, Calls, Gone
-from minimind_fast.serve_metrics import Metrics
-from minimind_fast.serve_output import Answer
-from minimind_fast.serve_prompt import chat_prompt, completion_prompt
-from minimind_fast.serve_protocol import ApiError, Ask, ChatAsk, Defaults, bad, read_chat, read_completion, read_json
-from minimind_fast.serve_reply import ChatReply, CompletionReply
+from minimind_fast.server.batch import Batcher, Job
+from minimind_fast.server.call import Call, Calls, Gone
+from minimind_fast.server.metrics import Metrics
+from minimind_fast.server.output import Answer
+from minimind_fast.server.prompt import chat_prompt, completion_prompt
+from minimind_fast.server.protocol import ApiError, Ask, ChatAsk, Defaults, bad, read_chat, read_completion, read_json
+from minimind_fast.server.reply import ChatReply, CompletionReply
 from minimind_fast.tokenizer import Tokenizer
 
 log = logging.getLogger("minimind_fast.serve")

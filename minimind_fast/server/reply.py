@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from minimind_fast.serve_output import Answer, Delta, Token, usage
+from minimind_fast.server.output import Answer, Delta, Token, usage
 
 _TEXT = {"content": "content", "reasoning": "reasoning_content"}
 

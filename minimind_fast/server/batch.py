@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minimind_fast.model import MiniMind
 from minimind_fast.sampling import Noise, Sampling, choose
-from minimind_fast.serve_queue import FairQueue
+from minimind_fast.server.queue import FairQueue
 from minimind_fast.slots import Slots
 
 log = logging.getLogger("minimind_fast.serve")

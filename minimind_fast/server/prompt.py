@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from minimind_fast.serve_protocol import ChatAsk, CompletionAsk, bad
+from minimind_fast.server.protocol import ChatAsk, CompletionAsk, bad
 from minimind_fast.tokenizer import Tokenizer
 
 _MARK = "\ufdd0"  # a noncharacter: in no text, and refused below

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from minimind_fast.generate import overlap
-from minimind_fast.serve_batch import Event, Scores
+from minimind_fast.server.batch import Event, Scores
 from minimind_fast.tokenizer import StreamDecoder, Tokenizer
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
