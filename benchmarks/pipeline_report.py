@@ -25,7 +25,10 @@ def main() -> None:
     folder = parser.parse_args().folder
     pipeline = runpy.run_path(str(ROOT / "train" / "pipeline.py"))
     told = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
-    lines = [f"Made by `make pipeline` and `benchmarks/pipeline_report.py` on {told['threads']} threads of {processor()}.", ""]
+    lines = [
+        f"Made by `make pipeline` and `benchmarks/pipeline_report.py` on {told['threads']} threads of {processor()}.",
+        "",
+    ]
     lines += ["| stage | begins with | its measure | before | after | minutes |", "|---|---|---|---|---|---|"]
     for stage, begins, measure, before, after, seconds in told["rows"]:
         minutes = f"{seconds / 60:.1f}" if seconds else ""

@@ -87,11 +87,14 @@ def test_stories_agree_with_themselves():
 
 def test_the_words_of_the_identity_are_known_before_but_not_the_identity():
     """Else the LoRA demo answers with holes: a word never seen cannot be learned by a small adapter."""
-    pretrain, identity = "\n".join(texts("pretrain")), "\n".join(lines("lora_identity"))
+    pretrain = "\n".join(texts("pretrain"))
+    about_it = [row for row in rows("lora_identity") if "minimind_fast" in row["conversations"][-1]["content"]]
+    assert len(about_it) == 60 < len(rows("lora_identity"))  # the others keep it from answering everything
+    identity = json.dumps(about_it, ensure_ascii=False)
     words = Counter(re.findall(r"[A-Za-z_]+", pretrain))
     said = {
         w
-        for row in rows("lora_identity")
+        for row in about_it
         for turn in row["conversations"]
         for w in re.findall("[A-Za-z_]+", turn["content"])
     }

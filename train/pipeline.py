@@ -53,20 +53,20 @@ class Stage:
 
 LOSSES = {"val_loss": "validation loss", "loss": "training loss"}
 STAGES = [
-    Stage("pretrain", "none", 0.28, LOSSES, "pretrain", "pretrain_val"),
+    Stage("pretrain", "none", 0.32, LOSSES, "pretrain", "pretrain_val"),
     Stage("sft", "pretrain", 0.19, LOSSES, "sft", "sft_val"),
-    Stage("lora", "sft", 0.10, LOSSES, "lora_identity"),
-    Stage("dpo", "lora", 0.06, {"reward_margin": "reward margin", **LOSSES}, "dpo", "dpo_val"),
+    Stage("lora", "sft", 0.07, LOSSES, "lora_identity"),
+    Stage("dpo", "lora", 0.05, {"reward_margin": "reward margin", **LOSSES}, "dpo", "dpo_val"),
     Stage("distill", "pretrain", 0.12, LOSSES, "sft", "sft_val", ("--teacher_path", "dpo")),
-    Stage("reason", "distill", 0.10, LOSSES, "reason", "reason_val"),
-    Stage("grpo", "reason", 0.15, {"reward": "reward"}, "grpo"),
+    Stage("reason", "distill", 0.06, LOSSES, "reason", "reason_val"),
+    Stage("grpo", "reason", 0.19, {"reward": "reward"}, "grpo"),
 ]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save_dir", default="out/pipeline", help="folder of all runs")
-    parser.add_argument("--minutes", type=float, default=6.5, help="time of training, shared out among the stages")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time of training, shared out among the stages")
     parser.add_argument("--max_steps", type=int, default=0, help="stop each stage after this many optimizer steps")
     parser.add_argument("--launcher", default="deepspeed", choices=["deepspeed", "python"], help="python: one process")
     parser.add_argument("--data_path", nargs="+", default=[], help="pretraining data, also for the tokenizer")

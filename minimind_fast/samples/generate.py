@@ -101,12 +101,15 @@ def write(folder: Path) -> None:
     kept = chats.questions([*sft_val, *dpo_val, *reason_val])
     sft = chats.conversations(rng, 720, kept) + chats.thoughtful(rng, 48, kept) + chats.tool_calls(rng, 36)
     rng.shuffle(sft)
+    # Other questions among those for the name, or everything would be answered with it.
+    identity = chats.identity() + chats.conversations(Random(SEED + 1), 60, kept)
+    Random(SEED).shuffle(identity)
     files: dict[str, Iterable[dict[str, Any]]] = {
         "pretrain.jsonl": [{"text": text} for text in pretrain],
         "pretrain_val.jsonl": [{"text": text} for text in texts[:VAL_ROWS]],
         "sft.jsonl": sft,
         "sft_val.jsonl": sft_val,
-        "lora_identity.jsonl": chats.identity(),
+        "lora_identity.jsonl": identity,
         "dpo.jsonl": chats.preferences(rng, 200, kept),
         "dpo_val.jsonl": dpo_val,
         "reason.jsonl": chats.reasoning(rng, 200, kept),
