@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -147,7 +148,11 @@ class Process:
         names = ("data_path", "tokenizer_path", "cache_dir", "threads", "pack_tokens", "steps", "weights")
         options = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
         command = [sys.executable, __file__, "--rung", str(rung), *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # This process is a rank already; the rung's is to become one of its own.
+        alone = {
+            k: v for k, v in os.environ.items() if "RANK" not in k and "WORLD_SIZE" not in k and "MASTER_" not in k
+        }
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone)
 
     def take(self, steps: int) -> dict[str, float]:
         """Steps in a row -> useful tokens/s over all of them, and the last one's loss."""

@@ -148,16 +148,11 @@ def preferences(rng: Random, count: int, avoid: set[str]) -> list[Row]:
 
 
 def _sum(rng: Random, english: bool) -> tuple[str, str, int]:
-    """A sum as a question, how it is worked out, and what it is."""
-    a, b = numbers(rng, 60)
-    while kept_back(a % 10, b % 10):  # the thought would show it
-        a, b = numbers(rng, 60)
-    tens, ones, total = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10, a + b
+    """A sum as a question, how it is worked out, and what it is; small ones, which a small model can come to know."""
+    a, b = numbers(rng, SMALL)
     if english:
-        thought = f"{a // 10 * 10} + {b // 10 * 10} = {tens}, {a % 10} + {b % 10} = {ones}, together {total}."
-        return f"What is {a} + {b}?", thought if tens else f"{a} + {b} = {total}.", total
-    thought = f"{a // 10 * 10}加{b // 10 * 10}等于{tens}，{a % 10}加{b % 10}等于{ones}，合起来是{total}。"
-    return f"{a}加{b}等于多少？", thought if tens else f"{a}加{b}等于{total}。", total
+        return f"What is {a} + {b}?", f"{a} + {b} = {a + b}.", a + b
+    return f"{a}加{b}等于多少？", f"{a}加{b}等于{a + b}。", a + b
 
 
 def reasoning(rng: Random, count: int, avoid: set[str]) -> list[Row]:
