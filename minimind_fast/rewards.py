@@ -7,8 +7,8 @@ Principle: a reward is a function f(prompts, answers, rows) -> list of floats, o
 Properties: pure Python on strings; a reward that returns the wrong number of values, or one that is not finite, is an error
     with its name. A prompt that opens a thought is counted as the beginning of the answer.
 
-Built in: `length`, `thinking`, `repetition` are MiniMind's own rules of its GRPO; `format` and `correct` are strict, for
-answers that can be checked. A model as judge: see `ModelReward`.
+Built in: `length`, `thinking`, `repetition` are MiniMind's own rules of its GRPO; `format`, `tagged` and `correct` are strict,
+for answers that can be checked. A model as judge: see `ModelReward`.
 
 Source: MiniMind's train_grpo for the first three.
 """
@@ -126,6 +126,13 @@ def format(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[s
     return out
 
 
+def tagged(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """1 for a thought that is followed by one pair of <answer> tags with something in it, and nothing else; else 0."""
+    thoughts = (split_thought(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+    whole = re.compile(r"\s*<answer>[^<]*[^<\s][^<]*</answer>\s*")
+    return [float(thought is not None and whole.fullmatch(rest) is not None) for thought, rest in thoughts]
+
+
 def correct(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
     """1 if the last number of the final answer is the expected one, or, where that is no number, if the texts are equal.
 
@@ -150,7 +157,7 @@ def _same(answer: str, expected: str) -> bool:
     return " ".join(answer.split()).casefold() == " ".join(expected.split()).casefold()
 
 
-BUILT_IN: dict[str, Reward] = {f.__name__: f for f in (length, thinking, repetition, format, correct)}
+BUILT_IN: dict[str, Reward] = {f.__name__: f for f in (length, thinking, repetition, format, tagged, correct)}
 
 
 class ModelReward:

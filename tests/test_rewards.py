@@ -71,6 +71,21 @@ def test_format(answer, prompt, want):
     assert one(rewards.format, answer, prompt) == want
 
 
+@pytest.mark.parametrize(
+    ("answer", "want"),
+    [
+        ("easy\n</think>\n<answer>\n5\n</answer>", 1.0),
+        ("easy</think>5", 0.0),  # no tags
+        ("easy</think>answer>", 0.0),  # what a model finds out when half a tag is enough
+        ("easy</think><answer> </answer>", 0.0),
+        ("easy</think><answer>5</answer> or so", 0.0),
+        ("<answer>5</answer>", 0.0),  # the thought was never closed
+    ],
+)
+def test_tagged(answer, want):
+    assert one(rewards.tagged, answer, OPENED) == want
+
+
 def test_minimind_rules():
     assert [one(rewards.length, "x" * n) for n in (19, 20, 800, 801)] == [-0.5, 0.5, 0.5, -0.5]
     thought = "x" * 20

@@ -28,7 +28,7 @@ SAMPLE_DEFAULTS = dict(
     learning_rate=1.5e-4, lr_schedule="constant", warmup_steps=5, epochs=5, max_minutes=1.5, beta=0.02
 )
 SAMPLE_DEFAULTS |= dict(batch_size=8, num_generations=8, max_gen_len=64)
-SAMPLE_DEFAULTS |= dict(reward=["correct", "format"], thinking_ratio=1.0)  # a model this small learns the form first
+SAMPLE_DEFAULTS |= dict(reward=["correct", "tagged"], thinking_ratio=1.0)  # a model this small learns the form first
 QUESTIONS = ["What is 2 + 3?", "7加2等于多少？"]
 
 
@@ -45,8 +45,8 @@ class GRPOConfig(TrainConfig):
     thinking_ratio: float = option(0.9, "share of the prompts that open a thought")
     reward: list[str] = option(
         ["length", "thinking", "repetition"],
-        "rewards to add up: length, thinking, repetition, format, correct, MODULE:FUNCTION or FILE.py:FUNCTION, each with "
-        "*WEIGHT if not 1",
+        "rewards to add up: length, thinking, repetition, format, tagged, correct, MODULE:FUNCTION or FILE.py:FUNCTION, "
+        "each with *WEIGHT if not 1",
     )
     reward_model_path: str = option("", "folder of a reward model or of a language model, whose opinion is added")
     grpo_loss: str = option("grpo", "clipped ratio, or clipped weight", choices=("grpo", "cispo"))
