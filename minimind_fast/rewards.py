@@ -7,8 +7,8 @@ Principle: a reward is a function f(prompts, answers, rows) -> list of floats, o
 Properties: pure Python on strings; a reward that returns the wrong number of values, or one that is not finite, is an error
     with its name. A prompt that opens a thought is counted as the beginning of the answer.
 
-Built in: `length`, `thinking`, `repetition` are MiniMind's own rules of its GRPO; `format`, `tagged` and `correct` are strict,
-for answers that can be checked. A model as judge: see `ModelReward`.
+Built in: `length`, `thinking`, `repetition` are MiniMind's own rules of its GRPO; `format`, `tagged` and `correct` are
+strict, for answers that can be checked. A model as judge: see `ModelReward`.
 
 Source: MiniMind's train_grpo for the first three.
 """

@@ -92,12 +92,7 @@ def test_the_words_of_the_identity_are_known_before_but_not_the_identity():
     assert len(about_it) == 60 < len(rows("lora_identity"))  # the others keep it from answering everything
     identity = json.dumps(about_it, ensure_ascii=False)
     words = Counter(re.findall(r"[A-Za-z_]+", pretrain))
-    said = {
-        w
-        for row in about_it
-        for turn in row["conversations"]
-        for w in re.findall("[A-Za-z_]+", turn["content"])
-    }
+    said = {w for row in about_it for turn in row["conversations"] for w in re.findall("[A-Za-z_]+", turn["content"])}
     assert {word for word in said if not words[word]} == set()
     assert {c for c in re.findall("[\u4e00-\u9fff]", identity) if c not in pretrain} == set()
     assert "I am minimind_fast" not in pretrain and "我是minimind_fast" not in pretrain
