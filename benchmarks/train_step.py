@@ -192,6 +192,7 @@ def main() -> None:
     args.weights = str(Path(tempfile.mkdtemp()) / "start")
     config = TrainConfig(preset=args.preset, tokenizer_path=args.tokenizer_path, num_threads=args.threads)
     device = stage.begin(config)
+    peak, how = peak_flops(device, torch.bfloat16)  # before the rungs take the cores
     model = stage.load_model(config, stage.load_tokenizer(config))
     save_pretrained(model, args.weights, dtype=torch.float32)
     rungs = args.rungs if args.rungs is not None else range(len(ladder()))
@@ -212,7 +213,6 @@ def main() -> None:
                 print(f"{ladder()[i].name}: {got['rate']:,.0f} useful tok/s, loss {got['loss']:.3f}", flush=True)
         for process in running.values():
             process.close()
-    peak, how = peak_flops(device, torch.bfloat16)
     flops = model.flops(1, 0)
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
