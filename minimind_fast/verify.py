@@ -373,7 +373,7 @@ def preset_case(
     raise ValueError(f"unknown op {op!r}; choose of {', '.join(ops.NAMES)}")
 
 
-def _preset_cases(op: str, tokens: int = SMALL_TOKENS, **sizes: int) -> list[Case]:
+def _preset_cases(op: str, tokens: int = SMALL_TOKENS, **sizes: Any) -> list[Case]:
     cases = [preset_case(op, preset, tokens, **sizes) for preset in MODELS]
     found = [case for case in cases if case is not None]
     return [*found, replace(found[-1], name=f"{found[-1].name} strided", strided=True)]
