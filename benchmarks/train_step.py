@@ -33,7 +33,6 @@ from minimind_fast import attention_rows, engine, ops, stage
 from minimind_fast.checkpoint import load_pretrained, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import PackedBatches, PaddedBatches
-from minimind_fast.progress import peak_flops
 from minimind_fast.token_cache import build_cache
 from minimind_fast.trainer import Trainer, Window
 
@@ -191,8 +190,7 @@ def main() -> None:
         return work(args)
     args.weights = str(Path(tempfile.mkdtemp()) / "start")
     config = TrainConfig(preset=args.preset, tokenizer_path=args.tokenizer_path, num_threads=args.threads)
-    device = stage.begin(config)
-    peak, how = peak_flops(device, torch.bfloat16)  # before the rungs take the cores
+    stage.begin(config)
     model = stage.load_model(config, stage.load_tokenizer(config))
     save_pretrained(model, args.weights, dtype=torch.float32)
     rungs = args.rungs if args.rungs is not None else range(len(ladder()))
@@ -213,22 +211,18 @@ def main() -> None:
                 print(f"{ladder()[i].name}: {got['rate']:,.0f} useful tok/s, loss {got['loss']:.3f}", flush=True)
         for process in running.values():
             process.close()
-    flops = model.flops(1, 0)
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "preset": args.preset,
         "pack_tokens": args.pack_tokens,
-        "bf16_matmul_tflops": peak / 1e12,
-        "measured_by": how,
         "rungs": [
             {
                 "name": ladder()[i].name,
                 "useful_tokens_per_s": statistics.median(rates[i]),
                 "turns": rates[i],
                 "loss": losses[i],
-                "share_of_bf16_matmul": statistics.median(rates[i]) * flops / peak,
             }
             for i in rungs
         ],
@@ -247,19 +241,16 @@ def table(r: dict[str, Any]) -> str:
         f"Measured by `benchmarks/train_step.py` on {where}, torch {r['torch']}, {r['preset']}, about "
         f"{r['pack_tokens']:,} useful tokens an optimizer step.",
         "",
-        "| what runs | useful tokens/s | of the first | of the rung before | of the bf16 matmul rate | loss |",
-        "|---|---|---|---|---|---|",
+        "| what runs | useful tokens/s | of the first | of the rung before | loss |",
+        "|---|---|---|---|---|",
     ]
     first = before = r["rungs"][0]["useful_tokens_per_s"]
     for rung in r["rungs"]:
         rate = rung["useful_tokens_per_s"]
         lines.append(
-            f"| {rung['name']} | {rate:,.0f} | {rate / first:.2f}x | {rate / before:.2f}x "
-            f"| {rung['share_of_bf16_matmul']:.0%} | {rung['loss']:.3f} |"
+            f"| {rung['name']} | {rate:,.0f} | {rate / first:.2f}x | {rate / before:.2f}x | {rung['loss']:.3f} |"
         )
         before = rate
-    rate = f"{r['bf16_matmul_tflops']:.2f} TFLOP/s"
-    lines += ["", f"bf16 matmul: {rate} ({r['measured_by']}). Attention is not counted in the share."]
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ Properties: user errors end in one sentence on rank 0, without a traceback.
 from __future__ import annotations
 
 import math
+import os
 import random
 import sys
 import time
@@ -37,15 +38,23 @@ def start(main: Callable[[], None]) -> None:
     Args:
         main: the script's function without arguments.
     """
+    code, one_of_several = 0, False
     try:
         main()
     except (ValueError, TrainingStopped) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"\nError: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        code = 1
     finally:
         if dist.is_initialized():
+            one_of_several = dist.get_world_size() > 1
             dist.destroy_process_group()
+    if one_of_several:  # everything is written; gloo's threads may still run, and would abort an ordinary exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def begin(config: TrainConfig) -> torch.device:

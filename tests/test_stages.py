@@ -244,8 +244,9 @@ def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_pat
     assert before == pytest.approx(losses(one_rank / "lora"), abs=1e-5)
     whole = adapters(tmp_path)
     for name, pair in adapters(one_rank).items():
-        for mine, want in zip(whole[name], pair, strict=True):  # a step moves them by 2e-3
-            torch.testing.assert_close(mine, want, atol=2e-5, rtol=0, msg=name)
+        for mine, want in zip(whole[name], pair, strict=True):
+            # By norm: where a gradient is no more than rounding, Adam's step has a size all the same, in any direction.
+            assert (mine - want).norm() <= 1e-3 * want.norm(), name
     if zero_stage == 3:
         shutil.rmtree(checkpoints(tmp_path / "lora" / "checkpoints")[-1])
         resume = [*args, "--from_resume"]
