@@ -65,13 +65,12 @@ def buffer_bytes(T: int, D: int, V: int, itemsize: int, with_grad_weights: bool 
     """
     rows = min(_chunk_rows(V, itemsize), T)
     kept = T * D * itemsize if with_grad_weights else 0
-    return rows * _padded(V, itemsize) * itemsize + 2 * T * 4 + V * D * 4 + kept
+    return rows * _padded(V) * itemsize + 2 * T * 4 + V * D * 4 + kept
 
 
-def _padded(V: int, itemsize: int) -> int:
-    """Row stride of the logits: rows start at 16 bytes, which the matmul and the loads need to be fast."""
-    unit = 16 // itemsize
-    return (V + unit - 1) // unit * unit
+def _padded(V: int) -> int:
+    """Row stride of the logits: Triton makes loads of 16 bytes only of a stride that 16 divides."""
+    return (V + 15) // 16 * 16
 
 
 def _launch_params(V: int) -> dict[str, int]:
@@ -190,7 +189,7 @@ def _rows(x: Tensor) -> Tensor:
 def _logits_buffer(T: int, weight: Tensor) -> Tensor:
     """-> (rows, V) for the logits of a chunk, overwritten by each."""
     V, itemsize = weight.shape[0], weight.element_size()
-    return weight.new_empty(min(_chunk_rows(V, itemsize), T), _padded(V, itemsize))[:, :V]
+    return weight.new_empty(min(_chunk_rows(V, itemsize), T), _padded(V))[:, :V]
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

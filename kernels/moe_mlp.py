@@ -12,10 +12,10 @@ Principle:  sorted by expert, the slots are blocks of rows, one block an expert.
             With top_k = 1 a token has one row, which the second matmul weighs and writes to its place: no gather-sum.
 Properties: FLOPs a slot 6DF forward, 12DF backward. Saved for the backward beside x, the weights and the plan: h, 4F
             bytes a slot in 16 bits (a is computed again, z is not needed), and nothing where no gradient is asked for.
-            Bytes a slot in 16 bits beyond the matmuls' operands: forward 6F + 2D written (top_k > 1: 2D read again),
-            backward 6F + 2D written, 4F read. float32 accumulation and epilogues (float64 for float64), each stored
-            tensor rounded once. dW of few tiles is split over the rows and its float32 partials added in a fixed order;
-            the gather-sum runs over j in order; no atomics: two runs agree bitwise.
+            Bytes a slot in 16 bits beyond the matmuls' operands: forward 6F + 2D written, backward 6F + 2D written and
+            4F read; each of them reads 2D again where top_k > 1. float32 accumulation and epilogues (float64 for
+            float64), each stored tensor rounded once. dW of few tiles is split over the rows and its float32 partials
+            added in a fixed order; the gather-sum runs over j in order; no atomics: two runs agree bitwise.
 
 Shapes: T tokens, D hidden, F ffn, E experts, S = T * top_k slots; sorted rows are slots in the order of the plan.
 Source: MegaBlocks (Gale et al., 2022) for grouped matmuls; ScatterMoE (Tan et al., 2024) for gathered rows; SonicMoE
@@ -394,20 +394,8 @@ class _Launcher:
         some = self.weights if scale is None else scale
         strides = (1, K) if transposed else (N, 1)
         _moe_rows_kernel[self.grid(N, params)](
-            a,
-            weight,
-            self.counts,
-            self.order,
-            some,
-            product,
-            K,
-            N,
-            self.E,
-            *strides,
-            scatter,
-            scale is not None,
-            **params,
-        )
+            a, weight, self.counts, self.order, some, product, K, N, self.E, *strides, scatter, scale is not None, **params
+        )  # fmt: skip
         if scatter:
             return product
         out = a.new_empty((self.T, N))
@@ -522,9 +510,13 @@ def _(dy, x, weights, counts, order, inverse, gate_up, down, hidden, want_dx, wa
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:-1], output[1])
+    # Or autograd would make a gradient of zeros for `hidden`: 637 MB a layer at 65,536 tokens of MiniMind3.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 8
     need = ctx.needs_input_grad
     wanted = need[0], need[1], need[5], need[6]
     grads = _moe_mlp_bwd(dy, *ctx.saved_tensors, *wanted)

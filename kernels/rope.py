@@ -310,10 +310,8 @@ def _rope_fwd(
     q = qkv.new_empty(*qkv.shape[:-1], num_heads, head_dim)
     k = qkv.new_empty(*qkv.shape[:-1], num_kv_heads, head_dim)
     if qkv.numel() > 0:
-        x, params = (
-            _rows(qkv),
-            _launch_params("fwd", num_heads, num_kv_heads, head_dim, q_weight is not None or k_weight is not None),
-        )
+        x, has_norm = _rows(qkv), q_weight is not None or k_weight is not None
+        params = _launch_params("fwd", num_heads, num_kv_heads, head_dim, has_norm)
         wq = x if q_weight is None else q_weight.contiguous()
         wk = x if k_weight is None else k_weight.contiguous()
         with torch.cuda.device_of(x):

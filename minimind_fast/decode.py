@@ -174,17 +174,11 @@ class Decoder:
         cache = self.cache[:, rows] if some else self.cache
         slots = torch.arange(begin + n, device=self.device)
         mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)
-        hidden = self._extend(ids, positions, cache[..., : begin + n, :], mask)
+        hidden = _extend(self.model, ids, positions, cache[..., : begin + n, :], mask)
         if some:
             self.cache[:, rows] = cache
         last = torch.tensor([len(p) - 1 for p in pieces], device=self.device)
         return hidden.unflatten(0, ids.shape)[torch.arange(len(rows), device=self.device), last]
-
-    def _extend(self, ids: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
-        rows = torch.arange(ids.shape[0], device=self.device).unsqueeze(1).expand_as(ids)
-        cu = torch.arange(ids.shape[0] + 1, device=self.device, dtype=torch.int32) * ids.shape[1]
-        context = Extend(cache, rows, positions, mask)
-        return self.model.model(ids.flatten(), positions.flatten(), context, cu)[0]
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -205,27 +199,12 @@ class Decoder:
         return logits
 
     def _make_fast(self) -> Step:
+        # A step holds the cache and not this object: a cycle would keep gigabytes until Python collects cycles.
         if self.device.type == "cuda" and can_capture(self.model):
-            return GraphStep(self)
+            return GraphStep(self.model, self.cache)
         if self.device.type == "cpu":
             return CpuStep(self.model, self.cache, self._packs)
-        return self.plain_step
-
-    def plain_step(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
-        """One token a row through the model itself; the other steps are held to it.
-
-        Args:
-            ids: (B,) tokens.
-            positions: (B,) where they stand.
-            used: slots in use, these included.
-            level: every row is equally long.
-
-        Returns:
-            (B, V) logits.
-        """
-        mask = None if level else (torch.arange(used, device=self.device) <= positions.unsqueeze(1))[:, None, None]
-        hidden = self._extend(ids.unsqueeze(1), positions.unsqueeze(1), self.cache[..., :used, :], mask)
-        return self.model.lm_head(hidden).logits
+        return PlainStep(self.model, self.cache)
 
     @torch.inference_mode()
     def keep(self, rows: list[int], ids: Tensor) -> Tensor:
@@ -245,28 +224,65 @@ class Decoder:
         return ids[rows]
 
 
+def _extend(model: MiniMind, ids: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states (R n, D) of n further tokens (R, n) in each of R rows."""
+    rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1).expand_as(ids)
+    cu = torch.arange(ids.shape[0] + 1, device=ids.device, dtype=torch.int32) * ids.shape[1]
+    return model.model(ids.flatten(), positions.flatten(), Extend(cache, rows, positions, mask), cu)[0]
+
+
+class PlainStep:
+    """One token a row through the model itself; the other steps are held to it.
+
+    Args:
+        model: in evaluation mode.
+        cache: (L, B, 2K, S, hd).
+    """
+
+    def __init__(self, model: MiniMind, cache: Tensor) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
+        """Run it.
+
+        Args:
+            ids: (B,) tokens.
+            positions: (B,) where they stand.
+            used: slots in use, these included.
+            level: every row is equally long.
+
+        Returns:
+            (B, V) logits.
+        """
+        mask = None if level else (torch.arange(used, device=ids.device) <= positions.unsqueeze(1))[:, None, None]
+        hidden = _extend(self.model, ids.unsqueeze(1), positions.unsqueeze(1), self.cache[..., :used, :], mask)
+        return self.model.lm_head(hidden).logits
+
+
 def can_capture(model: MiniMind) -> bool:
-    """Whether a decode step is free of host synchronisation; only the reference form of `moe_mlp` is not.
+    """Whether a decode step is free of host synchronisation; only the reference forms of a mixture's ops are not.
 
     Args:
         model: on a GPU.
     """
-    return not model.config.use_moe or ops.describe("cuda").get("moe_mlp", "reference").startswith("kernel")
+    found = ops.describe("cuda") if model.config.use_moe else {}
+    return all(how.startswith("kernel") for op, how in found.items() if op in ("moe_route", "moe_mlp"))
 
 
 class GraphStep:
-    """`Decoder.plain_step` as CUDA graphs: one launch a token instead of some hundred.
+    """`PlainStep` as CUDA graphs: one launch a token instead of some hundred.
 
     A graph has fixed shapes, so it looks at a multiple of 256 slots, the unused ones masked; a new one is captured when
     the rows have outgrown it. All share one memory pool.
 
     Args:
-        decoder: its cache and positions are read at the addresses they have now.
+        model: in evaluation mode.
+        cache: (L, B, 2K, S, hd); graphs read and write it where it lies now.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.slots = decoder, 0
-        self.ids, self.positions = torch.zeros_like(decoder.positions), torch.zeros_like(decoder.positions)
+    def __init__(self, model: MiniMind, cache: Tensor) -> None:
+        self.plain, self.slots = PlainStep(model, cache), 0
+        self.ids, self.positions = torch.zeros(2, cache.shape[1], dtype=torch.int64, device=cache.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits = torch.empty(0)
         self.pool = torch.cuda.graph_pool_handle()
@@ -275,22 +291,24 @@ class GraphStep:
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         if used > self.slots:
-            self._capture(used)
+            with torch.cuda.device(self.ids.device):  # streams are the current device's, which may be another
+                self._capture(used)
         assert self.graph is not None
         self.graph.replay()
         return self.logits.clone()  # the next replay writes here again
 
     def _capture(self, used: int) -> None:
-        rounded = -(-used // _GRAPH_SLOTS) * _GRAPH_SLOTS
-        self.slots = min(rounded, self.decoder.cache.shape[-2])
-        # Warm-up outside the capture compiles kernels and fills library workspaces; it writes the slots that the
+        slots = min(-(-used // _GRAPH_SLOTS) * _GRAPH_SLOTS, self.plain.cache.shape[-2])
+        # Warm-up outside the capture compiles kernels and makes libraries choose theirs; it writes the slots that the
         # replay writes again with the same values.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.decoder.plain_step(self.ids, self.positions, self.slots, False)
+                self.plain(self.ids, self.positions, slots, False)
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.pool):
-            self.logits = self.decoder.plain_step(self.ids, self.positions, self.slots, False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.plain(self.ids, self.positions, slots, False)
+        # The old graph goes only now: PyTorch refuses a pool whose graphs are all gone while a tensor still lies in it.
+        self.graph, self.logits, self.slots = graph, logits, slots

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from minimind_fast import cpu_ops, reference
@@ -37,14 +36,18 @@ _FILES = {
 NAMES = tuple(_FILES)
 
 
-@cache
+_loaded: dict[str, Callable] = {}  # a table and not functools.cache, which torch.compile would look through
+
+
 def kernel(name: str) -> Callable:
     """The Triton implementation of an op; Triton is imported by the first call, not before.
 
     Args:
         name: one of NAMES.
     """
-    return getattr(importlib.import_module(f"minimind_fast.kernels.{_FILES[name]}"), name)
+    if name not in _loaded:
+        _loaded[name] = getattr(importlib.import_module(f"minimind_fast.kernels.{_FILES[name]}"), name)
+    return _loaded[name]
 
 
 def _read(spec: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from minimind_fast.kernels import moe_mlp as mlp_module
 from minimind_fast.kernels import moe_route as route_module
 from minimind_fast.kernels.moe_mlp import moe_mlp
 from minimind_fast.kernels.moe_route import moe_route
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind_fast as mm
 from minimind_fast import ops, reference
@@ -208,6 +209,29 @@ def test_mlp_keeps_nothing_without_gradients():
     kept, lost = (mlp_module._moe_mlp_fwd(*tensors, keep) for keep in (True, False))
     assert kept[1].shape == (80, 48) and lost[1].numel() == 0
     assert torch.equal(kept[0], lost[0])
+
+
+class _Zeros(TorchDispatchMode):
+    """Keeps the shapes of the tensors of zeros that are made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like, torch.ops.aten.new_zeros):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_mlp_makes_no_gradient_for_what_it_keeps():
+    inputs, (grad, *_) = mlp_tensors(40, 16, 24, 4, 2, torch.float32)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    y = moe_mlp(leaves[0], plan(choose(40, 4, 2), 4)._replace(weights=leaves[1]), *leaves[2:])
+    with _Zeros() as zeros:
+        torch.autograd.grad(y, leaves, grad)
+    assert zeros.shapes == []
 
 
 def test_non_contiguous_inputs():
