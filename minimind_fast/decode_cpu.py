@@ -4,18 +4,18 @@ Purpose: `CpuStep`, one token a row through all layers; `Decoder` takes it where
 Principle: with one token a row an operation costs more for being called than for its numbers, and a matmul costs the
     reading of its weight. So q, k and v are rotated in one go (v by the angle 0) and k and v stored by one write, and
     each weight is read by the library call that reads it fastest.
-Properties: no host synchronisation, nothing grows. Held to `Decoder.plain_step` by tests.
+Properties: no host synchronisation, nothing grows. Held to `PlainStep` by tests.
 
-Measured on one Zen 4 core, 2816 x 512 weight and one row: float32 `linear` 575 us, `mm` with a transposed copy 300 us
-    (but for a weight with more columns than rows `linear` is the faster: 190 against 260 us); bfloat16 by oneDNN 362 us,
-    by PyTorch's own gemv 186 us. With 8 rows oneDNN and `linear` are as fast as any that read the weight as it lies; laid
-    out by oneDNN beforehand (`Packs`), float32 takes 519 us instead of 951 with 8 rows, 685 instead of 1233 with 16.
+Measured on two Zen 4 cores with weights from memory, 2816 x 512 and one row: float32 `linear` 570 us, `mm` with a
+    transposed copy 340 us, `embedding_bag` 250 us; bfloat16 by oneDNN 310 us, by PyTorch's own gemv 127 us. With 8 rows,
+    float32 laid out by oneDNN takes about half of the time of `linear`; for bfloat16 nothing is gained.
 Shapes: B rows, D hidden, F ffn, H query heads, K kv heads, hd head_dim, S slots, V vocab.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,28 +23,65 @@ from torch import Tensor
 
 from minimind_fast.model import Attention, Block, MiniMind, MoE, RMSNorm
 
+Product = Callable[[Tensor], Tensor]  # (B, columns) -> (B, rows) of a weight (rows, columns)
+BAG_WIDTH = 400  # outputs a bag: 250 to 400 read a weight at 22 to 28 GB/s, 800 and more at 15
+
 
 class Packs:
-    """Float32 weights laid out for several rows at a time, made once for all steps of a model that is served.
+    """Weights as `CpuStep` reads them fastest, laid out once for all steps.
 
-    They take the memory of the weights once more, and do not follow the weights when these are trained.
+    Float32 ones are copies, one for a single row and one for several: each takes the memory of the weights once more, and
+    does not follow them when they are trained.
     """
 
     def __init__(self) -> None:
-        self._of: dict[int, Tensor] = {}
+        self._of: dict[tuple[int, bool], Product] = {}
 
-    def get(self, weight: Tensor) -> Tensor | None:
-        """The weight laid out by oneDNN; None where it cannot be.
+    def get(self, weight: Tensor, single: bool) -> Product:
+        """The product with a weight.
 
         Args:
             weight: (rows, columns) of the model, which outlives this object.
+            single: for one row of input, else for several.
         """
-        if weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return None
-        if id(weight) not in self._of:
-            # Made for 16 rows; 2 to 32 rows gain as much from it.
-            self._of[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
-        return self._of[id(weight)]
+        key = id(weight), single
+        if key not in self._of:
+            weight = weight.detach()
+            product = None
+            if weight.dtype == torch.float32:
+                product = _bags(weight) if single else _packed(weight)
+            self._of[key] = product or _plain(weight)
+        return self._of[key]
+
+
+def _plain(weight: Tensor) -> Product:
+    turned = weight.t()
+    return lambda x: torch.mm(x, turned)
+
+
+def _packed(weight: Tensor) -> Product | None:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    # Made for 16 rows; 2 to 32 rows gain as much from it.
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _bags(weight: Tensor) -> Product | None:
+    """A product with one row is a sum of the weight's columns, weighted by the row's numbers: what `embedding_bag` does,
+    in vector code and with its bags spread over the threads. Each bag makes some of the outputs."""
+    rows, columns = weight.shape
+    bags = next((n for n in range(2, rows // 16 + 1) if rows % n == 0 and rows // n <= BAG_WIDTH), None)
+    if bags is None:
+        return None
+    table = weight.view(bags, rows // bags, columns).transpose(1, 2).reshape(bags * columns, rows // bags)
+    index, starts = torch.arange(bags * columns), torch.arange(0, bags * columns, columns)
+
+    def product(x: Tensor) -> Tensor:
+        shares = x.expand(bags, columns).reshape(-1)
+        return torch.embedding_bag(table, index, starts, False, 0, False, shares)[0].view(1, rows)
+
+    return product
 
 
 class CpuStep:
@@ -53,7 +90,7 @@ class CpuStep:
     Args:
         model: in evaluation mode.
         cache: (L, B, 2K, S, hd), keys before values.
-        packs: of the model; None: weights are used as they lie, also after they have changed.
+        packs: of the model, shared with other steps; None: new ones.
     """
 
     def __init__(self, model: MiniMind, cache: Tensor, packs: Packs | None = None) -> None:
@@ -61,8 +98,8 @@ class CpuStep:
         self.model, self.cache, self.rows = model, cache, cache.shape[1]
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, cache.shape[-1]
         self.dtype = cache.dtype
-        self.single, self.packs = self.rows == 1, packs
-        self.embedding, self.head = body.embed_tokens.weight, self._weight(model.lm_head.weight)
+        self.single, packs = self.rows == 1, packs or Packs()
+        self.embedding, self.head = body.embed_tokens.weight, packs.get(model.lm_head.weight, self.single)
         self.layers = []
         for block in body.layers:
             assert isinstance(block, Block)
@@ -76,21 +113,12 @@ class CpuStep:
             weights = [attention.qkv_proj.weight, attention.o_proj.weight]
             weights += [] if isinstance(mlp, MoE) else [mlp.gate_up_proj.weight, mlp.down_proj.weight]
             before, after = block.input_layernorm, block.post_attention_layernorm
-            self.layers.append((before, after, mlp, norms, [self._weight(w) for w in weights]))
+            self.layers.append((before, after, mlp, norms, [packs.get(w, self.single) for w in weights]))
         self.every_row = torch.arange(self.rows)
         self.offsets = torch.arange(self.rows + 1, dtype=torch.int32)
         # cos and signed sin for all heads; those of v stay 1 and 0.
         shape = (self.rows, self.heads + 2 * self.kv_heads, self.head_dim)
         self.cos, self.sin = torch.ones(shape), torch.zeros(shape)
-
-    def _weight(self, weight: Tensor) -> tuple[Tensor, str]:
-        """(weight, how it lies): as this number of rows reads it fastest."""
-        rows, columns = weight.shape
-        if self.single and weight.dtype == torch.float32 and rows > columns:
-            return weight.detach().t().contiguous(), "transposed"
-        if not self.single and self.packs is not None and (packed := self.packs.get(weight)) is not None:
-            return packed, "packed"
-        return weight.detach(), "plain"
 
     def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
         """(B,) ids at (B,) positions, `used` slots visible, all rows equally long if `level` -> (B, V) logits."""
@@ -111,12 +139,13 @@ class CpuStep:
             hidden_slots = torch.arange(used) > positions.unsqueeze(1)
             mask = torch.zeros(rows, used, dtype=self.dtype).masked_fill_(hidden_slots, float("-inf"))[:, None, None]
         h = F.embedding(ids, self.embedding)
-        for (before, after, mlp, norms, weights), cache in zip(self.layers, self.cache, strict=True):
-            qkv = _linear(_norm(h, before), weights[0]).view(rows, -1, hd)
+        for (before, after, mlp, norms, products), cache in zip(self.layers, self.cache, strict=True):
+            qkv = products[0](_norm(h, before)).view(rows, -1, hd)
             if norms is not None:
                 qkv = torch.cat([_scale(qkv[:, :rotated], norms, before.eps), qkv[:, rotated:]], 1)
             qkv = qkv.float()
-            qkv = torch.addcmul(qkv * self.cos, qkv.roll(half, -1), self.sin)
+            swapped = qkv.view(rows, -1, 2, half).flip(2).view_as(qkv)
+            qkv = torch.addcmul(qkv * self.cos, swapped, self.sin)
             if level:
                 cache[:, :, used - 1] = qkv[:, heads:]
             else:
@@ -124,14 +153,14 @@ class CpuStep:
             q = qkv[:, :heads].to(self.dtype).view(rows, kv_heads, heads // kv_heads, hd)
             visible = cache[:, :, :used]
             out = F.scaled_dot_product_attention(q, visible[:, :kv_heads], visible[:, kv_heads:], attn_mask=mask)
-            h = h + _linear(out.reshape(rows, -1), weights[1])
+            h = h + products[1](out.reshape(rows, -1))
             x = _norm(h, after)
             if isinstance(mlp, MoE):
                 h = h + mlp(x, self.offsets, None)[0]
             else:
-                gate, up = _linear(x, weights[2]).chunk(2, -1)
-                h = h + _linear(F.silu(gate) * up, weights[3])
-        return _linear(_norm(h, self.model.model.norm), self.head)
+                gate, up = products[2](x).chunk(2, -1)
+                h = h + products[3](F.silu(gate) * up)
+        return self.head(_norm(h, self.model.model.norm))
 
 
 class _WithoutOneDNN:
@@ -161,18 +190,14 @@ class _WithoutOneDNN:
 _without_onednn = _WithoutOneDNN()
 
 
-def _linear(x: Tensor, weight: tuple[Tensor, str]) -> Tensor:
-    if weight[1] == "packed":
-        return torch.ops.mkldnn._linear_pointwise(x, weight[0], None, "none", [], "")
-    return torch.mm(x, weight[0]) if weight[1] == "transposed" else F.linear(x, weight[0])
-
-
 def _norm(h: Tensor, norm: RMSNorm) -> Tensor:
-    if h.dtype == torch.float32:
-        return F.rms_norm(h, h.shape[-1:], norm.weight, norm.eps)
-    if norm.cast_first:
-        return F.rms_norm(h.float(), h.shape[-1:], None, norm.eps).to(h.dtype) * norm.weight
-    return _scale(h, norm.weight, norm.eps)
+    wide = h.float()
+    if h.shape[0] == 1:  # by the library it takes eight operations
+        flat = wide.view(-1)
+        normed = wide * (float(torch.dot(flat, flat)) / flat.numel() + norm.eps) ** -0.5
+    else:
+        normed = F.rms_norm(wide, wide.shape[-1:], None, norm.eps)
+    return normed.to(h.dtype) * norm.weight if norm.cast_first else (normed * norm.weight).to(h.dtype)
 
 
 def _scale(x: Tensor, weight: Tensor, eps: float) -> Tensor:

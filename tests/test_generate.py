@@ -1,16 +1,20 @@
 """Generation: equal to the model without a cache, token by token; sampling against a plain oracle; streams of text."""
 
 import functools
+import gc
 import math
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import minimind_fast as mm
-from minimind_fast.decode import Decoder
+from minimind_fast.decode import Decoder, GraphStep, PlainStep, can_capture, new_cache
 from minimind_fast.generate import Stream, complete, generate, generate_batch, stream
 from minimind_fast.sampling import Noise, Sampling, choose, keep_likely, penalize, row_seed
 
@@ -209,7 +213,7 @@ def test_the_cpu_step_is_the_plain_step(case, rows):
     model, golden = case
     prompts = ragged(golden)[:rows]
     fast, plain = (Decoder(model, rows, 40) for _ in "ab")
-    plain._fast = plain.plain_step
+    plain._fast = PlainStep(model, plain.cache)
     for decoder in (fast, plain):
         decoder.prefill(prompts)
     for t in range(10):
@@ -475,6 +479,72 @@ def test_wrong_stream_options_are_told_at_once(tokenizer):
         stream(model, tokenizer, [1], top_p=2.0)
 
 
+# ---------------------------------------------------------------------------------------------- CUDA graphs, without
+
+
+class _Graphs:
+    """`torch.cuda` as far as `GraphStep` needs it, with PyTorch's rule for pools: one that was used needs a live graph."""
+
+    def __init__(self):
+        self.pools, self.captures = {}, 0  # pool -> its graphs
+        self.Stream = self.current_stream = lambda: SimpleNamespace(wait_stream=lambda _: None)
+        self.stream = lambda _: nullcontext()
+        self.device = lambda _: nullcontext()
+        self.graph_pool_handle = object
+        self.CUDAGraph = type("Graph", (), {"replay": lambda _: None})
+
+    @contextmanager
+    def graph(self, graph, pool):
+        graphs = self.pools.setdefault(pool, weakref.WeakSet())
+        assert graphs or not self.captures, "the pool's last graph is gone"
+        graphs.add(graph)
+        self.captures += 1
+        yield
+
+
+def test_a_graph_that_rows_outgrow_is_captured_again_in_a_live_pool(monkeypatch):
+    model = mm.load_pretrained(GOLDEN / CASES[0]).eval()
+    monkeypatch.setattr(torch, "cuda", cuda := _Graphs())
+    cache = new_cache(model, 2, 400)
+    graphs, plain = GraphStep(model, cache), PlainStep(model, cache)
+    ids = torch.tensor([5, 7])
+    with torch.inference_mode():
+        for position in (0, 255, 256, 399):
+            at = torch.tensor([position, position])
+            got = graphs(ids, at, position + 1, True)
+            if position in (0, 256):  # captured just now, which here means run
+                assert torch.equal(got, plain(ids, at, graphs.slots, False))
+    assert (cuda.captures, graphs.slots) == (2, 400)  # not more slots than the cache has
+
+
+@pytest.mark.parametrize("make", [GraphStep, PlainStep])
+def test_a_decoder_that_is_done_keeps_no_memory_until_cycles_are_collected(make, monkeypatch):
+    model = mm.load_pretrained(GOLDEN / CASES[0])
+    decoder = Decoder(model, 1, 20)
+    monkeypatch.setattr(torch, "cuda", _Graphs())
+    monkeypatch.setattr("minimind_fast.decode.can_capture", lambda _: make is GraphStep)
+    decoder.device = torch.device("cuda")
+    decoder._fast = decoder._make_fast()
+    assert isinstance(decoder._fast, make)
+    cache = weakref.ref(decoder.cache)
+    gc.disable()
+    try:
+        del decoder
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "kernels, captured", [("all", True), ("moe_mlp", False), ("moe_route", False), ("none", False)]
+)
+def test_a_mixture_is_captured_only_with_both_its_kernels(kernels, captured, monkeypatch):
+    monkeypatch.setattr("minimind_fast.ops.kernel", lambda name: None)  # Triton stays out of this process
+    mixture, dense = (mm.MiniMind(mm.ModelConfig.preset("tiny", use_moe=moe)) for moe in (True, False))
+    with mm.ops.use(kernels):
+        assert can_capture(mixture) == captured and can_capture(dense)
+
+
 # ------------------------------------------------------------------------------------------------------------- GPU
 
 
@@ -489,7 +559,7 @@ def test_cuda_graphs_give_the_plain_steps_tokens(name):
     outs = generate_batch(model, prompts, max_new_tokens=300, stop_ids=())  # more than one graph's slots
     for prompt, out in zip(prompts, outs, strict=True):
         decoder = Decoder(model, 1, len(prompt) + 300)
-        decoder._fast = decoder.plain_step
+        decoder._fast = PlainStep(model, decoder.cache)
         logits, plain = decoder.prefill([prompt]), []
         for _ in range(300):
             plain.append(int(logits.argmax()))
