@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_fast.attention_rows import Rectangles, attend_rows
+from minimind_fast.reference import accum_dtype
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
 
@@ -156,6 +157,6 @@ def _run_eager(q, k, v, cu_seqlens, dropout):
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), where, right=True)
     allowed = (document[:, None] == document[None, :]) & (where[:, None] >= where[None, :])
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(head_dim)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accum_dtype(q.dtype)
     probs = scores.to(wide).masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", F.dropout(probs, dropout), v)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_fast.reference import accum_dtype
+
 SCRATCH = 2**19  # score elements at a time; 2**22 was 3x slower, 2**18 and 2**20 the same
 BLOCK = 128  # queries at a time: 128 spares a quarter of the pairs of a row of 256; long rows take an eighth of theirs
 
@@ -110,7 +112,7 @@ class _Rows(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         n, heads, length, hd = q.shape
         kv_heads, groups, scale = k.shape[1], heads // k.shape[1], hd**-0.5
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = accum_dtype(q.dtype)
         by_kv_head = (n * kv_heads, groups, length, hd)
         delta = (grad.to(wide) * out.to(wide)).sum(-1).reshape(by_kv_head[:3])
         q, grad = q.reshape(by_kv_head), grad.reshape(by_kv_head)

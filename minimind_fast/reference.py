@@ -19,8 +19,12 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-def _accum(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms, softmax and losses are computed in: float64 stays, everything narrower becomes float32."""
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that norms, softmax and losses are computed in: float64 stays, everything narrower becomes float32.
+
+    Args:
+        dtype: of the input.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -40,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; MiniMind for the cast order.
     """
     h = x if residual is None else x + residual
-    wide = h.to(_accum(h.dtype))
+    wide = h.to(accum_dtype(h.dtype))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     y = (weight * normed.to(h.dtype)).to(h.dtype) if cast_first else (weight * normed).to(h.dtype)
     return y if residual is None else (y, h)
@@ -130,7 +134,7 @@ def linear_cross_entropy(
     Returns:
         logprobs (...) float32, 0 where ignored; with `return_entropy` also entropy (...) float32, 0 where ignored.
     """
-    logits = (hidden @ weight.t()).to(_accum(hidden.dtype))
+    logits = (hidden @ weight.t()).to(accum_dtype(hidden.dtype))
     if temperature != 1.0:  # spares a CPU a pass over the largest tensor of a step, forward and backward
         logits = logits / temperature
     counted = targets != IGNORE_INDEX
@@ -176,7 +180,7 @@ def linear_kl(
         raise ValueError(
             f"the teacher's vocabulary ({teacher_weight.shape[0]}) is smaller than the student's ({vocab})"
         )
-    wide = _accum(student_hidden.dtype)
+    wide = accum_dtype(student_hidden.dtype)
     student = ((student_hidden @ student_weight.t()).to(wide) / temperature).log_softmax(-1)
     with torch.no_grad():
         logits = (teacher_hidden @ teacher_weight[:vocab].t()).to(wide)
@@ -227,7 +231,7 @@ def moe_route(
     Source: Shazeer et al., 2017 (sparsely gated experts); Fedus et al., Switch Transformers, 2021 (balancing loss).
     """
     num_experts = gate_weight.shape[0]
-    scores = F.linear(x, gate_weight).to(_accum(x.dtype)).softmax(-1)
+    scores = F.linear(x, gate_weight).to(accum_dtype(x.dtype)).softmax(-1)
     # A stable sort rather than topk, which leaves open who wins a tie: here it is the lower expert.
     weights, experts = (x[:, :top_k] for x in scores.sort(dim=-1, descending=True, stable=True))
     if normalize:
