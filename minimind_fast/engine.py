@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import logging
 import os
@@ -30,6 +31,9 @@ import torch.distributed as dist
 from minimind_fast.config import TrainConfig
 from minimind_fast.model import MiniMind
 
+# Elements of a bucket of gradients, 25 MB in bf16 as in PyTorch's DDP: a model fills several, so that sending one overlaps
+# with making the next. DeepSpeed's own 500M are never filled, but allocated, twice with overlap.
+REDUCE_BUCKET = 12_500_000
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -138,19 +142,29 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": REDUCE_BUCKET,
+        },
+        "timers": {"throughput": {"enabled": False}},  # on by default, it waits for the GPU at every micro-batch
         "checkpoint": {"load_universal": False},
     }
     if config.offload == "cpu":
         made["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.dtype == "bfloat16":
-        made["bf16"] = {"enabled": True}
-        if stage > 0:
-            made["data_types"] = {"grad_accum_dtype": "fp32"}
+        # At stage 1 a gradient is added to its fp32 sum as soon as it is there, and freed.
+        made["bf16"] = {"enabled": True, "immediate_grad_update": True}
     elif config.dtype == "float16":
         made["fp16"] = {"enabled": True, "initial_scale_power": 12}
     if config.deepspeed_config:
         _overlay(made, _read(config.deepspeed_config), config.deepspeed_config, config.given)
+    stage = made["zero_optimization"]["stage"]
+    if made.get("bf16", {}).get("enabled") and stage > 0:
+        made.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        if stage == 1:  # else the fp32 sums are rounded to bf16 before they are reduced
+            made.setdefault("communication_data_type", "fp32")
     return made
 
 
@@ -244,8 +258,11 @@ def initialize(model: MiniMind, config: TrainConfig, ds: dict[str, Any]) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
     for state in optimizer.state.values():
         state["step"].zero_()  # of that same step: its gradients were zero, so the counter is all that it left
-    if config.dtype == "float32" and hasattr(engine.optimizer, "check_grad_overflow"):
-        engine.optimizer.check_grad_overflow = True  # off by default in fp32, where a NaN would reach the weights
+    bf16 = hasattr(engine.optimizer, "clear_hp_grads")
+    if bf16:  # its step() leaves the sums cleared, and zero_grad() would clear them again
+        engine.optimizer.zero_grad = functools.partial(engine.optimizer.clear_lp_grads, set_to_none=True)
+    if world()[1] == 1 and (bf16 or engine.zero_optimization_stage() == 0):
+        engine.enable_backward_allreduce = False  # a reduction among one: it would copy all gradients, and back again
     if not hasattr(engine.optimizer, "overflow"):
         engine._config.gradient_clipping = 0.0  # `finish_step` clips, because it needs the norm
     return engine

@@ -189,20 +189,21 @@ def held(stage: int, dtype: str, world_size: int) -> Held:
         world_size: number of ranks.
 
     Returns:
-        Held. Transients are those of models below its buckets of 500M elements. Read off processes on one and two ranks
-        in bfloat16 at every stage and in float32 at 0 and 1; the rest follows the same partition.
+        Held. Transients at stages 2 and 3 are those of models that one bucket of gradients holds (`engine.REDUCE_BUCKET`);
+        larger ones take less. Read off processes on one and two ranks in bfloat16 at every stage and in float32 at 0 and
+        1; the rest follows the same partition.
     """
     w, item = world_size, ITEM_BYTES[dtype]
     if item == 4:
         return {
-            0: Held(4, 0, 8, 8),  # gradients, and a flat copy of them for the all-reduce
+            0: Held(4, 0, 8, 4 if w == 1 else 8),  # gradients, and a flat copy of them for the all-reduce
             1: Held(4, 0, 12 / w, 8),
             2: Held(4, 0, 12 / w, 8 + 4 / w),
             3: Held(4 / w, 4 / w + 4, 12 / w, 12),
         }[stage]
     return {
         0: Held(2, 0, 12, 6),  # gradients and their fp32 copies
-        1: Held(2, 4, 12 / w, 8),  # whole fp32 sums of gradients; then bf16 ones, and flat copies of both
+        1: Held(2, 4, 12 / w, 0 if w == 1 else 4),  # whole fp32 sums of gradients, and a flat copy for the all-reduce
         2: Held(2, 0, 12 / w, 4.5 + 4 / w),
         3: Held(2 / w, 4 / w + 2, 12 / w, 6),
     }[stage]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,3 +107,78 @@ def test_out_of_memory_says_what_to_lower_with_numbers(tmp_path):
     config = TrainConfig(batch_size=32, max_seq_len=512, accumulation_steps=4)
     text = memory_advice(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), config, tmp_path)
     assert "32 x 512" in text and "--batch_size 16 --accumulation_steps 8" in text and "Tried to allocate 2 GiB" in text
+
+
+# A process of its own, as it becomes a rank: what each (ZeRO stage, dtype) does with a loss that is not finite, and what the
+# sums of two micro-batches are at stage 1 in bf16.
+UNDER_ENGINE = """
+import json, sys
+import torch
+from minimind_fast import engine
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.model import MiniMind
+
+engine.prepare(1)
+ids, cu = torch.arange(32), torch.tensor([0, 32], dtype=torch.int32)
+for stage, dtype in json.loads(sys.argv[1]):
+    shape = dict(num_hidden_layers=1, hidden_size=64, vocab_size=256, max_position_embeddings=64)
+    model = MiniMind(ModelConfig.preset("tiny", **shape))
+    config = TrainConfig(zero_stage=stage, dtype=dtype, batch_size=1, accumulation_steps=2)
+    ran = engine.initialize(model, config, engine.deepspeed_config(config, 1))
+    engine.set_lr(ran, 1e-2)
+    weight, steps = model.model.embed_tokens.weight, []
+    for factor in (1.0, float("nan"), 1.0):
+        with engine.gathered(ran):
+            before = weight.detach().clone()
+        for i in range(2):
+            ran.set_gradient_accumulation_boundary(i == 1)
+            out = ran(ids.roll(i), targets=ids, cu_seqlens=cu, max_seqlen=32)
+            ran.backward(-out.logprobs.mean() * factor, scale_wrt_gas=False)
+            if i == 0:
+                ran.step()
+        sums = getattr(ran.optimizer, "fp32_groups_gradients_flat", [torch.zeros(1)])[0].clone()
+        norm, finite = engine.finish_step(ran, 1.0)
+        with engine.gathered(ran):
+            steps.append([finite, not torch.equal(before, weight), bool(weight.isfinite().all())])
+    rounded = (sums == sums.bfloat16()).float().mean().item()
+    print(json.dumps({"steps": steps, "rounded": rounded, "timer": ran.tput_timer.config.enabled}))
+"""
+STAGES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (1, "bfloat16")]
+
+
+@pytest.fixture(scope="module")
+def under_engine():
+    command = [sys.executable, "-W", "ignore", "-c", UNDER_ENGINE, json.dumps(STAGES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(STAGES, found, strict=True))
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_step_that_is_not_finite_is_skipped_under_every_stage(under_engine, case):
+    """(said to be finite, weights changed, weights finite), for a step, one that is not finite, and one after it."""
+    assert under_engine[case]["steps"] == [[True, True, True], [False, False, True], [True, True, True]]
+
+
+def test_sums_of_micro_batches_stay_in_float32(under_engine):
+    """DeepSpeed's own default rounds them to bf16 on their way to the reduction, on one rank too."""
+    assert under_engine[1, "bfloat16"]["rounded"] < 0.7
+
+
+def test_no_timer_waits_for_the_gpu(under_engine):
+    assert not any(found["timer"] for found in under_engine.values())
+
+
+def test_a_users_file_decides_the_stage_and_what_follows_from_it(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    ds = deepspeed_config(TrainConfig(dtype="bfloat16", deepspeed_config=str(file)), 2)
+    assert "data_types" not in ds and "communication_data_type" not in ds  # DeepSpeed refuses fp32 sums at stage 0
+    file.write_text(json.dumps({"communication_data_type": "bf16"}))
+    assert (
+        deepspeed_config(TrainConfig(dtype="bfloat16", deepspeed_config=str(file)), 2)["communication_data_type"]
+        == "bf16"
+    )
+    assert deepspeed_config(TrainConfig(dtype="bfloat16"), 2)["communication_data_type"] == "fp32"
+    assert "communication_data_type" not in deepspeed_config(TrainConfig(dtype="bfloat16", zero_stage=2), 2)
