@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
+import liger_ops
 import pytest
 import torch
 from harness import CLOCK, Suite
@@ -17,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--presets", default="", help="models, joined by commas")
     group.addoption("--tokens", default="", help="T, joined by commas")
     group.addoption("--budget_s", type=float, default=1e9, help="begin no row after this many seconds")
+    wide = "also time other people's implementations with up to this many times eager's error, marked"
+    group.addoption("--peer_error", type=float, default=0.0, help=wide)
     group.addoption("--threads", type=int, default=0, help="of a CPU (default: PyTorch's own choice)")
 
 
@@ -26,8 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
     tokens = [int(count) for count in config.getoption("--tokens").split(",") if count]
     if threads := config.getoption("--threads"):
         torch.set_num_threads(threads)
-    suite = Suite(config.getoption("--shapes") == "all", names, tokens, config.getoption("--budget_s"))
+    limits = config.getoption("--budget_s"), config.getoption("--peer_error")
+    suite = Suite(config.getoption("--shapes") == "all", names, tokens, *limits)
     config.stash[SUITE] = suite
+    liger_ops.tune_all = suite.everything
     given = {argument.split("=")[0] for argument in map(str, config.invocation_params.args)}
     # pytest-benchmark's defaults are a second a row, which is too long for a first look, and twelve columns.
     wanted = {"--benchmark-columns": ["median", "iqr", "rounds"]}
@@ -67,7 +73,18 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
         "torch": torch.__version__,
         "roofs": suite.roofs,
         "limits": suite.limits(),
+        "skipped": suite.skipped,
     }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
+    """Keep why a row has no time, for the report."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        item.config.stash[SUITE].skipped.setdefault(reason, []).append(item.name)
+    return report
 
 
 @pytest.fixture

@@ -125,14 +125,18 @@ class EagerMiniMind(nn.Module):
         eager.load_state_dict({n: t.float() for n, t in to_disk_names(model.state_dict(), model.config).items()})
         return eager
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) -> logits (B, T, V)."""
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> the last norm's output (B, T, D)."""
         t = input_ids.shape[1]
         cos, sin = self.cos[:, :t], self.sin[:, :t]
         x = self.model.embed_tokens(input_ids)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
-        return self.lm_head(self.model.norm(x))
+        return self.model.norm(x)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) -> logits (B, T, V)."""
+        return self.lm_head(self.hidden(input_ids))
 
 
 def loss(model: EagerMiniMind, input_ids: Tensor, targets: Tensor) -> Tensor:

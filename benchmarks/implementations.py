@@ -9,11 +9,11 @@ Properties: inputs are drawn on the device from a seed. Kernels are checked in m
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
+import liger_ops
 import torch
 from torch import Tensor
 
@@ -79,15 +79,22 @@ class Bench:
         tensors = self.tensors if training else {k: t for k, t in self.tensors.items() if k != "grad_weights"}
         return [out for out in self.case.call(function, tensors) if out.requires_grad]
 
-    def backward(self, outputs: list[Tensor], keep: bool = False) -> tuple[Tensor | None, ...]:
-        """Gradients of the leaves; the outputs' own are drawn at the first call."""
+    def backward(self, outputs: list[Tensor], keep: bool = False, copies: bool = False) -> tuple[Tensor | None, ...]:
+        """Gradients of the leaves; the outputs' own are drawn at the first call.
+
+        Args:
+            outputs: of `forward`.
+            keep: the graph, for a backward that is timed by itself.
+            copies: hand out copies of the outputs' gradients, as some peers write to what they are given.
+        """
         if self.grads is None:
             if "grad_weights" in self.tensors:
                 self.grads = [0.5 * self.tensors["grad_weights"]]
             else:
                 self.grads = [self.draw.normal(*out.shape, dtype=out.dtype) for out in outputs]
         leaves = [self.tensors[key] for key in self.leaves]
-        return torch.autograd.grad(outputs, leaves, self.grads, allow_unused=True, retain_graph=keep)
+        grads = [g.clone() for g in self.grads] if copies else self.grads
+        return torch.autograd.grad(outputs, leaves, grads, allow_unused=True, retain_graph=keep)
 
     def both(self, function: Callable) -> None:
         """Forward and backward."""
@@ -115,7 +122,7 @@ class Bench:
                 live = [out for out in outputs if out.requires_grad]
                 if double and self.grads is not None:
                     self.grads = [g.to(o.dtype) for g, o in zip(self.grads, live, strict=True)]
-                found = self.backward(live)
+                found = self.backward(live, copies=True)
             out = {f"out{i}": tensor.detach() for i, tensor in enumerate(outputs)}
             for key, grad in zip(self.leaves, found, strict=True):
                 out[f"d {key}"] = torch.zeros_like(self.tensors[key]) if grad is None else grad
@@ -124,24 +131,6 @@ class Bench:
             self.tensors = kept[0]
             if double:
                 self.grads = kept[1]
-
-
-def _liger(op: str) -> Callable | None:
-    """Liger-Kernel's form of an op, with our signature; None if there is none, or Liger is not installed."""
-    try:
-        if op == "swiglu":
-            swiglu = importlib.import_module("liger_kernel.ops.swiglu").LigerFusedGateUpSiLUMulFunction
-            return lambda gate_up: swiglu.apply(gate_up)
-        if op == "rms_norm":
-            norm = importlib.import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
-
-            def rms_norm(x, weight, eps, residual, cast_first):
-                return norm.apply(x, residual, weight, eps, 0.0, "llama" if cast_first else "gemma")
-
-            return rms_norm
-    except (ImportError, AttributeError):
-        return None
-    return None
 
 
 @cache
@@ -171,7 +160,9 @@ def implementation(op: str, name: str, device: str) -> Callable | str:
         with ops.use("auto"):  # ops' own choice for this device, which is called as it stands
             function, _ = ops._choose(op, device)
         return "on a CPU ours is the reference itself" if function is eager else function
-    return _liger(op) or f"Liger-Kernel is not installed, or has no {op} like this"
+    if device == "cpu":
+        return "Liger-Kernel's kernels run on a GPU only"
+    return liger_ops.op(op)
 
 
 @lru_cache(maxsize=1)

@@ -18,11 +18,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import goals
 from refresh_readme import READMES, RESULTS, ROOT, refreshed
 
-ORDER = ("model step", "kernel", "attention", "MoE layer", "optimizer step", "generation", "data loading")
+ORDER = (
+    *("model step", "MoE layer", "kernel", "head", "attention", "weight gradient", "optimizer step"),
+    *("generation", "data loading"),
+)
+# Whose time over a row's own is a column.
+OTHERS = ("eager", "compile", "liger", "dense", "loop", "grouped_mm", "scattermoe", "sonicmoe", "megablocks")
+HEAD = ("device", "on_gpu", "torch", "roofs", "limits", "skipped")  # of a run, and of a report's own JSON
 COLOURS = {
     **{"ours": "#1f77b4", "eager": "#bbbbbb", "compile": "#ff7f0e", "liger": "#2ca02c"},
+    **{"dense": "#7f7f7f", "grouped_mm": "#e377c2", "loop": "#d3d3d3", "scattermoe": "#98df8a", "split-K": "#1f77b4"},
     **{"sdpa": "#9467bd", "flash_attn": "#8c564b", "torch_varlen": "#17becf", "foreach": "#bcbd22"},
 }
 
@@ -31,10 +39,11 @@ def read(files: list[Path]) -> dict[str, Any]:
     """Runs of one machine as one.
 
     Args:
-        files: of pytest-benchmark, written by this suite, oldest first.
+        files: of pytest-benchmark, written by this suite, or the JSON of a report of it; oldest first.
 
     Returns:
-        device, on_gpu, torch, roofs, limits, and benchmarks: group and extra_info of each row that has a time.
+        device, on_gpu, torch, roofs, limits, skipped (reason -> rows without a time), and benchmarks: group and extra_info
+        of each row that has a time.
 
     Raises:
         ValueError: a file of something else, or of another machine than the first.
@@ -43,16 +52,25 @@ def read(files: list[Path]) -> dict[str, Any]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for file in files:
         data = json.loads(file.read_text(encoding="utf-8"))
-        head = data.get("minimind_fast")
+        head = data.get("minimind_fast") or ({k: data[k] for k in HEAD if k in data} if "roofs" in data else None)
         if head is None:
             raise ValueError(f"{file} was not written by this suite (pytest benchmarks/ --benchmark-json={file})")
         if out and head["device"] != out["device"]:
             raise ValueError(f"{file} is of {head['device']}, the others are of {out['device']}")
-        out = {**head, "benchmarks": []}
+        skipped = out.get("skipped", {})
+        for reason, names in head.get("skipped", {}).items():
+            skipped[reason] = list(dict.fromkeys([*skipped.get(reason, []), *names]))
+        out = {**head, "benchmarks": [], "skipped": skipped}
         for row in data["benchmarks"]:
             if row["extra_info"].get("median_s"):
                 key = row["group"], row["extra_info"]["implementation"]
                 rows[key] = {"group": row["group"], "extra_info": row["extra_info"]}
+    for (group, _), row in rows.items():
+        info = row["extra_info"]
+        for other in OTHERS:  # the suite notes some itself, when theirs is measured first
+            theirs = [r["extra_info"]["median_s"] for (g, n), r in rows.items() if g == group and n.split()[0] == other]
+            if theirs:  # the better of a peer's forms
+                info.setdefault(f"times_{other}", min(theirs) / info["median_s"])
     order = {kind: i for i, kind in enumerate(ORDER)}
     found = sorted(rows.values(), key=lambda r: order[r["extra_info"]["kind"]])  # stable: groups as they ran
     return {**out, "benchmarks": found}
@@ -95,31 +113,43 @@ def table(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
     Returns:
         Lines of Markdown.
     """
-    columns = {
-        "group": "",
-        "implementation": "",
-        "median (p20-p80)": "",
-        "tokens/s": "",
-        "x eager": "",
-        "x compile": "",
-    }
-    gpu = ("of roof", "of same-shape matmul", "MFU", "with launches", "peak MB") if on_gpu else ()
-    names = [*columns, *gpu, "at least", "error (eager's)"]
+    infos = [row["extra_info"] for row in rows]
+    others = [o for o in OTHERS if o in OTHERS[:3] and on_gpu or any(f"times_{o}" in info for info in infos)]
+    gpu = ("TFLOP/s", "of roof", "of same-shape matmul", "MFU", "with launches", "peak MB") if on_gpu else ()
+    names = ["group", "implementation", "median (p20-p80)", "tokens/s", *(f"x {other}" for other in others)]
+    names += [*gpu, "at least", "error (eager's)"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in rows:
         info = row["extra_info"]
         spread = f"{_time(info['median_s'])} ({_time(info['p20_s'])}-{_time(info['p80_s'])})"
         cells = [row["group"], info["implementation"], spread, _cell(info, "tokens_per_s", "{:,.0f}")]
-        cells += [_cell(info, "times_eager", "{:.2f}"), _cell(info, "times_compile", "{:.2f}")]
+        cells += [_cell(info, f"times_{other}", "{:.2f}") for other in others]
         if on_gpu:
             peak = info.get("peak_bytes")
             launches = info.get("with_launch_s")
+            cells.append(f"{info['flop_per_s'] / 1e12:,.0f}" if info.get("flop_per_s") else "-")
             cells += [_cell(info, "share_of_roof", "{:.0%}"), _cell(info, "share_of_same_shape", "{:.0%}")]
             cells.append(_cell(info, "mfu", "{:.1%}"))
             cells += ["-" if launches is None else _time(launches), "-" if peak is None else f"{peak / 1e6:,.0f}"]
         error = "-" if "error" not in info else f"{info['error']:.1e} ({info['eager_error']:.1e})"
+        error += ", above the rule" if info.get("above_the_rule") else ""
         lines.append("| " + " | ".join([*cells, _work(info), error]) + " |")
     return lines
+
+
+def without_a_time(skipped: dict[str, list[str]]) -> list[str]:
+    """Why rows are not there.
+
+    Args:
+        skipped: reason -> rows.
+
+    Returns:
+        Lines of Markdown, one a reason.
+    """
+    return [
+        f"- {' '.join(reason.split())}: {len(names)} rows, such as `{names[0]}`"
+        for reason, names in sorted(skipped.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def _figure(title: str, height: float = 4.0) -> tuple[Any, Any, Any]:
@@ -200,7 +230,11 @@ def write(found: dict[str, Any], folder: Path) -> Path:
     lines.append("Ratios are the other's time over this row's: above 1 is faster.")
     charts = {
         f"{name}_roof.png": _bars(
-            [r for r in rows if r["extra_info"]["kind"] in ("kernel", "attention", "MoE layer")],
+            [
+                r
+                for r in rows
+                if r["extra_info"]["kind"] in ("kernel", "head", "attention", "MoE layer", "weight gradient")
+            ],
             *("share_of_roof", 100, "% of the roof", "Share of the roof", folder / f"{name}_roof.png"),
         ),
         f"{name}_eager.png": not found["on_gpu"]
@@ -218,6 +252,11 @@ def write(found: dict[str, Any], folder: Path) -> Path:
         mine = [r for r in rows if r["extra_info"]["kind"] == kind]
         if mine:
             lines += ["", f"## {kind[0].upper()}{kind[1:]}", "", *table(mine, found["on_gpu"])]
+    lines += ["", "## Goals", ""]
+    lines += ["Bounds in tokens/s, ms and TFLOP/s are for one H200; ratios are against rows of this run.", ""]
+    lines += goals.table([row["extra_info"] for row in rows], RESULTS)
+    if found["skipped"]:
+        lines += ["", "## Without a time", "", *without_a_time(found["skipped"])]
     text = "\n".join(lines) + "\n"
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -236,12 +275,12 @@ def summary(found: dict[str, Any], name: str) -> str:
         f"`pytest benchmarks/` on {found['device']}, torch {found['torch']} ([all rows](benchmarks/results/{name}.md)).",
         "",
     ]
-    lines += ["| ours | time | tokens/s | x eager | x compile | of roof |", "|---|---|---|---|---|---|"]
+    lines += ["| ours | time | tokens/s | x eager | x compile | x Liger | of roof |", "|---|---|---|---|---|---|---|"]
     for row in found["benchmarks"]:
         info = row["extra_info"]
         if info["implementation"] == "ours" and not row["group"].endswith((" forward", " backward")):
             cells = [row["group"], _time(info["median_s"]), _cell(info, "tokens_per_s", "{:,.0f}")]
-            cells += [_cell(info, "times_eager", "{:.2f}"), _cell(info, "times_compile", "{:.2f}")]
+            cells += [_cell(info, f"times_{other}", "{:.2f}") for other in OTHERS[:3]]
             lines.append("| " + " | ".join([*cells, _cell(info, "share_of_roof", "{:.0%}")]) + " |")
     if not found["on_gpu"]:
         lines += ["", *found["limits"]]

@@ -1,4 +1,4 @@
-"""The optimizer step, and the whole training step: MiniMind's eager loop beside the product's own engine."""
+"""The optimizer step, and the whole training step: MiniMind's eager loop, the same on Liger's ops, the product's engine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import eager_minimind
+import liger_ops
 import pytest
 import torch
-from harness import ALL_DOCUMENTS, Suite, document_lengths, offsets
+from harness import ALL_DOCUMENTS, Suite, document_lengths, offsets, others_may_fail
 
 from minimind_fast import engine, ops, stage
 from minimind_fast.config import ModelConfig, TrainConfig
@@ -19,6 +20,7 @@ from minimind_fast.verify import _SameExperts, compare
 
 FLAVOURS = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "ours": {"fused": True}}
 CHECKED_TOKENS = 4096  # of the truth in float32, whose logits are whole
+SMALL_STEP = 6144  # tokens of a step of fine-tuning, where launches count
 SMALL = {"num_hidden_layers": 2}  # on a CPU
 
 
@@ -28,14 +30,17 @@ def _optimizer_rows(suite: Suite) -> list[tuple[Any, ...]]:
 
 def _step_rows(suite: Suite) -> list[tuple[Any, ...]]:
     kinds = ALL_DOCUMENTS if suite.everything else ("512",) if suite.on_gpu else ("128",)
-    names = ("eager", "compile", "ours") if suite.on_gpu else ("eager", "ours")
-    return [
+    names = ("eager", "ours", "liger", "compile") if suite.on_gpu else ("eager", "ours")
+    rows = [
         (preset, tokens, kind, name)
         for preset in suite.presets(("minimind3", "minimind3-moe", "minimind2-small"), ("minimind2-small",))
         for tokens in suite.tokens(53191, 512)
         for kind in kinds
         for name in names
     ]
+    if suite.on_gpu and not any(tokens == SMALL_STEP for _, tokens, _, _ in rows):
+        rows += [(rows[0][0], SMALL_STEP, kinds[0], name) for name in ("eager", "ours")]
+    return sorted(rows, key=lambda row: row[3] == "compile")  # stable; a compilation takes longest
 
 
 ROWS = {"test_optimizer_step": _optimizer_rows, "test_model_step": _step_rows}
@@ -120,6 +125,24 @@ class _Eager:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+class _Liger(_Eager):
+    """The same loop on Liger's ops, whose head makes the mean loss without logits."""
+
+    def __init__(self, model: MiniMind, suite: Suite) -> None:
+        super().__init__(model, suite, compiled=False)
+        self.model = self.call = liger_ops.LigerMiniMind.from_ours(model).to(suite.device)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+
+    def step(self, batch: Batch, rows: tuple[int, int]) -> None:
+        with torch.autocast(self.suite.device, torch.bfloat16):
+            loss = self.model.loss(batch.input_ids.view(rows), batch.targets.view(rows))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 class _Ours:
     """The Trainer's step: DeepSpeed's engine, the stage's own loss."""
 
@@ -154,6 +177,11 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
         pytest.skip("a mixture's reference reads counts on the host: there is nothing whole to compile")
     if kind == "mix" and name != "ours" and not config.use_moe:
         pytest.skip("MiniMind's loop takes rows of one length: it would pad, and padding is not its arithmetic's fault")
+    if name == "liger":
+        if config.use_moe:
+            pytest.skip("Liger's ops are in the dense baseline; of a mixture see its layer")
+        if isinstance(reason := liger_ops.or_reason(liger_ops.mean_loss), str):
+            pytest.skip(reason)
     dense_rows = kind != "mix" and not config.use_moe
     torch.manual_seed(0)
     engine.prepare(torch.get_num_threads())
@@ -173,10 +201,14 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
             del half
             experts.replay()
             truth = model(*how).logprobs.double()
-    loop = _Ours(model, suite) if name == "ours" else _Eager(model, suite, name == "compile")
+    kinds = {"ours": _Ours, "liger": _Liger}
+    loop = kinds[name](model, suite) if name in kinds else _Eager(model, suite, name == "compile")
     experts.replay()
-    with torch.no_grad(), experts:
-        mine = loop.logprobs(small, small_rows)
+    with others_may_fail(name != "liger"):
+        with torch.no_grad(), experts:
+            mine = loop.logprobs(small, small_rows)
+        if name == "liger":
+            loop.step(small, small_rows)
     factor = 1.25 + 3 * truth.numel() ** -0.5
     errors = suite.hold_to({"logprobs": compare(mine, eager, truth, factor)}, name == "ours")
     del truth, eager, mine

@@ -2,7 +2,8 @@
 # Collect the wheels that a bare, offline GPU machine needs beside its own torch and triton: DeepSpeed with what it
 # needs, and Liger-Kernel as the peer to measure against. For Python 3.12 on x86-64.
 #
-# usage: benchmarks/wheels.sh [FOLDER]     (default: benchmarks/wheels, which git ignores)
+# usage: [SCATTERMOE=SOURCE] benchmarks/wheels.sh [FOLDER]     (default: benchmarks/wheels, which git ignores)
+#   SCATTERMOE  also build this peer, which no registry has: git+https://github.com/shawntan/scattermoe, or a checkout
 # On that machine `WHEELS=FOLDER benchmarks/gpu.sh` installs them into a folder of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +20,8 @@ fetch() { "${pip[@]}" download -q --no-deps "${tags[@]}" -d "$folder" "$@"; }
 [[ -n $(compgen -G "$folder/deepspeed-*.whl") ]] ||
   DS_BUILD_OPS=0 "${pip[@]}" wheel -q --no-deps -w "$folder" deepspeed==0.19.8
 fetch hjson==3.1.0 annotated-types==0.7.0 pydantic==2.13.3 liger-kernel==0.8.5
+# Liger asks for torch and triton only (and imports packaging, which DeepSpeed needs too); ScatterMoE for the same two.
+[[ -z ${SCATTERMOE:-} ]] || "${pip[@]}" wheel -q --no-deps -w "$folder" "$SCATTERMOE"
 # pydantic names the one pydantic-core that it works with.
 core=$(unzip -p "$folder"/pydantic-2*.whl '*/METADATA' | sed -n 's/^Requires-Dist: pydantic-core==\([0-9a-z.]*\).*/\1/p')
 fetch "pydantic-core==$core"
