@@ -1,4 +1,4 @@
-"""Decoding speed on a CPU: ours against a plain eager loop with growing caches.
+"""Decoding speed: ours against a plain eager loop with growing caches.
 
 Purpose: a table of decode tokens/s for minimind2-small with 512 tokens of context, one row and a batch of 8.
 Principle: both sides have the same weights, thread count and prompts; with the same dtype they must give the same greedy
@@ -8,7 +8,8 @@ Principle: both sides have the same weights, thread count and prompts; with the 
     ops, `torch.cat` to grow the cache, kv heads repeated, the scores written out, and the head over the last position.
 Properties: runs alternate between the sides, so that other load on the machine meets both; medians and the median of
     the ratios of neighbouring runs are reported, and the ratio of the two best runs. Ours includes what it lays out anew
-    before its first step. `python benchmarks/generation.py` writes results/cpu_generation.json and .md.
+    before its first step. `python benchmarks/generation.py` writes results/cpu_generation.json and .md; on a GPU
+    gpu_generation, both sides in float32 and both in bfloat16, where equal tokens are no promise.
 """
 
 from __future__ import annotations
@@ -30,8 +31,18 @@ import minimind_fast as mm
 from minimind_fast.checkpoint import to_disk_names
 from minimind_fast.decode import Decoder
 
-RESULTS = Path(__file__).with_name("results") / "cpu_generation.json"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RESULTS = Path(__file__).with_name("results") / f"{'gpu' if DEVICE == 'cuda' else 'cpu'}_generation.json"
 PAIRS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]  # (eager, ours)
+if DEVICE == "cuda":
+    PAIRS = PAIRS[:2]
+
+
+def now() -> float:
+    """Seconds, everything that was launched before being done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class EagerLoop:
@@ -100,11 +111,12 @@ def run_eager(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[
     """Greedy tokens (B, new) and seconds a decode step."""
     loop = EagerLoop(model)
     ids = loop.forward(prompts).float().argmax(-1, keepdim=True)
-    out, begin_s = [ids], time.perf_counter()
+    out, begin_s = [ids], now()
     for _ in range(new - 1):
         ids = loop.forward(ids).float().argmax(-1, keepdim=True)
         out.append(ids)
-    return torch.cat(out, 1).tolist(), (time.perf_counter() - begin_s) / (new - 1)
+    end_s = now()
+    return torch.cat(out, 1).tolist(), (end_s - begin_s) / (new - 1)
 
 
 @torch.inference_mode()
@@ -112,11 +124,12 @@ def run_ours(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[i
     """The same by `Decoder`."""
     decoder = Decoder(model, prompts.shape[0], prompts.shape[1] + new)
     ids = decoder.prefill(prompts.tolist()).float().argmax(-1)
-    out, begin_s = [ids], time.perf_counter()
+    out, begin_s = [ids], now()
     for _ in range(new - 1):
         ids = decoder.step(ids).float().argmax(-1)
         out.append(ids)
-    return torch.stack(out, 1).tolist(), (time.perf_counter() - begin_s) / (new - 1)
+    end_s = now()
+    return torch.stack(out, 1).tolist(), (end_s - begin_s) / (new - 1)
 
 
 def compare(dtypes: tuple[str, str], rows: int, context: int, new: int, rounds: int) -> dict:
@@ -134,8 +147,8 @@ def compare(dtypes: tuple[str, str], rows: int, context: int, new: int, rounds: 
     """
     torch.manual_seed(0)
     model = mm.MiniMind(mm.ModelConfig.preset("minimind2-small"))
-    theirs_model, our_model = (copy.deepcopy(model).to(getattr(torch, d)).eval() for d in dtypes)
-    prompts = torch.randint(3, model.config.vocab_size, (rows, context))
+    theirs_model, our_model = (copy.deepcopy(model).to(DEVICE, getattr(torch, d)).eval() for d in dtypes)
+    prompts = torch.randint(3, model.config.vocab_size, (rows, context)).to(DEVICE)
     run_eager(theirs_model, prompts, 4)
     run_ours(our_model, prompts, 4)
     pairs = []
@@ -196,6 +209,8 @@ def main() -> None:
             shown += [f"{r['ratio']:.2f}", f"{r['ratio_of_best']:.2f}", f"{r['equal_greedy_tokens']:.1%}"]
             print(" ".join(f"{x:>{w}}" for x, w in zip(shown, columns.values(), strict=True)), flush=True)
     machine = {"processor": processor(), "threads": args.threads, "torch": str(torch.__version__)}
+    if DEVICE == "cuda":
+        machine |= {"on_gpu": True, "processor": torch.cuda.get_device_name()}
     result = {**machine, "weight_reads_gb_per_s": read_rate(), "results": results}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -204,22 +219,24 @@ def main() -> None:
 
 
 def read_rate() -> float:
-    """GB/s at which these threads read memory: what bounds one row, which reads every weight for each token."""
-    x = torch.ones(2**26)  # 256 MiB, far beyond the caches
+    """GB/s at which this device reads memory: what bounds one row, which reads every weight for each token."""
+    x = torch.ones(2**28 if DEVICE == "cuda" else 2**26, device=DEVICE)  # 1 GiB or 256 MiB, far beyond the caches
     best = math.inf
     for _ in range(5):
-        begin_s = time.perf_counter()
+        begin_s = now()
         x.sum()
-        best = min(best, time.perf_counter() - begin_s)
+        best = min(best, now() - begin_s)
     return x.nbytes / best / 1e9
 
 
 def table(result: dict) -> str:
     """The result as Markdown."""
     weights = mm.MiniMind(mm.ModelConfig.preset("minimind2-small")).num_parameters()
+    where = result["processor"] if result.get("on_gpu") else f"{result['threads']} threads of {result['processor']}"
+    it_reads = "It sums" if result.get("on_gpu") else "These threads sum"
     bytes_a_step = {d: weights * torch.finfo(getattr(torch, d)).bits / 8e9 for d in ("float32", "bfloat16")}
     lines = [
-        f"Measured by `benchmarks/generation.py` on {result['threads']} threads of {result['processor']}, torch "
+        f"Measured by `benchmarks/generation.py` on {where}, torch "
         f"{result['torch']}: minimind2-small, {result['results'][0]['context_tokens']} tokens of context, random weights.",
         "",
         "| eager loop | ours | rows | eager tokens/s | ours tokens/s | ratio | our weight reads | equal greedy tokens |",
@@ -235,7 +252,7 @@ def table(result: dict) -> str:
     most = {d: rate / size for d, size in bytes_a_step.items()}
     lines += [
         "",
-        f"A step reads every weight. These threads sum a large tensor at {rate:.1f} GB/s, at which one row cannot pass "
+        f"A step reads every weight. {it_reads} a large tensor at {rate:.1f} GB/s, at which one row cannot pass "
         f"{most['float32']:.0f} tokens/s in float32 or {most['bfloat16']:.0f} in bfloat16 (caches aside).",
     ]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, the most valuable first, in one call of under ten minutes on a bare offline machine
-# (Python 3.12, torch 2.11, triton 3.6, no network): tests, the proof, kernel groups, end to end, the rest of the suite, the report.
+# Everything that needs a GPU, the most valuable first, in two calls of under ten minutes each on a bare offline machine
+# (Python 3.12, torch 2.11, triton 3.6, no network). First: tests, the proof, kernel groups, end to end, the rest of the
+# suite, the report. Second: loss curves with kernels on and off, a real run to a chat, training under ZeRO 0-3, generation.
 #
-# usage: [WHEELS=FOLDER] [OUT=FOLDER] [PARTS="tests verify ..."] benchmarks/gpu.sh [--dry-run]
-#   WHEELS   wheels of benchmarks/wheels.sh to install first (default: benchmarks/wheels, if it is there)
-#   OUT      where results go (default: benchmarks/results); few files: gpu.log, gpu_parts.tsv, each part's JSON, the report
-#   PARTS    which parts, by name (default: all)
+# usage: [WHEELS=FOLDER] [CORPUS=FOLDER] [OUT=FOLDER] [ARCHIVE=FILE] [PARTS="tests verify ..."] benchmarks/gpu.sh [--second] [--dry-run]
+#   WHEELS   wheels to install first (default: benchmarks/wheels), and
+#   CORPUS   real text for the second call (default: benchmarks/corpus): both made by benchmarks/pack_for_gpu.py
+#   OUT      where results go (default: benchmarks/results; in a dry run a temporary folder): gpu.log and gpu_parts.tsv
+#            (gpu_second.log, ... of the second call), each part's files, the report
+#   ARCHIVE  also keep all of OUT in this one .tar.gz, written anew after each part: for a machine that gives few files back
+#   PARTS    which parts, by name (default: all of the call)
 #   --dry-run  all parts on this machine's CPU with small shapes: proves the button, measures nothing
 #
 # Each part has a budget in seconds and writes its results before the next begins, so that what was measured stays
@@ -13,30 +17,42 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-dry=0
+dry=0 second=0 name=gpu
 for argument in "$@"; do
   case $argument in
     --dry-run) dry=1 ;;
-    *) echo "usage: benchmarks/gpu.sh [--dry-run]" >&2; exit 2 ;;
+    --second) second=1 name=gpu_second ;;
+    *) echo "usage: benchmarks/gpu.sh [--second] [--dry-run]" >&2; exit 2 ;;
   esac
 done
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
+[[ $dry == 0 || -n ${OUT:-} ]] || out=$(mktemp -d) # numbers that mean nothing stay out of the results
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-log=$out/gpu.log parts=$out/gpu_parts.tsv
+log=$out/$name.log parts=$out/${name}_parts.tsv
 : > "$log"
 printf 'part\tresult\tseconds\n' > "$parts"
 export PYTHONUNBUFFERED=1
 say() { echo "$*" | tee -a "$log"; }
 
 # Install, where this is not yet done: wheels into a folder of their own, then the package, editable.
-wheels=${WHEELS:-benchmarks/wheels}
-if compgen -G "$wheels/*.whl" > /dev/null && ! "$python" -c 'import deepspeed' 2> /dev/null; then
-  site=$(mktemp -d)
-  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl \
-    >> "$log" 2>&1 || say "installing $wheels failed; parts that need it will say so"
-  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+wheels=${WHEELS:-benchmarks/wheels} corpus=${CORPUS:-benchmarks/corpus}
+pack="python benchmarks/pack_for_gpu.py, where there is a network, makes benchmarks/wheels and benchmarks/corpus: carry both here"
+if ! "$python" -c 'import deepspeed' 2> /dev/null; then
+  if compgen -G "$wheels/*.whl" > /dev/null; then
+    site=$(mktemp -d)
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl \
+      >> "$log" 2>&1 || say "installing $wheels failed; parts that need it will say so"
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  else
+    say "DeepSpeed is not installed and $wheels holds no wheels. $pack."
+    exit 1
+  fi
+fi
+if [[ $second == 1 && $dry == 0 && ! -f $corpus/pretrain.jsonl ]]; then
+  say "No real text in $corpus. $pack."
+  exit 1
 fi
 if ! "$python" -c 'import minimind_fast.kernels' 2> /dev/null; then
   "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e . >> "$log" 2>&1 ||
@@ -57,7 +73,7 @@ if [[ $dry == 0 ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda
   exit 1
 fi
 
-failed=0
+failed=0 aside=$(mktemp)
 # part NAME BUDGET_S COMMAND...: run one part within its budget and note how it went.
 part() {
   local name=$1 budget=$2 code started=$SECONDS
@@ -72,6 +88,7 @@ part() {
     *) code="failed ($code)" failed=1 ;;
   esac
   printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - started))" >> "$parts"
+  [[ -z ${ARCHIVE:-} ]] || { tar -czf "$aside" --exclude='*.tar.gz' -C "$out" . && cp "$aside" "$ARCHIVE"; }
 }
 # suite NAME BUDGET_S OPTIONS...: a part of the benchmark suite. It begins no row after five sixths of the budget, and an
 # interrupt at its end still lets pytest write what was measured.
@@ -84,24 +101,41 @@ suite() {
 
 if [[ $dry == 1 ]]; then
   export CUDA_VISIBLE_DEVICES=
-  part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_verify.py tests/test_swiglu.py
+fi
+# Compiling kernels is most of the tests' time, and a machine with a GPU has cores to spare. Each of these processes may hold
+# some 15 GB of the card: float64 truth at large vocabularies.
+several=()
+[[ $dry == 1 ]] || ! "$python" -c 'import xdist' 2> /dev/null || several=(-n 4 --dist worksteal)
+if [[ $second == 1 && $dry == 1 ]]; then
+  part loss_curves 400 "$python" benchmarks/loss_curves.py --dry_run --corpus "$corpus" --out "$out"
+  part real_run 400 "$python" benchmarks/real_run.py --dry_run --corpus "$corpus" --out "$out"
+  part zero 400 "$python" -m pytest -p no:cacheprovider -rs tests/test_gpu_training.py
+  part generation 400 "$python" benchmarks/generation.py --context 16 --new 8 --rounds 1 --rows 1 --out "$out/dry_generation.json"
+elif [[ $second == 1 ]]; then
+  part loss_curves 110 "$python" benchmarks/loss_curves.py --corpus "$corpus" --out "$out"
+  part real_run 300 "$python" benchmarks/real_run.py --corpus "$corpus" --out "$out"
+  part zero 80 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_gpu_training.py
+  part generation 60 "$python" benchmarks/generation.py --rows 1 8 64 --new 128 --out "$out/gpu_generation.json"
+elif [[ $dry == 1 ]]; then
+  part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_verify.py tests/test_swiglu.py tests/test_on_gpu.py
   part verify 300 "$python" -m minimind_fast.verify --ops swiglu --dtype float32 --json "$out/verify.json"
   suite kernels 240 benchmarks/test_kernels.py -k "swiglu and not compile"
   suite end_to_end 240 benchmarks/test_steps.py
   suite layers 240 benchmarks/test_layers.py -k "attention and mix"
-  suite rest 240 benchmarks/test_loading.py benchmarks/test_decoding.py
+  suite rest 240 benchmarks/test_loading.py benchmarks/test_decoding.py benchmarks/test_weight_gradients.py
 else
-  part tests 140 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
-    --deselect tests/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
-  part verify 110 "$python" -m minimind_fast.verify --device cuda --json "$out/verify.json"
-  suite kernels 125 benchmarks/test_kernels.py
-  suite end_to_end 95 benchmarks/test_steps.py
-  suite layers 45 benchmarks/test_layers.py
-  suite rest 35 benchmarks/test_decoding.py benchmarks/test_loading.py
+  part tests 125 "$python" -m pytest -m gpu "${several[@]}" -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
+    --ignore tests/test_gpu_training.py --deselect tests/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
+  part verify 95 "$python" -m minimind_fast.verify --device cuda --json "$out/verify.json"
+  [[ ! -f $out/verify.json ]] || part verify_table 10 "$python" benchmarks/verify_table.py "$out/verify.json"
+  suite kernels 105 benchmarks/test_kernels.py
+  suite end_to_end 85 benchmarks/test_steps.py
+  suite layers 95 benchmarks/test_layers.py
+  suite rest 45 benchmarks/test_decoding.py benchmarks/test_weight_gradients.py benchmarks/test_loading.py
 fi
 shopt -s nullglob
 runs=("$out"/suite_*.json)
-[[ ${#runs[@]} == 0 ]] || part report 20 "$python" benchmarks/report.py "${runs[@]}" --out "$out"
+[[ $second == 1 || ${#runs[@]} == 0 ]] || part report 20 "$python" benchmarks/report.py "${runs[@]}" --out "$out"
 
 say "$(column -t -s $'\t' "$parts" 2> /dev/null || cat "$parts")"
 say "results in $out"
