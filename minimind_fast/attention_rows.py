@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_fast import cpu_shapes
 from minimind_fast.reference import accum_dtype
 
 SCRATCH = 2**19  # score elements at a time; 2**22 was 3x slower, 2**18 and 2**20 the same
@@ -124,8 +125,7 @@ class _Rows(torch.autograd.Function):
             end = min(start + block, length)
             future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu_(1)
             rows = max(1, SCRATCH // (groups * (end - start) * end))
-            for i in range(0, n * kv_heads, rows):
-                some = slice(i, i + rows)
+            for some in cpu_shapes.pieces(n * kv_heads, rows):
                 qs, gs = q[some, :, start:end].flatten(1, 2), grad[some, :, start:end].flatten(1, 2)
                 ks, vs = k[some, :end], v[some, :end]
                 p = torch.bmm(qs.to(wide) * scale, ks.to(wide).transpose(1, 2))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind_fast import ops
+from minimind_fast import cpu_shapes, ops
 from minimind_fast.attention import resolve
 from minimind_fast.attention_rows import Rectangles
 from minimind_fast.decode_cpu import CpuStep, Packs
@@ -32,13 +32,13 @@ class Prefill(NamedTuple):
     """Packed prompts from position 0: attention as in training, keys and values kept."""
 
     cache: Tensor  # (L, B, 2K, S, hd)
-    rows: Tensor  # (T,)
+    rows: Tensor  # (T,), without filler
     positions: Tensor  # (T,)
     packed: Packed
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
-        self.cache[layer][self.rows, :, self.positions] = torch.cat([k, v], -2)
+        self.cache[layer][self.rows, :, self.positions] = torch.cat([k, v], -2)[: len(self.rows)]
         return self.packed.attend(layer, q, k, v)
 
 
@@ -154,11 +154,16 @@ class Decoder:
         positions = torch.arange(int(cu[-1])) - cu[rows]
         ids = torch.tensor([i for p in prompts for i in p])
         offsets = cu.to(self.device, torch.int32)
-        backend, _ = resolve(self.model.attention, self.device.type, self.dtype)
-        rectangles = Rectangles(cu.tolist(), self.device) if backend == "sdpa" else None
-        packed = Packed(offsets, int(counts.max()), backend, 0.0, rectangles)
         positions = positions.to(self.device)
-        context = Prefill(self.cache, rows.to(self.device), positions, packed)
+        stored = positions
+        weight, mixture = self.model.model.embed_tokens.weight, bool(self.model.config.use_moe)
+        if extra := cpu_shapes.extra(len(ids), weight, mixture):
+            ids, positions = cpu_shapes.fill(ids, extra), cpu_shapes.fill(positions, extra)
+            offsets = cpu_shapes.fill_documents(offsets, len(ids), int(counts.max()))
+        backend, _ = resolve(self.model.attention, self.device.type, self.dtype)
+        rectangles = Rectangles(offsets.tolist(), self.device) if backend == "sdpa" else None
+        packed = Packed(offsets, int(counts.max()), backend, 0.0, rectangles)
+        context = Prefill(self.cache, rows.to(self.device), stored, packed)
         hidden, _ = self.model.model(ids.to(self.device), positions, context, offsets)
         return hidden[(ends - 1).to(self.device)]
 

@@ -15,14 +15,14 @@ Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_d
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minimind_fast import ops
+from minimind_fast import cpu_shapes, ops
 from minimind_fast.attention import resolve
 from minimind_fast.attention_rows import Rectangles
 from minimind_fast.config import ModelConfig
@@ -408,6 +408,10 @@ class MiniMind(nn.Module):
             )
         if targets is not None and targets.shape != shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have input_ids' shape {tuple(shape)}")
+        extra = cpu_shapes.extra(input_ids.numel(), self.model.embed_tokens.weight, bool(self.config.use_moe))
+        if extra and input_ids.dim() == 1:
+            how = dict(temperature=temperature, return_entropy=return_entropy, return_hidden=return_hidden)
+            return self._filled(extra, input_ids, targets, cu_seqlens, max_seqlen, teacher, grad_weights, **how)
         dropout = self.config.dropout if self.training else 0.0
         backend, _ = resolve(self.attention, input_ids.device.type, self.model.embed_tokens.weight.dtype)
         rectangles = Rectangles(cu_seqlens.tolist(), input_ids.device) if backend == "sdpa" else None
@@ -419,6 +423,23 @@ class MiniMind(nn.Module):
             return ModelOutput(hidden=hidden, aux_loss=aux_loss)
         out = self.lm_head(hidden, targets, temperature, return_entropy, teacher, grad_weights)
         return out._replace(aux_loss=aux_loss, hidden=hidden if return_hidden else None)
+
+    def _filled(
+        self, extra: int, ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor, longest: int,
+        teacher: Teacher | None, grad_weights: Tensor | None, **how: Any,
+    ) -> ModelOutput:  # fmt: skip
+        """A pack with `extra` ignored tokens behind it, which no result shows."""
+        total, more = ids.numel(), cpu_shapes.fill
+        out = self.forward(
+            more(ids, extra),
+            None if targets is None else more(targets, extra, ops.IGNORE_INDEX),
+            cpu_shapes.fill_documents(cu_seqlens, total + extra, longest),
+            longest,
+            teacher=None if teacher is None else teacher._replace(hidden=more(teacher.hidden, extra)),
+            grad_weights=None if grad_weights is None else more(grad_weights, extra),
+            **how,
+        )
+        return ModelOutput(*(x[:total] if x is not None and x.dim() else x for x in out))
 
     def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
         """Continue each row; see `minimind_fast.generate.generate` for the options.
