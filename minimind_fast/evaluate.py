@@ -181,7 +181,7 @@ class Accuracy(NamedTuple):
     """Share of questions answered right."""
 
     accuracy: float
-    accuracy_norm: float  # log-probabilities divided by the choice's bytes
+    accuracy_norm: float  # log-probabilities divided by the choice's characters
     chance: float
     questions: int
 
@@ -197,7 +197,8 @@ def multiple_choice(model: MiniMind, tokenizer: Tokenizer, questions: Sequence[Q
     Raises:
         ValueError: no questions.
 
-    Source: Gao et al., lm-evaluation-harness (acc and acc_norm; where a continuation begins in the token ids).
+    Source: Gao et al., lm-evaluation-harness 0.4.13 (acc and acc_norm, its prompts for C-Eval, CMMLU and OpenBookQA without
+        their description; where a continuation begins in the token ids). Its numbers are these with `add_bos_token=True`.
     """
     if not questions:
         raise ValueError("no questions: there is nothing to measure")
@@ -205,7 +206,7 @@ def multiple_choice(model: MiniMind, tokenizer: Tokenizer, questions: Sequence[Q
     for q in questions:
         if q.letters:
             shown = "\n".join(f"{label}. {text}" for label, text in zip(q.labels, q.choices, strict=True))
-            context, continuations = f"{q.text.strip()}\n{shown}\n答案：", q.labels
+            context, continuations = f"{q.text.strip()}\n{shown}\n答案：", [f" {label}" for label in q.labels]
         else:
             context, continuations = q.text.strip(), [f" {c}" for c in q.choices]
         begin = len(tokenizer.encode(context))
@@ -217,7 +218,7 @@ def multiple_choice(model: MiniMind, tokenizer: Tokenizer, questions: Sequence[Q
     right = right_norm = 0
     for q in questions:
         values = [next(scores) for _ in q.choices]
-        sizes = [len((label if q.letters else c).encode("utf-8")) for label, c in zip(q.labels, q.choices, strict=True)]
+        sizes = [len(c) for c in (q.labels if q.letters else q.choices)]
         wanted = q.labels.index(q.answer)
         right += max(range(len(values)), key=values.__getitem__) == wanted
         right_norm += max(range(len(values)), key=lambda i: values[i] / max(sizes[i], 1)) == wanted
@@ -340,7 +341,7 @@ def main(argv: list[str]) -> int:
     for file, rows in questions.items():
         a = multiple_choice(model, tokenizer, rows)
         results["accuracy"][file] = a._asdict()
-        print(f"{file}: accuracy {a.accuracy:.1%}, by bytes {a.accuracy_norm:.1%}", end="")
+        print(f"{file}: accuracy {a.accuracy:.1%}, by length {a.accuracy_norm:.1%}", end="")
         print(f" (chance {a.chance:.1%}; {a.questions:,} questions)")
     if args.out:
         Path(args.out).write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -79,7 +79,7 @@ def test_the_likeliest_choice_is_the_model_s(model, tokenizer):
         ids = tokenizer.encode(f"{context} {c}")
         values.append(by_hand(model, [tokenizer.bos_id, *ids[: len(begin)]], ids[len(begin) :]))
     best = max(range(3), key=values.__getitem__)
-    best_norm = max(range(3), key=lambda i: values[i] / len(choices[i].encode()))
+    best_norm = max(range(3), key=lambda i: values[i] / len(choices[i]))
     for wanted in range(3):
         a = multiple_choice(model, tokenizer, [Question(context, ["A", "B", "C"], choices, "ABC"[wanted], False)])
         assert (a.accuracy, a.accuracy_norm) == (float(wanted == best), float(wanted == best_norm))
@@ -89,7 +89,9 @@ def test_the_likeliest_choice_is_the_model_s(model, tokenizer):
 def test_letters_are_scored_after_the_choices(model, tokenizer):
     context = "1+1=?\nA. 1\nB. 2\n答案："
     begin = tokenizer.encode(context)
-    values = [by_hand(model, [tokenizer.bos_id, *begin], tokenizer.encode(context + c)[len(begin) :]) for c in "AB"]
+    values = [
+        by_hand(model, [tokenizer.bos_id, *begin], tokenizer.encode(f"{context} {c}")[len(begin) :]) for c in "AB"
+    ]
     answer = "AB"[values.index(max(values))]
     assert multiple_choice(model, tokenizer, [Question("1+1=?", ["A", "B"], ["1", "2"], answer, True)]).accuracy == 1
 

@@ -519,3 +519,13 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, shared):
     with pytest.raises(ValueError, match="was trained with tokenizer"):
         convert.main_export([str(run), str(tmp_path / "hf"), "--tokenizer", str(shared / "minimind" / "minimind2")])
     assert not (tmp_path / "hf").exists()
+
+
+def test_an_export_lets_a_tool_ask_for_bos(hf, tmp_path):
+    """lm-eval scores choices as MiniMind's pretraining saw texts, with bos in front, by `add_bos_token=True`."""
+    tokenizer = mm.Tokenizer.load(SAMPLE_TOKENIZER)
+    assert convert.main_export([str(run_folder(tmp_path, MODELS["qwen3"][1])), str(tmp_path / "hf")]) == 0
+    for asked, first in ((False, []), (True, [tokenizer.bos_id])):
+        theirs = hf.AutoTokenizer.from_pretrained(tmp_path / "hf", add_bos_token=asked)
+        assert theirs.encode("What is 2 + 3? 天空") == first + tokenizer.encode("What is 2 + 3? 天空")
+        assert theirs.bos_token_id == tokenizer.bos_id
