@@ -1,5 +1,6 @@
 """Start a training script as a user would, in processes of its own."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from minimind_fast.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_size", "64", "--num_hidden_layers", "2", "--max_seq_len", "64", "--batch_size", "4"]
@@ -51,6 +54,12 @@ def load_script(name: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def own_config(module: Any) -> type:
+    """The dataclass of the options of a stage's script, which `load_script` gave."""
+    own = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+    return next((c for c in own if issubclass(c, TrainConfig)), TrainConfig)  # type: ignore[arg-type]
 
 
 def free_port() -> int:

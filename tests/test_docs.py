@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from launching import load_script
+from launching import load_script, own_config
+from pages import DOCS, PAGES, ROOT, commands, fenced
 
 import minimind_fast
 from minimind_fast import cli, config, samples
 from minimind_fast.chat_data import ChatEncoder
-from minimind_fast.config import TrainConfig
 from minimind_fast.memory import held
 from minimind_fast.pairs import PairEncoder
 from minimind_fast.plan import exchanged_bytes
@@ -27,19 +27,12 @@ from minimind_fast.rewards import question
 from minimind_fast.token_cache import BadRow, string_field
 from minimind_fast.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
 LANGUAGES = ("en", "zh")
-PAGES = [ROOT / "README.md", ROOT / "README_zh.md", DOCS / "README.md", *sorted(DOCS.glob("*/*.md"))]
 refresh = runpy.run_path(str(ROOT / "benchmarks" / "refresh_readme.py"))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 stage_pages = pytest.mark.parametrize(
     "page", sorted(DOCS.glob("*/train_*.md")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
-
-
-def fenced(text: str, *languages: str) -> list[str]:
-    return [body for name, body in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S) if name in languages]
 
 
 def prose(text: str) -> str:
@@ -159,20 +152,13 @@ def script(name: str):
     return load_script(name)
 
 
-def own_config(name: str) -> type:
-    """The dataclass of a stage's options."""
-    module = script(name)
-    own = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
-    return next((c for c in own if issubclass(c, TrainConfig)), TrainConfig)
-
-
 def parse_options(name: str, argv: list[str]) -> None:
     """As the script itself reads its arguments; raises SystemExit where they are wrong."""
     module = script(name)
     if hasattr(module, "parse_args"):
         module.parse_args(argv)
     else:
-        config.parse(own_config(name), argv)
+        config.parse(own_config(module), argv)
 
 
 @cache
@@ -212,22 +198,20 @@ def check_command(words: list[str]) -> None:
         command = rest[:2] if rest[0] == "lora" else rest[:1]
         for option in (word for word in rest if word.startswith("--") and word != "--help"):
             assert re.search(rf"{option}(?![\w-])", help_of(*command)), f"minimind-fast {' '.join(command)} {option}"
+    elif program.startswith("benchmarks/"):
+        script = (ROOT / program).read_text(encoding="utf-8")
+        assert all(f"{option})" in script for option in rest if option.startswith("--"))
     else:
-        assert program in ("pip", "pytest", "tensorboard", "ssh-copy-id", "curl"), f"unknown program {program}"
+        assert program in ("pip", "pytest", "tensorboard", "lm_eval", "curl", "source"), f"unknown program {program}"
 
 
 @every_page
 def test_every_command_names_real_scripts_and_options(page):
-    for block in fenced(page.read_text(encoding="utf-8"), "bash", "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words:
-                end = words.index("&&") if "&&" in words else len(words)
-                try:
-                    check_command(words[:end])
-                except SystemExit as error:
-                    raise AssertionError(f"wrong options: {line}") from error
-                words = words[end + 1 :]
+    for words in commands(page.read_text(encoding="utf-8")):
+        try:
+            check_command(words)
+        except SystemExit as error:
+            raise AssertionError(f"wrong options: {shlex.join(words)}") from error
 
 
 @every_page
@@ -243,7 +227,7 @@ def all_options() -> set[str]:
     names = {"num_gpus", "num_nodes", "hostfile", "include", "master_port", "master_addr", "help"}
     for path in (ROOT / "train").glob("*.py"):
         if not hasattr(script(path.stem), "parse_args"):
-            names |= {f.name for f in dataclasses.fields(own_config(path.stem)) if "help" in f.metadata}
+            names |= {f.name for f in dataclasses.fields(own_config(script(path.stem))) if "help" in f.metadata}
         else:
             names |= set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8")))
     stages = [stage.name for stage in script("pipeline").STAGES]
@@ -275,7 +259,7 @@ def test_defaults_are_those_of_the_code(page):
         for option, shown in rows:
             assert str(default[option]) == shown, option
         return
-    cls = own_config(name)
+    cls = own_config(script(name))
     for option, shown in rows:
         typed = config.parse(cls, [f"--{option}", *shown.split()])
         assert getattr(typed, option) == getattr(cls(), option), option
