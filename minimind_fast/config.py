@@ -279,7 +279,9 @@ class TrainConfig:
     )
     kernels: str = option("auto", "Triton kernels: auto, all, none or names such as rms_norm,swiglu")
     attention: str = option("auto", "attention backend: auto, flash_attn, torch_varlen, sdpa or eager")
-    zero_stage: int = option(-1, "DeepSpeed ZeRO stage 0-3 (-1: chosen by world size)", choices=(-1, 0, 1, 2, 3))
+    zero_stage: int = option(
+        -1, "DeepSpeed ZeRO stage 0-3 (-1: 1, or 0 in float32 on one rank)", choices=(-1, 0, 1, 2, 3)
+    )
     offload: str = option("none", "keep optimizer state in host memory", choices=("none", "cpu"))
     deepspeed_config: str = option("", "your own DeepSpeed JSON; a clash with an option is an error")
     gradient_checkpointing: bool = option(False, "recompute each block in the backward pass to save memory")

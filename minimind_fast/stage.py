@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def begin(config: TrainConfig) -> torch.device:
 
 
 def use_sample(config: TrainConfig, name: str, suitable: dict[str, Any], val: str = "") -> None:
-    """Without --data_path: train on a shipped sample, on a CPU with options that suit it where they were not given.
+    """Without --data_path: train on a shipped sample, with the smallest model and what suits it where nothing was given.
 
     Args:
         config: changed in place.
@@ -87,10 +88,9 @@ def use_sample(config: TrainConfig, name: str, suitable: dict[str, Any], val: st
     config.data_path = [str(samples.path(name))]
     if val and not config.val_data_path:
         config.val_data_path = [str(samples.path(val))]
-    if not torch.cuda.is_available():
-        for option, value in suitable.items():
-            if option not in config.given:
-                setattr(config, option, value)
+    for option, value in {"preset": "tiny", **suitable}.items():
+        if option not in config.given:
+            setattr(config, option, value)
 
 
 def find_weights(config: TrainConfig, before: str, option: str = "from_weight") -> None:
@@ -335,6 +335,8 @@ def report(
         show_samples(trainer.weights_folder, config.sample_prompts or prompts, config.sample_tokens, chat)
         print(finished(trainer, seconds))
         print(then)
+        if shutil.which("minimind-fast") is None:
+            print(f"(in an environment: source {os.path.relpath(sys.prefix)}/bin/activate)")
 
 
 def show_samples(weights: Path, prompts: list[str], new_tokens: int, chat: dict[str, Any] | None = None) -> None:

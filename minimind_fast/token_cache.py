@@ -272,7 +272,7 @@ class _Lines:
     def bad(self, path: Path, line: int, problem: str) -> None:
         message = f"{path}, line {line:,}: {problem}"
         if self.stop:
-            raise DataError(f"{message} (on_bad_line skip leaves such lines out)")
+            raise DataError(f"{message} (--on_bad_line skip leaves such lines out)")
         self.count += 1
         if len(self.first) < MAX_REPORTED_LINES:
             self.first.append(message)

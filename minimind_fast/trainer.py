@@ -449,11 +449,12 @@ class Trainer:
         device = (
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
+        name = c.preset if c.from_weight == "none" else f"From {c.from_weight}"
         self._say(
-            f"{c.preset}: {size:.1f}M parameters{extra}, {c.dtype}, ZeRO {c.zero_stage}, {self.world_size} x {device}."
+            f"{name}: {size:.1f}M parameters{extra}, {c.dtype}, ZeRO {c.zero_stage}, {self.world_size} x {device}."
         )
         self._say(
-            f"{self.total_steps} optimizer steps of {c.accumulation_steps * self.world_size} micro-batches of up to "
+            f"{self.total_steps} optimizer steps of {c.accumulation_steps * self.world_size} x up to "
             f"{tokens:,} tokens; attention: {self.attention[0]} ({self.attention[1]})."
         )
         groups: dict[str, list[str]] = {}

@@ -441,7 +441,7 @@ def test_queue_bound_turns_time_limit_and_leaving_the_queue(slow):
         assert full.headers["Retry-After"] == "1"
         late = [r.result() for r in replies]
         assert [r.status_code for r in late] == [504] * 3 and late[0].json()["error"]["code"] == "timeout"
-        assert service.batcher.waiting == 0 and not service.calls.open_calls
+        wait_for(lambda: service.batcher.waiting == 0 and not service.calls.open_calls)
         service.batcher._turn = turn
         with httpx.stream("POST", url + COMPLETION, json={**body, "stream": True}) as stream:
             lines = [line for line in stream.iter_lines() if line]

@@ -26,7 +26,7 @@ from minimind_fast.model import MiniMind, Teacher
 from minimind_fast.tokenizer import Tokenizer
 from minimind_fast.trainer import LossFunction, StepLoss
 
-# What suits the sample chats and a CPU, where the option was not given.
+# What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, warmup_steps=10, max_minutes=1.5)
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 

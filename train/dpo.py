@@ -23,7 +23,7 @@ from minimind_fast.pairs import PairBatch, answer_lengths, answer_logprobs, open
 from minimind_fast.progress import draw_loss
 from minimind_fast.trainer import LossFunction, StepLoss, Trainer
 
-# What suits the sample pairs and a CPU, where the option was not given.
+# What suits the sample pairs, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-5, max_seq_len=256, epochs=4, warmup_steps=5, log_interval=5, max_minutes=1.0)
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 

@@ -23,18 +23,31 @@ from minimind_fast.rewards import ModelReward, Rewards
 from minimind_fast.rollout import RolloutBatch, Rollouts, read_prompts
 from minimind_fast.trainer import StepLoss, Trainer
 
-# What suits the sample sums and a CPU, where the option was not given.
+# What suits the sample sums, where the option was not given.
 SAMPLE_DEFAULTS = dict(
-    learning_rate=1.5e-4, lr_schedule="constant", warmup_steps=5, epochs=5, max_minutes=1.5, beta=0.02
+    batch_size=8,
+    num_generations=8,
+    max_gen_len=64,
+    reward=["correct", "tagged"],  # a model this small learns the form first
+    thinking_ratio=1.0,
+    beta=0.02,
+    learning_rate=1.5e-4,
+    lr_schedule="constant",
+    warmup_steps=5,
+    epochs=5,
+    max_minutes=1.5,
 )
-SAMPLE_DEFAULTS |= dict(batch_size=8, num_generations=8, max_gen_len=64)
-SAMPLE_DEFAULTS |= dict(reward=["correct", "tagged"], thinking_ratio=1.0)  # a model this small learns the form first
 QUESTIONS = ["What is 2 + 3?", "7加2等于多少？"]
 
 
 @with_defaults(
-    **dict(from_weight="reason", learning_rate=3e-7, batch_size=2, accumulation_steps=1),
-    **dict(max_seq_len=768, epochs=1, log_interval=5),
+    from_weight="reason",
+    learning_rate=3e-7,
+    batch_size=2,
+    accumulation_steps=1,
+    max_seq_len=768,
+    epochs=1,
+    log_interval=5,
 )
 class GRPOConfig(TrainConfig):
     """MiniMind's defaults of this stage; batch_size counts prompts, max_seq_len the tokens of a prompt."""
@@ -102,10 +115,19 @@ def main() -> None:
     log = print if rank == 0 else lambda _text: None
     data = Rollouts(
         read_prompts(config.data_path, tokenizer, config.max_seq_len, config.on_bad_line, log),
-        *(tokenizer, Rewards(config.reward, judge), reference, rank, world_size),
-        **dict(batch_size=config.batch_size, generations=config.num_generations, max_new_tokens=config.max_gen_len),
-        **dict(temperature=config.temperature, thinking_ratio=config.thinking_ratio, seed=config.seed),
-        **dict(accumulation_steps=config.accumulation_steps, updates=config.updates_per_rollout),
+        tokenizer,
+        Rewards(config.reward, judge),
+        reference,
+        rank,
+        world_size,
+        batch_size=config.batch_size,
+        generations=config.num_generations,
+        max_new_tokens=config.max_gen_len,
+        seed=config.seed,
+        temperature=config.temperature,
+        thinking_ratio=config.thinking_ratio,
+        accumulation_steps=config.accumulation_steps,
+        updates=config.updates_per_rollout,
     )
 
     def loss(policy: Any, batch: Any) -> StepLoss:

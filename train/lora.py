@@ -15,7 +15,7 @@ from minimind_fast.checkpoint import save_pretrained
 from minimind_fast.config import TrainConfig, option, parse, with_defaults
 from minimind_fast.trainer import Trainer
 
-# What suits the sample chats and a CPU, where the option was not given.
+# What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-2, batch_size=4, max_seq_len=256, epochs=20, max_minutes=1.5)
 QUESTIONS = ["Who are you?", "你是谁？", "What is 2 + 3?"]
 

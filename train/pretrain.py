@@ -13,7 +13,7 @@ from minimind_fast import stage
 from minimind_fast.config import TrainConfig, parse
 from minimind_fast.token_cache import encode_pretrain
 
-# What suits the sample corpus and a CPU, where the option was not given.
+# What suits the sample corpus, where the option was not given.
 SAMPLE_DEFAULTS = dict(
     batch_size=8, accumulation_steps=1, max_seq_len=256, learning_rate=2e-3, warmup_steps=20, max_minutes=1.75
 )

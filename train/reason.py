@@ -16,7 +16,7 @@ from minimind_fast import stage
 from minimind_fast.chat_data import PROMPTS, ChatEncoder
 from minimind_fast.config import TrainConfig, option, parse, with_defaults
 
-# What suits the sample chats and a CPU, where the option was not given.
+# What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=5e-4, max_seq_len=256, epochs=4, max_minutes=1.5)
 QUESTIONS = ["What is 12 + 23?", "7加21等于多少？"]
 

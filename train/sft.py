@@ -13,7 +13,7 @@ from minimind_fast import stage
 from minimind_fast.chat_data import ChatEncoder
 from minimind_fast.config import TrainConfig, parse, with_defaults
 
-# What suits the sample chats and a CPU, where the option was not given.
+# What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, epochs=6, warmup_steps=10, max_minutes=2.0)
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
