@@ -34,7 +34,7 @@ from minimind_fast.trainer import Trainer, Window
 
 RESULTS = Path(__file__).with_name("results")
 SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4  # MiniMind's; at twice this, without warmup, two roundings of one loop end 0.04 apart
 
 
 class PackedRows(PaddedBatches):

@@ -5,7 +5,7 @@ Principle: a server process with random weights, the clients in this one. The sa
     completions are asked for one after another, then by all clients at once; whole and streamed. Both must give the
     same texts.
 Properties: rounds alternate between the two sides, so that other load meets both; the ratio of the medians is reported.
-    The clients run on the same cores as the server. `python benchmarks/serving.py` writes results/cpu_serving.json.
+    The clients run on the same cores as the server. `python benchmarks/serving.py` writes results/cpu_serving.json and .md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
 import re
 import statistics
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import httpx
 import torch
+from cpu_pretrain import processor
 
 import minimind_fast as mm
 
@@ -150,10 +150,32 @@ def main() -> None:
                 ]
                 shown += [f"{row['at_once_tokens_per_s']:.0f}", f"{row['ratio']:.1f}", f"{row['equal_answers']:.0%}"]
                 print(" ".join(f"{x:>{w}}" for x, w in zip(shown, columns.values(), strict=True)), flush=True)
-    head = {"machine": platform.machine(), "torch": str(torch.__version__)}
+    head = {"machine": processor(), "torch": str(torch.__version__)}
     head |= {name: getattr(args, name) for name in ("threads", "clients", "context", "new", "rounds")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**head, "results": results}, indent=2) + "\n", encoding="utf-8")
+    found = {**head, "results": results}
+    args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(table(found), encoding="utf-8")
+
+
+def table(found: dict) -> str:
+    """The result as Markdown.
+
+    Args:
+        found: what the JSON holds.
+    """
+    lines = [
+        f"Measured by `benchmarks/serving.py` on {found['threads']} threads of {found['machine']}, torch {found['torch']}: "
+        f"{found['clients']} clients, {found['context']} prompt tokens, {found['new']} new ones, random weights.",
+        "",
+        "| model | dtype | streamed | one after another, tokens/s | all at once | ratio | equal answers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in found["results"]:
+        one, many = (f"{r[key]:,.0f}" for key in ("one_after_another_tokens_per_s", "at_once_tokens_per_s"))
+        cells = (r["model"], r["dtype"], "yes" if r["streamed"] else "no", one, many, f"**{r['ratio']:.1f}x**")
+        lines.append("| " + " | ".join((*cells, f"{r['equal_answers']:.0%}")) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
