@@ -32,6 +32,8 @@ import minimind_fast as mm
 from minimind_fast import config, samples
 from minimind_fast.tokenizer import Tokenizer
 
+LM_EVAL = "lm_eval --model hf --model_args pretrained=out/hf,dtype=float32"
+NO_LM_EVAL = "lm-eval is not installed here; tests/test_exchange.py holds what its answers rest on"
 # What is not run -> why; test_docs.py holds its options to the scripts' own parsers. `make pipeline` is made, up to the
 # commands of its stages (`check_chain`).
 NOT_RUN = {
@@ -41,10 +43,9 @@ NOT_RUN = {
     "pytest benchmarks/ --benchmark-json=run.json": "minutes; tests/test_bench.py runs some of the suite",
     "python benchmarks/report.py run.json": "needs the file of the line before; tests/test_bench.py runs it on others",
     "source .venv/bin/activate": "the environment is that of the tests",
-    "pip install lm-eval": "needs a network",
-    "lm_eval --model hf --model_args pretrained=out/hf,dtype=float32 --tasks openbookqa,ceval-valid,cmmlu --batch_size 16": (
-        "downloads its tasks"
-    ),
+    "pip install 'lm-eval[hf]'": "needs a network",
+    f"{LM_EVAL},add_bos_token=True --device cpu --batch_size 8 --include_path tasks --tasks my_choices": NO_LM_EVAL,
+    f"{LM_EVAL} --device cpu --batch_size 8 --include_path tasks --tasks my_texts": NO_LM_EVAL,
     "pip install -c constraints.txt -e '.[serve]'": "needs a network",
     "python benchmarks/pack_for_gpu.py --data_path pretrain.jsonl --val_data_path val.jsonl --sft_data_path chats.jsonl "
     "--tokenizer_path FOLDER": "needs a network for wheels; tests/test_gpu_button.py packs without them",
