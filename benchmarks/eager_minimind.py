@@ -56,13 +56,19 @@ class EagerAttention(nn.Module):
         self.q_norm = Norm(self.hd, c.rms_norm_eps, c.norm_cast_first) if c.qk_norm else None
         self.k_norm = Norm(self.hd, c.rms_norm_eps, c.norm_cast_first) if c.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> q (B, T, H, hd), k and v (B, T, K, hd), normalised where the model does, before their rotation."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.heads, self.hd)
         k = self.k_proj(x).view(b, t, self.kv, self.hd)
         v = self.v_proj(x).view(b, t, self.kv, self.hd)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.project(x)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         times = self.heads // self.kv
         q, k, v = q.transpose(1, 2), repeat_kv(k, times).transpose(1, 2), repeat_kv(v, times).transpose(1, 2)

@@ -175,11 +175,7 @@ class _Norm(Norm):
 class _Attention(EagerAttention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, t, _ = x.shape
-        q = self.q_proj(x).view(b, t, self.heads, self.hd)
-        k = self.k_proj(x).view(b, t, self.kv, self.hd)
-        v = self.v_proj(x).view(b, t, self.kv, self.hd)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         rotate = _function("rope", "LigerRopeFunction")
         q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), cos[:, :, 0], sin[:, :, 0])
         times = self.heads // self.kv
