@@ -336,7 +336,7 @@ def report(
         print(finished(trainer, seconds))
         print(then)
         if shutil.which("minimind-fast") is None:
-            print(f"(in an environment: source {os.path.relpath(sys.prefix)}/bin/activate)")
+            print(f"(to have that command: source {os.path.relpath(sys.prefix)}/bin/activate)")
 
 
 def show_samples(weights: Path, prompts: list[str], new_tokens: int, chat: dict[str, Any] | None = None) -> None:
