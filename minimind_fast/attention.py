@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind_fast.attention_rows import Rectangles, attend_rows
+from minimind_fast import attention_rows
+from minimind_fast.attention_rows import Rectangles
 from minimind_fast.reference import accum_dtype
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
@@ -135,7 +136,7 @@ def attention(
         return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
     if name == "eager":
         return _run_eager(q, k, v, cu_seqlens, dropout)
-    return attend_rows(q, k, v, rectangles or Rectangles(cu_seqlens.tolist(), q.device), dropout)
+    return attention_rows.attend_rows(q, k, v, rectangles or Rectangles(cu_seqlens.tolist(), q.device), dropout)
 
 
 def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout):

@@ -1,19 +1,25 @@
 """Packed attention for hardware without a varlen kernel: documents laid into rectangles of like length.
 
 Purpose: `attend_rows` is the backend `sdpa`, which is what a CPU runs.
-Principle: a causal row padded at its right end is exact, as real queries never look to the right. Forward is PyTorch's
-    own SDPA. Its backward on a CPU spends most of its time beside the arithmetic where rows are short, as MiniMind's are:
-    so there backward is five batched matmuls, the probabilities computed again, a block of queries at a time:
-        P = softmax(Q K^T / sqrt(hd)),  dV = P^T dO,  dS = P * (dO V^T - rowsum(dO * O)),  dQ = dS K,  dK = dS^T Q.
-Properties: scores, probabilities and dS are float32 until they enter a 16-bit matmul. Saved for backward: q, k, v, out.
-    Scratch is SCRATCH elements, which fit a core's cache. Backward against PyTorch's, bf16, 2 cores of a Zen 4 EPYC:
-    37 -> 14 ms for 64 rows of 64 tokens, 41 -> 21 ms for 30 of 128, 66 -> 54 ms for 8 of 512 (H 8, K 2, hd 64).
+Principle: a causal row padded at its right end is exact, as real queries never look to the right. PyTorch's own SDPA is
+    slow on a CPU where rows are short, as MiniMind's are. Training there takes batched matmuls, a block of queries at a
+    time, each in tiles that fit a core's cache:
+        P = softmax(Q K^T / sqrt(hd)),  O = P V,
+        dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = dS K,  dK = dS^T Q.
+Properties: scores, dP and dS are float32 until they enter a 16-bit matmul. Saved for backward: q, k, v, and of rows up to
+    KEPT in 16 bits also P, at most 320 bytes a token and query head; longer rows and float32 make P again.
+    Error against float64 in bf16, of SDPA's: O 1.2x, dQ 1.1x, dK and dV 0.6x (4 rows of 128, H 8, K 2, hd 64).
+    Without gradients, with dropout and on a GPU it is SDPA. Forward and backward, bf16, 2 cores of a Zen 4 EPYC, SDPA
+    forward and matmuls that make P again backward -> these: 22 -> 13 ms for 64 rows of 64 tokens, 31 -> 18 ms for 30 of
+    128, 77 -> 55 ms for 8 of 512 (H 8, K 2, hd 64).
 
 Shapes: T tokens, H query heads, K kv heads, hd head_dim, N rows of L tokens, G = H / K.
-Source: Dao et al., FlashAttention, 2022 (the recomputed backward).
+Source: Dao et al., FlashAttention, 2022 (blocks of queries, P made again).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +28,10 @@ from torch import Tensor
 from minimind_fast import cpu_shapes
 from minimind_fast.reference import accum_dtype
 
-SCRATCH = 2**19  # score elements at a time; 2**22 was 3x slower, 2**18 and 2**20 the same
-BLOCK = 128  # queries at a time: 128 spares a quarter of the pairs of a row of 256; long rows take an eighth of theirs
+SCRATCH = 2**19  # score elements at a time; 2**18 and 2**20 were within 5%
+# Queries at a time: 64 spares a quarter of the pairs of a row of 128; rows above 512 take an eighth of theirs.
+BLOCK = 64
+KEPT = 256  # longest row whose probabilities are kept
 
 
 class Rectangles:
@@ -99,46 +107,106 @@ class _Collect(torch.autograd.Function):
         return grad.new_zeros(ctx.padded, *grad.shape[1:]).index_copy_(0, place, grad), None
 
 
+def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """(N, L, K G, hd) -> (N K, L G, hd): heads that share keys in one matrix, of which a block of queries is a slice."""
+    n, length, _, hd = x.shape
+    return x.reshape(n, length, kv_heads, -1, hd).transpose(1, 2).reshape(n * kv_heads, -1, hd)
+
+
+def _by_row(x: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse; shape is (N, L, K G, hd)."""
+    n, length, _, hd = shape
+    return x.view(n, x.shape[0] // n, length, -1, hd).transpose(1, 2).reshape(shape)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    block = max(BLOCK, length // 8)
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
+
+
+def kept(length: int, dtype: torch.dtype) -> int:
+    """Number of probabilities that are kept for backward, of a row and head.
+
+    Args:
+        length: of the row.
+        dtype: of q, k and v.
+    """
+    return sum((end - start) * end for start, end in _blocks(length)) if dtype.itemsize == 2 and length <= KEPT else 0
+
+
+def _tiles(batch: int, groups: int, length: int, wide: torch.dtype) -> Iterator[tuple[slice, slice, int, Tensor]]:
+    """Work that fits the cache: (which of the batch, which rows of queries, how many keys, what hides later ones)."""
+    for start, end in _blocks(length):
+        future = torch.full((end - start, end), float("-inf"), dtype=wide).triu_(start + 1)
+        mask = future.repeat_interleave(groups, 0)
+        for some in cpu_shapes.pieces(batch, max(1, SCRATCH // mask.numel())):
+            yield some, slice(start * groups, end * groups), end, mask
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, space: Tensor, beta: float = 1.0) -> Tensor:
+    """beta mask + q k^T / sqrt(hd), in the dtype and memory of space, which stays in the cache from tile to tile."""
+    q, k = q.to(space.dtype), k.to(space.dtype).transpose(1, 2)
+    return torch.baddbmm(mask, q, k, beta=beta, alpha=q.shape[-1] ** -0.5, out=space.resize_(len(q), *mask.shape))
+
+
 class _Rows(torch.autograd.Function):
-    """Causal attention of rows, SDPA forward and matmuls backward; (N, H, L, hd), (N, K, L, hd) -> (N, H, L, hd)."""
+    """Causal attention of rows by matmuls; (N, L, H, hd), (N, L, K, hd), (N, L, K, hd) -> (N, L, H, hd)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
-        ctx.save_for_backward(q, k, v, out)
-        return out
+        ctx.shapes, length, groups = (q.shape, k.shape), q.shape[1], q.shape[2] // k.shape[2]
+        q, k, v = (_by_kv_head(x, k.shape[2]) for x in (q, k, v))
+        space, out, saved = q.new_empty(0, dtype=accum_dtype(q.dtype)), torch.empty_like(q), []
+        keep = kept(length, q.dtype) > 0
+        for some, rows, end, mask in _tiles(len(q), groups, length, space.dtype):
+            s = _scores(q[some, rows], k[some, :end], mask, space)
+            p = torch.softmax(s, -1, out=s).to(q.dtype)
+            out[some, rows] = torch.bmm(p, v[some, :end])
+            if keep:
+                saved.append(p)
+        ctx.save_for_backward(q, k, v, *saved)
+        return _by_row(out, ctx.shapes[0])
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out = ctx.saved_tensors
-        n, heads, length, hd = q.shape
-        kv_heads, groups, scale = k.shape[1], heads // k.shape[1], hd**-0.5
-        wide = accum_dtype(q.dtype)
-        by_kv_head = (n * kv_heads, groups, length, hd)
-        delta = (grad.to(wide) * out.to(wide)).sum(-1).reshape(by_kv_head[:3])
-        q, grad = q.reshape(by_kv_head), grad.reshape(by_kv_head)
-        k, v = (x.reshape(n * kv_heads, length, hd) for x in (k, v))
+        q, k, v, *saved = ctx.saved_tensors
+        (_, length, heads, _), (_, _, kv_heads, _) = ctx.shapes
+        grad, saved = _by_kv_head(grad, kv_heads), iter(saved)
+        space, second = (q.new_empty(0, dtype=accum_dtype(q.dtype)) for _ in range(2))
         dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(k, dtype=wide) for _ in range(2))
-        block = max(BLOCK, length // 8)
-        for start in range(0, length, block):
-            end = min(start + block, length)
-            future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu_(1)
-            rows = max(1, SCRATCH // (groups * (end - start) * end))
-            for some in cpu_shapes.pieces(n * kv_heads, rows):
-                qs, gs = q[some, :, start:end].flatten(1, 2), grad[some, :, start:end].flatten(1, 2)
-                ks, vs = k[some, :end], v[some, :end]
-                p = torch.bmm(qs.to(wide) * scale, ks.to(wide).transpose(1, 2))
-                p.view(-1, groups, end - start, end)[..., start:].masked_fill_(future, float("-inf"))
-                p = p.softmax(-1)
-                ds = torch.bmm(gs.to(wide), vs.to(wide).transpose(1, 2))
-                ds.sub_(delta[some, :, start:end].flatten(1, 2).unsqueeze(-1)).mul_(p).mul_(scale)
-                p, ds = p.to(q.dtype), ds.to(q.dtype)
-                dq[some, :, start:end] = torch.bmm(ds, ks).unflatten(1, (groups, -1))
-                dk[some, :end] += torch.bmm(ds.transpose(1, 2), qs)
-                dv[some, :end] += torch.bmm(p.transpose(1, 2), gs)
-        dk, dv = (x.to(k.dtype).view(n, kv_heads, length, hd) for x in (dk, dv))
-        return dq.view(n, heads, length, hd), dk, dv
+        dk, dv = (torch.zeros_like(k, dtype=space.dtype) for _ in range(2))
+        for some, rows, end, mask in _tiles(len(q), heads // kv_heads, length, space.dtype):
+            qs, gs, ks = q[some, rows], grad[some, rows], k[some, :end]
+            if (p := next(saved, None)) is not None:
+                wide = space.resize_(p.shape).copy_(p)
+            else:
+                s = _scores(qs, ks, mask, space)
+                wide = torch.softmax(s, -1, out=s)
+                p = wide.to(q.dtype)
+            ds = _scores(gs, v[some, :end], mask, second, beta=0.0)
+            ds = torch.ops.aten._softmax_backward_data.out(ds, wide, -1, wide.dtype, grad_input=ds).to(q.dtype)
+            dq[some, rows] = torch.bmm(ds, ks)
+            dk[some, :end] += torch.bmm(ds.transpose(1, 2), qs)
+            dv[some, :end] += torch.bmm(p.transpose(1, 2), gs)
+        return tuple(_by_row(x.to(q.dtype), y) for x, y in zip((dq, dk, dv), (*ctx.shapes, ctx.shapes[1]), strict=True))
+
+
+def plain_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """What `_Rows` computes, by PyTorch's SDPA.
+
+    Args:
+        q: (N, L, H, hd).
+        k: (N, L, K, hd).
+        v: (N, L, K, hd).
+        dropout: of the attention probabilities.
+
+    Returns:
+        (N, L, H, hd).
+    """
+    gqa = q.shape[2] > k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=gqa)
+    return out.transpose(1, 2)
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles, dropout: float) -> Tensor:
@@ -159,14 +227,21 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles, dropout
     if rectangles.source is not None:
         q, k, v = (_Spread.apply(x, rectangles.source, rectangles.place) for x in (q, k, v))
     sizes = [n * length for n, length in rectangles.shapes]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    matmuls = q.device.type == "cpu" and wanted and not dropout
     outs = []
     for shape, *qkv in zip(rectangles.shapes, *(x.split(sizes) for x in (q, k, v)), strict=True):
-        qs, ks, vs = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
-        if q.device.type == "cpu" and not dropout:
-            out = _Rows.apply(qs, ks, vs)
-        else:
-            gqa = qs.shape[1] > ks.shape[1]
-            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, dropout_p=dropout, enable_gqa=gqa)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+        qs, ks, vs = (x.unflatten(0, shape) for x in qkv)
+        out = _Rows.apply(qs, ks, vs) if matmuls else plain_rows(qs, ks, vs, dropout)
+        outs.append(out.flatten(0, 1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out if rectangles.place is None else _Collect.apply(out, rectangles.place)
+
+
+def leave_out_of_compilation() -> None:
+    """Keep torch.compile from looking into `attend_rows`: it would make code for each pack's rectangles, for minutes.
+
+    A call and not a decorator, which would load the compiler, and with it Triton, into every process.
+    """
+    global attend_rows
+    attend_rows = torch.compiler.disable(attend_rows)  # type: ignore[assignment]

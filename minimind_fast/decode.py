@@ -22,7 +22,7 @@ from minimind_fast import cpu_shapes, ops
 from minimind_fast.attention import resolve
 from minimind_fast.attention_rows import Rectangles
 from minimind_fast.decode_cpu import CpuStep, Packs
-from minimind_fast.model import MiniMind, Packed
+from minimind_fast.model import Attention, MiniMind, Packed
 
 Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
 _GRAPH_SLOTS = 256  # a graph is captured for a multiple of this many visible slots
@@ -36,10 +36,10 @@ class Prefill(NamedTuple):
     positions: Tensor  # (T,)
     packed: Packed
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
-        self.cache[layer][self.rows, :, self.positions] = torch.cat([k, v], -2)[: len(self.rows)]
-        return self.packed.attend(layer, q, k, v)
+        self.cache[asker.layer][self.rows, :, self.positions] = torch.cat([k, v], -2)[: len(self.rows)]
+        return self.packed.attend(asker, q, k, v)
 
 
 class Extend(NamedTuple):
@@ -50,11 +50,11 @@ class Extend(NamedTuple):
     positions: Tensor  # (R, n)
     mask: Tensor | None  # (R, 1, n, S) bool; None if all is visible
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(R n, H, hd), (R n, K, hd), (R n, K, hd) -> (R n, H, hd)."""
         shape = self.positions.shape
-        self.cache[layer][self.rows, :, self.positions] = torch.cat([k, v], -2).unflatten(0, shape)
-        keys, values = self.cache[layer].chunk(2, dim=1)
+        self.cache[asker.layer][self.rows, :, self.positions] = torch.cat([k, v], -2).unflatten(0, shape)
+        keys, values = self.cache[asker.layer].chunk(2, dim=1)
         groups = q.shape[1] // k.shape[1]
         grouped = q.view(*shape, k.shape[1], groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (R, K, G n, hd)
         mask = self.mask if self.mask is None or shape[1] == 1 else self.mask.repeat(1, 1, groups, 1)

@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from minimind_fast import ops
+from minimind_fast import attention_rows, ops
 from minimind_fast.config import ModelConfig
-from minimind_fast.model import MiniMind
+from minimind_fast.model import Attention, MiniMind
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -64,16 +64,33 @@ class _Meter(TorchDispatchMode):
         self.now -= self._sizes.pop(key, 0)
 
 
+class _Keep(torch.autograd.Function):
+    """Nothing is done, but a number of elements more is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x, elements):
+        ctx.save_for_backward(x.new_empty(elements))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad, None
+
+
 class _Rows:
-    """Attention of documents of one length as a flash kernel does it: q, k, v, its output and the lse are kept."""
+    """Attention of documents of one length as a flash kernel does it: q, k, v, its output and the lse are kept.
 
-    def __init__(self, document: int) -> None:
-        self.document = document
+    `attention_rows` keeps as much on a CPU, and so many probabilities a document and head beside it.
+    """
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __init__(self, document: int, probabilities: int) -> None:
+        self.document, self.probabilities = document, probabilities
+
+    def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, self.document)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
-        return out.transpose(1, 2).flatten(0, 1)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return _Keep.apply(out, len(q) * q.shape[1] * self.probabilities) if self.probabilities else out
 
 
 @contextlib.contextmanager
@@ -147,7 +164,8 @@ def micro_batch(
         begin = meter.now
         ids = torch.zeros(tokens, dtype=torch.long)
         cu_seqlens = torch.empty(tokens // document + 1, dtype=torch.int32)
-        hidden, aux = model.model(ids, ids, _Rows(document), cu_seqlens)
+        kept = 0 if kernels else attention_rows.kept(document, getattr(torch, dtype))
+        hidden, aux = model.model(ids, ids, _Rows(document, kept), cu_seqlens)
         out = model.lm_head(hidden, ids, grad_weights=torch.ones(tokens))
         assert out.logprobs is not None
         saved = meter.now - begin

@@ -47,8 +47,8 @@ class ModelOutput(NamedTuple):
 class AttentionContext(Protocol):
     """Who may see whom: one object a forward pass, asked once a layer."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
+    def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd); asker.layer says which cache is its own."""
         ...
 
 
@@ -61,7 +61,7 @@ class Packed(NamedTuple):
     dropout: float = 0.0
     rectangles: Rectangles | None = None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         how = (self.backend, self.dropout, self.rectangles)
         return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, *how)
 
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x)
         norms = (self.q_norm_weight, self.k_norm_weight, self.eps)
         q, k, v = ops.rope(qkv, cos, sin, positions, self.heads, self.kv_heads, *norms)
-        out = self.o_proj(context.attend(self.layer, q, k, v).flatten(-2))
+        out = self.o_proj(context.attend(self, q, k, v).flatten(-2))
         return F.dropout(out, self.dropout, self.training)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from minimind_fast import attention_rows
 from minimind_fast.attention import attention, resolve
-from minimind_fast.attention_rows import Rectangles
+from minimind_fast.attention_rows import KEPT, Rectangles, plain_rows
 
 LENGTHS = [[7], [5, 5, 5], [1, 2, 3], [17, 1, 64, 33, 100, 2], [16, 0, 16], [40, 40, 8]]
 
@@ -59,6 +60,73 @@ def test_rectangles_waste_little_and_lose_nobody():
     padded_pairs = sum(n * length**2 for n, length in r.shapes)
     assert padded_pairs <= 1.3 * sum(n * n for n in lengths)
     assert len(r.shapes) < 30
+
+
+def rows_of(n, length, heads, kv_heads, head_dim, dtype):
+    torch.manual_seed(length)
+    return [torch.randn(n, length, h, head_dim).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)]
+
+
+def results_of(attend, inputs, dtype):
+    """(out, dq, dk, dv) in float64, of the same inputs in a dtype."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    out = attend(q, k, v)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(inputs[0].dtype)
+    return [x.detach().double() for x in (out, *torch.autograd.grad(out, (q, k, v), weight.to(dtype)))]
+
+
+ROWS = [
+    (3, 1, 4, 2, 8), (5, 64, 8, 2, 16), (3, 65, 4, 4, 8), (2, 144, 4, 1, 24),  # one token; one, two and three blocks
+    (3, KEPT, 4, 2, 16), (3, KEPT + 1, 4, 2, 16), (71, 96, 8, 2, 8), (1, 600, 4, 2, 8),  # several tiles; larger blocks
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", ROWS)
+def test_rows_by_matmuls_are_as_exact_as_sdpa(shape, dtype):
+    inputs = rows_of(*shape, dtype=dtype)
+    truth = results_of(plain_rows, inputs, torch.float64)
+    sdpa, rows = (results_of(attend, inputs, dtype) for attend in (plain_rows, attention_rows._Rows.apply))
+    for name, t, theirs, ours in zip(("out", "dq", "dk", "dv"), truth, sdpa, rows, strict=True):
+        error, allowed = (ours - t).norm(), (theirs - t).norm()
+        assert error <= 1.25 * allowed + 1e-6 * t.norm(), (name, float(error), float(allowed))
+
+
+@pytest.mark.parametrize("length", [40, 200])
+def test_kept_probabilities_are_those_that_are_made_again(monkeypatch, length):
+    inputs = rows_of(4, length, 4, 2, 16, torch.bfloat16)
+
+    def run():
+        q, k, v = (x.detach().requires_grad_() for x in inputs)
+        out = attention_rows._Rows.apply(q, k, v)
+        saved = sum(x.numel() for x in out.grad_fn.saved_tensors) - sum(x.numel() for x in inputs)
+        return saved, results_of(attention_rows._Rows.apply, inputs, torch.bfloat16)
+
+    kept, ours = run()
+    assert kept == 4 * 4 * attention_rows.kept(length, torch.bfloat16) > 0
+    monkeypatch.setattr(attention_rows, "KEPT", 0)
+    none, again = run()
+    assert none == attention_rows.kept(length, torch.bfloat16) == attention_rows.kept(40, torch.float32) == 0
+    for one, other in zip(ours, again, strict=True):
+        assert (one - other).norm() <= 2**-8 * one.norm()  # P rounded or not where dS is made
+    assert torch.equal(ours[0], again[0]) and torch.equal(ours[3], again[3])  # neither has to do with dS
+
+
+def test_probabilities_kept_are_bounded():
+    for length in range(1, KEPT + 1):
+        assert 0 < attention_rows.kept(length, torch.bfloat16) * 2 <= 320 * length
+    assert attention_rows.kept(KEPT + 1, torch.bfloat16) == 0
+
+
+def test_matmuls_serve_training_alone(monkeypatch):
+    q, k, v, cu = packed([40, 40, 8], dtype=torch.float32)
+    want = attention(q, k, v, cu, 40, "sdpa")
+    monkeypatch.setattr(attention_rows, "_Rows", None)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(q, k, v, cu, 40, "sdpa"), want)
+    assert attention(q, k, v, cu, 40, "sdpa", dropout=0.5).requires_grad
+    with pytest.raises(AttributeError):
+        attention(q, k, v, cu, 40, "sdpa")
 
 
 def test_no_tokens():
