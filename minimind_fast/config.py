@@ -286,6 +286,9 @@ class TrainConfig:
     deepspeed_config: str = option("", "your own DeepSpeed JSON; a clash with an option is an error")
     gradient_checkpointing: bool = option(False, "recompute each block in the backward pass to save memory")
     use_compile: bool = option(False, "torch.compile the model (first step takes longer)")
+    cuda_graphs: bool = option(
+        False, "replay forward and backward as CUDA graphs (GPU; for micro-batches below 20k tokens)"
+    )
     num_threads: int = option(0, "CPU threads of this rank (0: cores shared among the ranks)")
     # watching and saving
     log_interval: int = option(10, "optimizer steps between log lines")

@@ -62,8 +62,7 @@ class Batch:
     Attributes:
         input_ids: (T,) packed or (B, L) rows, int64.
         targets: same shape, int64: the next token, or IGNORE_INDEX.
-        cu_seqlens: (num_docs + 1,) int32 bounds of the packed documents, or None for rows. With `pad_to` it is longer:
-            padding and empty documents follow.
+        cu_seqlens: (num_docs + 1,) int32 bounds of the packed documents, or None for rows.
         max_seqlen: no document or row is longer, in positions.
         num_targets: positions that count.
         num_docs: real documents (pieces) or rows.
@@ -228,8 +227,6 @@ class PackedBatches(_Source):
         rank, world_size: this process's share.
         truncate: drop what exceeds max_seq_len instead of cutting it into further pieces.
         shuffle: False keeps the file's order, except for gap filling.
-        pad_to: pad each batch to this many positions with ignored documents, and cu_seqlens to a fixed length by
-            repeating its end, so that all batches have one shape (CUDA graphs).
 
     Raises:
         ValueError: settings that cannot be; DataError: no document has two tokens (or, with a mask, a target).
@@ -246,16 +243,13 @@ class PackedBatches(_Source):
         world_size: int = 1,
         truncate: bool = False,
         shuffle: bool = True,
-        pad_to: int | None = None,
     ):
         if not 1 <= max_seq_len <= batch_tokens:
             raise ValueError(f"max_seq_len {max_seq_len} must lie between 1 and the {batch_tokens} tokens of a batch")
-        if pad_to is not None and pad_to < batch_tokens:
-            raise ValueError(f"pad_to {pad_to} is less than the {batch_tokens} tokens of a batch")
         identity = {"kind": "packed", "seed": seed, "batch_tokens": batch_tokens, "max_seq_len": max_seq_len}
         super().__init__(cache, rank, world_size, identity | {"truncate": truncate, "shuffle": shuffle})
         self.batch_tokens, self.max_seq_len, self.seed = batch_tokens, max_seq_len, seed
-        self.shuffle, self.pad_to = shuffle, pad_to
+        self.shuffle = shuffle
         self._starts, self._lengths = cut_pieces(np.asarray(cache.offsets), max_seq_len, truncate)
         self.num_short_docs = int((np.diff(cache.offsets) < 2).sum())
         self.total_targets = int(self._lengths.sum())
@@ -268,7 +262,7 @@ class PackedBatches(_Source):
             self.num_without_targets = int((~keep).sum())
         if not self._lengths.size:
             raise DataError(f"{', '.join(cache.meta['sources'])}: no document with at least one target")
-        # A bound on the pieces of a batch, so that cu_seqlens can have one length; twice the mean is seldom reached.
+        # A bound on the pieces of a batch, so that CUDA graphs meet few numbers of them; twice the mean is seldom reached.
         self._max_docs = 2 * int(np.ceil(batch_tokens / self._lengths.mean())) + 16
 
     @property
@@ -309,7 +303,7 @@ class PackedBatches(_Source):
         ends = np.cumsum(lengths)
         places = _places(starts, lengths, ends)
         num_positions = places.size
-        width = self.pad_to or max(num_positions, 1)
+        width = max(num_positions, 1)  # a rank that was left without a piece gets one ignored position
         input_ids, targets = self._dummy((width,))
         tokens, mask = self.cache.tokens, self.cache.mask
         input_ids[:num_positions] = torch.from_numpy(np.take(tokens, places).astype(np.int64))
@@ -325,16 +319,8 @@ class PackedBatches(_Source):
                 weights[:num_positions] = torch.from_numpy(weight.astype(np.float32))
         targets[:num_positions] = torch.from_numpy(next_ids)
 
-        bounds = [np.zeros(1, np.int64), ends]
-        if width > num_positions:  # ignored documents, none longer than a real one may be
-            bounds.append(np.arange(num_positions, width, self.max_seq_len)[1:])
-            bounds.append(np.full(1, width))
-        cu_seqlens = np.concatenate(bounds).astype(np.int32)
-        if self.pad_to:
-            length = 1 + self._max_docs + -(-self.pad_to // self.max_seq_len)
-            cu_seqlens = np.pad(cu_seqlens, (0, length - cu_seqlens.size), constant_values=width)
-        max_seqlen = self.max_seq_len if self.pad_to else int(lengths.max(initial=1))
-        cu = torch.from_numpy(cu_seqlens)
+        bounds = np.concatenate([np.zeros(1, np.int64), ends if num_positions else np.ones(1, np.int64)])
+        cu, max_seqlen = torch.from_numpy(bounds.astype(np.int32)), int(lengths.max(initial=1))
         return Batch(input_ids, targets, cu, max_seqlen, num_targets, items.size, weights)
 
 

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minimind_fast import attention_rows, graphs, ops, resume
 from minimind_fast import engine as ds
-from minimind_fast import ops, resume
 from minimind_fast.attention import resolve
 from minimind_fast.checkpoint import check_replaceable, save_pretrained
 from minimind_fast.config import TrainConfig
@@ -149,9 +149,15 @@ class Trainer:
         self.kernels = ops.describe(device.type)
         self.attention = resolve(config.attention, device.type, self.dtype)
         self.model.train()
+        if config.cuda_graphs:
+            graphs.check(config, self.model, device, self.attention[0])
         if config.use_compile:
+            if self.attention[0] == "sdpa":
+                attention_rows.leave_out_of_compilation()
             self.model.model.compile(dynamic=True)
         self.engine = ds.initialize(self.model, config, self.ds_config)
+        if config.cuda_graphs:
+            graphs.install(self.model)
         torch.manual_seed(config.seed + self.rank)  # dropout differs between ranks
         if checkpoint is not None:
             state = resume.load(self.engine, checkpoint)
@@ -461,6 +467,8 @@ class Trainer:
         for name, how in self.kernels.items():
             groups.setdefault(how, []).append(name)
         self._say("Ops: " + "; ".join(f"{', '.join(names)} by {how}" for how, names in groups.items()) + ".")
+        if c.cuda_graphs:
+            self._say("Forward and backward are replayed as CUDA graphs, captured when a shape comes a second time.")
         if not m.config.router_gets_lm_gradient:
             self._say(
                 "Note: normalised top-1 routing gives the router no gradient from the language-model loss (MiniMind's "

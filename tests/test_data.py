@@ -539,7 +539,6 @@ def test_settings_that_cannot_be():
     for kwargs, message in [
         (dict(batch_tokens=8, max_seq_len=9), "max_seq_len 9"),
         (dict(batch_tokens=8, max_seq_len=0), "max_seq_len 0"),
-        (dict(batch_tokens=8, max_seq_len=8, pad_to=7), "pad_to 7"),
         (dict(batch_tokens=8, max_seq_len=8, rank=2, world_size=2), "rank 2"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -580,27 +579,6 @@ def test_masked_documents(run, max_weight):
             assert batch.weights.dtype == torch.float32 and not batch.weights[~real].any()
             assert batch.weights[real].tolist() == cache.mask[batch.targets[real].numpy()].tolist()
     assert sorted(found) == expected
-
-
-@settings(max_examples=60, deadline=None)
-@given(settings_of_a_run, st.integers(0, 50))
-def test_pad_to_gives_one_shape(run, more):
-    cache = fake_cache(run["sizes"])
-    width = run["max_seq_len"] + run["extra"] + more
-    shapes, plain, padded = set(), [], []
-    for a, b in zip(
-        ranks(run, cache, run["world_size"]), ranks(run, cache, run["world_size"], pad_to=width), strict=True
-    ):
-        plain += list(a)
-        padded += list(b)
-    for a, b in zip(plain, padded, strict=True):
-        check_packed(b, run["max_seq_len"], width)
-        assert (counted(a), a.num_targets, a.num_docs) == (counted(b), b.num_targets, b.num_docs)
-        bounds = b.cu_seqlens.tolist()
-        assert bounds == sorted(bounds) and bounds[: a.num_docs + 1] == a.cu_seqlens[: a.num_docs + 1].tolist()
-        assert (b.targets[bounds[b.num_docs] :] == IGNORE_INDEX).all() and b.input_ids.max() < cache.num_tokens
-        shapes.add((b.input_ids.shape, b.targets.shape, b.cu_seqlens.shape, b.max_seqlen))
-    assert len(shapes) == 1
 
 
 @pytest.mark.parametrize("batch_tokens", [2048, 8192, 65536])

@@ -21,6 +21,7 @@ from minimind_fast import progress
 HAS_GPU = torch.cuda.is_available()
 MODELS = {"dense": "minimind3", "moe": "minimind3-moe"}
 STEPS = (1, 2)
+RUNS = [*(("ours", stage) for stage in "0123"), *(("graphs", stage) for stage in "012")]  # graphs: by --cuda_graphs
 ROUNDING = 2**-10  # relative, of a mean of some hundred losses; the CPU's own bfloat16 steps come within 2**-11
 
 
@@ -38,6 +39,7 @@ def run_all(folder: Path, models: str, runs: list[str]) -> None:
         for name, zero_stages, dtype, kernels in (run.split(":") for run in runs):
             for zero_stage in zero_stages:
                 own = ["--preset", MODELS[model], "--zero_stage", zero_stage, "--dtype", dtype, "--kernels", kernels]
+                own += ["--cuda_graphs"] if name == "graphs" else []
                 sys.argv = ["pretrain.py", *common, *own, "--save_weight", f"{name}-{model}-{zero_stage}"]
                 module.main()
 
@@ -63,10 +65,11 @@ def runs(request, tmp_path_factory):
     write_corpus(folder / "val.jsonl", 40, seed=1)
     # Without a GPU one case shows that the test works; the CPU's own stages are tested in test_zero_stages.py.
     models, stages = (list(MODELS), "0123") if on_gpu else (["dense"], "1")
+    ours = ["ours:0123:bfloat16:all", "graphs:012:bfloat16:all"] if on_gpu else ["ours:1:bfloat16:auto"]
     what = [str(folder), ",".join(models)]
     processes = [
         start([*what, "truth:0:float32:none", f"eager:{stages}:bfloat16:none"], on_gpu=False),
-        start([*what, f"ours:{stages}:bfloat16:{'all' if on_gpu else 'auto'}"], on_gpu),
+        start([*what, *ours], on_gpu),
     ]
     try:
         for process in processes:
@@ -88,24 +91,24 @@ def weights(folder: Path, run: str) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("zero_stage", "0123")
+@pytest.mark.parametrize("name, zero_stage", RUNS)
 @pytest.mark.parametrize("model", MODELS)
-def test_two_steps_lose_what_the_cpu_loses_in_float32(runs, model, zero_stage):
-    if not HAS_GPU and (zero_stage, model) != ("1", "dense"):
+def test_two_steps_lose_what_the_cpu_loses_in_float32(runs, model, name, zero_stage):
+    if not HAS_GPU and (name, zero_stage, model) != ("ours", "1", "dense"):
         pytest.skip("without a GPU one case shows that the test works")
-    want, got = (losses(runs, run) for run in (f"truth-{model}-0", f"ours-{model}-{zero_stage}"))
+    want, got = (losses(runs, run) for run in (f"truth-{model}-0", f"{name}-{model}-{zero_stage}"))
     assert want[0] - want[-1] > 32 * ROUNDING * want[0]  # a step not taken is seen
     assert got == pytest.approx(want, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("zero_stage", "0123")
-def test_two_steps_move_the_weights_as_exactly_as_eager_steps_do(runs, zero_stage):
+@pytest.mark.parametrize("name, zero_stage", RUNS)
+def test_two_steps_move_the_weights_as_exactly_as_eager_steps_do(runs, name, zero_stage):
     """By the error rule's norm; a mixture's experts are chosen anew by rounding, so that the dense model is the judge."""
-    if not HAS_GPU and zero_stage != "1":
+    if not HAS_GPU and (name, zero_stage) != ("ours", "1"):
         pytest.skip("without a GPU one case shows that the test works")
     truth, eager, ours = (
-        weights(runs, f"{name}-dense-{stage}")
-        for name, stage in (("truth", "0"), ("eager", zero_stage), ("ours", zero_stage))
+        weights(runs, f"{run}-dense-{stage}")
+        for run, stage in (("truth", "0"), ("eager", zero_stage), (name, zero_stage))
     )
     error, allowed = ((w - truth).norm().item() for w in (ours, eager))
     assert math.isfinite(error) and 0 < error <= 1.25 * allowed

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import minimind_fast as mm
+from minimind_fast import attention_rows
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import MoE, packed_positions, rope_tables
 
@@ -96,6 +97,22 @@ def test_gradient_checkpointing_changes_nothing(name):
         results.append([out.logprobs, *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled_layers_share_their_code_and_a_new_pack_needs_none(monkeypatch):
+    """What --use_compile does on a CPU, where attention goes by rectangles that are new with each pack."""
+    from torch._dynamo.testing import CompileCounter  # loads Triton
+
+    monkeypatch.setattr(attention_rows, "attend_rows", attention_rows.attend_rows)  # so that it is put back
+    attention_rows.leave_out_of_compilation()
+    model, counter = tiny("dense3", num_hidden_layers=12).train(), CompileCounter()
+    torch._dynamo.reset()
+    model.model.compile(dynamic=True, backend=counter)
+    for lengths in ([5, 9], [30, 2], [7, 8, 9], [40], [11] * 5):
+        ids, targets, cu = pack(documents([n + 1 for n in lengths]))
+        model(ids, targets=targets, cu_seqlens=cu).logprobs.sum().backward()
+        assert 0 < counter.frame_count < 12
+    torch._dynamo.reset()
 
 
 def test_dropout_only_when_training():

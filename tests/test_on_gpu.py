@@ -98,6 +98,8 @@ def test_a_compiled_step_with_kernels_is_as_exact_as_a_plain_one(preset, device)
     with ops.use("none"):
         truth = step_of(*cut_model(preset, device, wide=True))()
     model, batch = cut_model(preset, device)
+    if device == "cpu":
+        model.attention = "eager"  # rectangles of documents are not for compilers
     with ops.use("all"):
         plain = step_of(model, batch)()
         torch._dynamo.reset()
