@@ -33,6 +33,7 @@ from minimind_fast import attention_rows, engine, ops, stage
 from minimind_fast.checkpoint import load_pretrained, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import PackedBatches, PaddedBatches
+from minimind_fast.progress import peak_flops
 from minimind_fast.token_cache import build_cache
 from minimind_fast.trainer import Trainer, Window
 
@@ -50,9 +51,10 @@ class Rung:
     compiled: bool = False
     dtype: str = "bfloat16"
     kernels: str = "auto"
-    own_attention: bool = True  # backward by matmuls (CPU)
+    own_attention: bool = True  # by matmuls (CPU)
     kept_memory: bool = True  # freed blocks stay with the process (CPU)
     zero_stage: int = -1
+    graphs: bool = False  # forward and backward replayed
 
 
 PLAIN: dict[str, Any] = dict(kernels="none", own_attention=False, kept_memory=False)
@@ -61,8 +63,9 @@ CPU_LADDER = [
     Rung("+ packed documents, fused projections (our model, reference ops)", dtype="float32", **PLAIN),
     Rung("+ bf16 with fp32 masters", **PLAIN),
     Rung("+ freed memory kept", **{**PLAIN, "kept_memory": True}),
-    Rung("+ attention's backward as matmuls", kernels="none"),
+    Rung("+ attention as matmuls", kernels="none"),
     Rung("+ ops in chunks that fit the cache: all of ours"),
+    Rung("all of ours, --use_compile", compiled=True),
 ]
 NAMES = [name for name in ops.NAMES if not name.startswith("moe") and name != "linear_kl"]
 GPU_LADDER = [
@@ -73,6 +76,7 @@ GPU_LADDER = [
     *(Rung(f"+ {name}", kernels=",".join(NAMES[: i + 1])) for i, name in enumerate(NAMES)),
     Rung("all of ours, ZeRO 0", zero_stage=0),
     Rung("all of ours, ZeRO 2", zero_stage=2),
+    Rung("all of ours, --cuda_graphs", graphs=True),
     Rung("all of ours"),
 ]
 
@@ -83,16 +87,13 @@ def ladder() -> list[Rung]:
 
 
 class _PlainRows:
-    """PyTorch's own backward in the place of `attention_rows._Rows`."""
+    """PyTorch's own attention, forward and backward, in the place of `attention_rows._Rows`."""
 
-    @staticmethod
-    def apply(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        gqa = q.shape[1] > k.shape[1]
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    apply = staticmethod(attention_rows.plain_rows)
 
 
 def make_step(args: argparse.Namespace, rung: Rung) -> Any:
-    """A function that takes one optimizer step and gives (useful tokens, their loss)."""
+    """A function that takes one optimizer step and gives (useful tokens, their loss, FLOPs of our model or 0)."""
     if not rung.own_attention:
         attention_rows._Rows = _PlainRows  # type: ignore[assignment]
     if not rung.kept_memory:
@@ -100,7 +101,8 @@ def make_step(args: argparse.Namespace, rung: Rung) -> Any:
     config = TrainConfig(
         tokenizer_path=args.tokenizer_path, data_path=[args.data_path], batch_size=args.pack_tokens // LENGTH,
         max_seq_len=LENGTH, accumulation_steps=1, learning_rate=LEARNING_RATE, num_threads=args.threads, dtype=rung.dtype,
-        kernels=rung.kernels, use_compile=rung.compiled, zero_stage=rung.zero_stage, save_dir=tempfile.mkdtemp(),
+        kernels=rung.kernels, use_compile=rung.compiled, zero_stage=rung.zero_stage,
+        cuda_graphs=rung.graphs, save_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     device = stage.begin(config)
     tokenizer = stage.load_tokenizer(config)
@@ -114,17 +116,19 @@ def make_step(args: argparse.Namespace, rung: Rung) -> Any:
         if rung.compiled:
             eager.compile()
         accumulation = max(1, round(args.pack_tokens / useful))  # as many useful tokens in an optimizer step
-        return EagerTraining(eager, cache, rows, LENGTH, accumulation, args.steps, LEARNING_RATE).take_step
+        training = EagerTraining(eager, cache, rows, LENGTH, accumulation, args.steps, LEARNING_RATE)
+        return lambda: (*training.take_step(), 0)
     data = PackedBatches(cache, batch_tokens=args.pack_tokens, max_seq_len=LENGTH, seed=42)
     trainer = Trainer(config, "bench", model, tokenizer, data, stage.next_token_loss, device)
     trainer.total_steps = args.steps
     groups = trainer.groups()
 
-    def step() -> tuple[int, float]:
+    def step() -> tuple[int, float, int]:
         group, window = next(groups), Window()
         counted = sum(b.num_targets for b in group)
         trainer.train_step(group, counted, window)
-        return counted, (window.sums["loss"] / counted).item()  # waits for the device
+        loss = (window.sums["loss"] / counted).item()  # waits for the device
+        return counted, loss, model.flops(window.tokens, window.pairs)
 
     return step
 
@@ -133,11 +137,13 @@ def work(args: argparse.Namespace) -> None:
     """A rung's process: a line in, some steps, a line out."""
     step = make_step(args, ladder()[args.rung])
     for line in sys.stdin:
-        begin, useful, value = time.perf_counter(), 0, 0.0
+        begin, useful, flops, value = time.perf_counter(), 0, 0, 0.0
         for _ in range(int(line)):
-            more, value = step()
-            useful += more
-        print(json.dumps({"rate": useful / (time.perf_counter() - begin), "loss": value}), flush=True)
+            more, value, work_done = step()
+            useful, flops = useful + more, flops + work_done
+        seconds = time.perf_counter() - begin
+        got = {"rate": useful / seconds, "loss": value, "seconds": seconds, "flops": flops / max(useful, 1)}
+        print(json.dumps(got), flush=True)
 
 
 class Process:
@@ -154,7 +160,7 @@ class Process:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone)
 
     def take(self, steps: int) -> dict[str, float]:
-        """Steps in a row -> useful tokens/s over all of them, and the last one's loss."""
+        """Steps in a row -> useful tokens/s over all of them, the last one's loss, seconds, FLOPs a useful token."""
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
@@ -178,7 +184,7 @@ def main() -> None:
     add("--cache_dir", default="", help="where the tokenised data is cached; beside it if not given")
     add("--preset", default="minimind3" if on_gpu else "minimind2-small")
     add("--pack_tokens", type=int, default=53248 if on_gpu else 8192, help="positions of a packed optimizer step")
-    add("--warm", type=int, default=20 if on_gpu else 1, help="steps before the clock runs")
+    add("--warm", type=int, default=20 if on_gpu else 2, help="steps before the clock runs")
     add("--steps", type=int, default=60 if on_gpu else 3, help="timed steps of each rung")
     add("--turns", type=int, default=3, help="the timed steps are taken in this many turns")
     add("--threads", type=int, default=0)
@@ -195,33 +201,39 @@ def main() -> None:
     save_pretrained(model, args.weights, dtype=torch.float32)
     rungs = args.rungs if args.rungs is not None else range(len(ladder()))
     rates: dict[int, list[float]] = {i: [] for i in rungs}
-    losses = {}
+    losses, first_s, flops = {}, {}, 0.0
     # On a GPU one rung at a time, as their memory would not fit together; on a CPU all wait while one computes.
     groups = [[i] for i in rungs] if on_gpu else [list(rungs)]
     for together in groups:
         running = {i: Process(args, i) for i in together}
         for i, process in running.items():
-            process.take(args.warm)
+            first_s[i] = process.take(1)["seconds"]
+            process.take(args.warm - 1)
             print(f"{ladder()[i].name}: warm", flush=True)
         for _turn in range(args.turns):
             for i, process in running.items():
                 got = process.take(max(1, args.steps // args.turns))
                 rates[i].append(got["rate"])
-                losses[i] = got["loss"]
+                losses[i], flops = got["loss"], got["flops"] or flops
                 print(f"{ladder()[i].name}: {got['rate']:,.0f} useful tok/s, loss {got['loss']:.3f}", flush=True)
         for process in running.values():
             process.close()
+    peak, source = peak_flops(torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16)
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "preset": args.preset,
         "pack_tokens": args.pack_tokens,
+        "peak_flop_per_s": peak,
+        "peak_is": source,
+        "flop_per_useful_token": flops,
         "rungs": [
             {
                 "name": ladder()[i].name,
                 "useful_tokens_per_s": statistics.median(rates[i]),
                 "turns": rates[i],
+                "first_step_s": first_s[i],
                 "loss": losses[i],
             }
             for i in rungs
@@ -241,16 +253,25 @@ def table(r: dict[str, Any]) -> str:
         f"Measured by `benchmarks/train_step.py` on {where}, torch {r['torch']}, {r['preset']}, about "
         f"{r['pack_tokens']:,} useful tokens an optimizer step.",
         "",
-        "| what runs | useful tokens/s | of the first | of the rung before | loss |",
-        "|---|---|---|---|---|",
+        "| what runs | useful tokens/s | of the first | of the rung before | loss | first step |",
+        "|---|---|---|---|---|---|",
     ]
     first = before = r["rungs"][0]["useful_tokens_per_s"]
     for rung in r["rungs"]:
         rate = rung["useful_tokens_per_s"]
         lines.append(
-            f"| {rung['name']} | {rate:,.0f} | {rate / first:.2f}x | {rate / before:.2f}x | {rung['loss']:.3f} |"
+            f"| {rung['name']} | {rate:,.0f} | {rate / first:.2f}x | {rate / before:.2f}x | {rung['loss']:.3f} | "
+            f"{rung['first_step_s']:.1f} s |"
         )
         before = rate
+    if r["flop_per_useful_token"]:
+        roof = r["peak_flop_per_s"] / r["flop_per_useful_token"]
+        lines += [
+            "",
+            f"The arithmetic of our step, {r['flop_per_useful_token'] / 1e6:.0f} MFLOP a useful token, at "
+            f"{r['peak_flop_per_s'] / 1e9:,.0f} GFLOP/s ({r['peak_is']}) and with nothing beside it would be "
+            f"{roof:,.0f} useful tokens/s, {roof / first:.1f}x the first row.",
+        ]
     return "\n".join(lines) + "\n"
 
 
