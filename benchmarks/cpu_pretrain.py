@@ -39,6 +39,7 @@ from minimind_fast.trainer import Trainer, Window
 RESULTS = Path(__file__).with_name("results")
 ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8
 LEARNING_RATE = 5e-4
+ATTENTION = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data")  # operators that attention alone uses
 
 
 class BaselineProcess:
@@ -74,8 +75,8 @@ def answer_as_baseline(args: argparse.Namespace) -> None:
         for p in (args.data_path, args.val_data_path)
     ]
     model = EagerMiniMind.from_ours(load_pretrained(args.weights))
-    baseline = EagerTraining(model, caches[0], ROWS, LENGTH, args.accumulation, args.turns, LEARNING_RATE)
-    rows = PaddedBatches(caches[1], batch_size=ROWS, max_seq_len=LENGTH + 1)
+    data, rows = (PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1) for cache in caches)
+    baseline = EagerTraining(model, data, args.accumulation, args.turns, LEARNING_RATE)
 
     def total(batch: Any) -> torch.Tensor:
         return eager_loss(model, batch.input_ids, batch.targets) * batch.num_targets
@@ -102,9 +103,17 @@ class Ours:
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
-    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return next(names, platform.processor()).split(":")[-1].strip()
+    """The processor's name as the system tells it, its family, and its instructions for bf16."""
+    facts = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if ":" in line
+    )
+    if "model name" not in facts:
+        return platform.processor()
+    flags = facts.get("flags", "").split()
+    found = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, {found[0] if found else 'no bf16 instructions'})"
 
 
 def validation_loss(call: Any, batches: Any) -> float:
@@ -127,8 +136,8 @@ def profile(ours: Ours) -> dict[str, float]:
     for row in recorded.key_averages():
         key = row.key
         kind = (
-            "matmul" if key in ("aten::mm", "aten::addmm", "aten::bmm") else
-            "attention" if "attention" in key else
+            "matmul" if key in ("aten::mm", "aten::addmm") else
+            "attention" if key.removeprefix("aten::") in ATTENTION or "attention" in key else
             "optimizer" if "adam" in key.lower() else
             "everything elementwise and copies"
         )  # fmt: skip

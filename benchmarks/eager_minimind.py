@@ -12,15 +12,17 @@ Source: the behaviour of MiniMind (jingyaogong/minimind, Apache-2.0), restated.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_fast.checkpoint import to_disk_names
 from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.data import PaddedBatches
+from minimind_fast.data import Batch
 from minimind_fast.model import MiniMind, rope_tables
-from minimind_fast.token_cache import TokenCache
 from minimind_fast.trainer import learning_rate
 
 
@@ -162,9 +164,7 @@ class EagerTraining:
 
     Args:
         model: on its device; may be compiled.
-        cache: tokenised data.
-        rows: of a micro-batch.
-        length: positions of a row.
+        batches: rows; begun anew when it is over.
         accumulation: micro-batches of an optimizer step.
         total_steps: of the schedule.
         lr: its peak.
@@ -173,9 +173,7 @@ class EagerTraining:
     def __init__(
         self,
         model: EagerMiniMind,
-        cache: TokenCache,
-        rows: int,
-        length: int,
+        batches: Iterable[Batch],
         accumulation: int,
         total_steps: int,
         lr: float,
@@ -184,7 +182,7 @@ class EagerTraining:
         self.device = model.cos.device
         fused = None if self.device.type == "cuda" else False  # as PyTorch chooses by itself on a GPU
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=fused, fused=False)
-        self.batches = iter(PaddedBatches(cache, batch_size=rows, max_seq_len=length + 1))
+        self.batches = itertools.chain.from_iterable(itertools.repeat(batches))
         self.config, self.step = TrainConfig(learning_rate=lr), 0
 
     def take_step(self) -> tuple[int, float]:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, the most valuable first, in two calls of under ten minutes each on a bare offline machine
-# (Python 3.12, torch 2.11, triton 3.6, no network). First: tests, the proof, kernel groups, end to end, the rest of the
-# suite, the report. Second: loss curves with kernels on and off, a real run to a chat, training under ZeRO 0-3, generation.
+# (Python 3.12, torch 2.11, triton 3.6, no network). First: tests, the proof, kernel groups, steps, training beside the eager
+# loop, the rest of the suite, the report. Second: loss curves with kernels on and off, a real run to a chat, what the engine
+# costs, training under ZeRO 0-3, generation.
 #
 # usage: [WHEELS=FOLDER] [CORPUS=FOLDER] [OUT=FOLDER] [ARCHIVE=FILE] [PARTS="tests verify ..."] benchmarks/gpu.sh [--second] [--dry-run]
 #   WHEELS   wheels to install first (default: benchmarks/wheels), and
-#   CORPUS   real text for the second call (default: benchmarks/corpus): both made by benchmarks/pack_for_gpu.py
+#   CORPUS   real text (default: benchmarks/corpus): both made by benchmarks/pack_for_gpu.py
 #   OUT      where results go (default: benchmarks/results; in a dry run a temporary folder): gpu.log and gpu_parts.tsv
 #            (gpu_second.log, ... of the second call), each part's files, the report
 #   ARCHIVE  also keep all of OUT in this one .tar.gz, written anew after each part: for a machine that gives few files back
@@ -106,32 +107,38 @@ fi
 # some 15 GB of the card: float64 truth at large vocabularies.
 several=()
 [[ $dry == 1 ]] || ! "$python" -c 'import xdist' 2> /dev/null || several=(-n 4 --dist worksteal)
+text=() # the sample, where no text travelled
+[[ ! -f $corpus/pretrain.jsonl ]] || text=(--data_path "$corpus/pretrain.jsonl" --tokenizer_path "$corpus/tokenizer")
 if [[ $second == 1 && $dry == 1 ]]; then
   part loss_curves 400 "$python" benchmarks/loss_curves.py --dry_run --corpus "$corpus" --out "$out"
   part real_run 400 "$python" benchmarks/real_run.py --dry_run --corpus "$corpus" --out "$out"
+  part engine_share 200 "$python" benchmarks/engine_share.py --preset tiny --tokens 64 --world 1 --accumulation 1 --turns 1 --out "$out"
   part zero 400 "$python" -m pytest -p no:cacheprovider -rs tests/test_gpu_training.py
   part generation 400 "$python" benchmarks/generation.py --context 16 --new 8 --rounds 1 --rows 1 --out "$out/dry_generation.json"
 elif [[ $second == 1 ]]; then
   part loss_curves 110 "$python" benchmarks/loss_curves.py --corpus "$corpus" --out "$out"
-  part real_run 300 "$python" benchmarks/real_run.py --corpus "$corpus" --out "$out"
-  part zero 80 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_gpu_training.py
-  part generation 60 "$python" benchmarks/generation.py --rows 1 8 64 --new 128 --out "$out/gpu_generation.json"
+  part real_run 210 "$python" benchmarks/real_run.py --minutes 2 --corpus "$corpus" --out "$out"
+  part engine_share 110 "$python" benchmarks/engine_share.py --accumulation 1 --out "$out"
+  part zero 70 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_gpu_training.py
+  part generation 50 "$python" benchmarks/generation.py --rows 1 8 64 --new 128 --out "$out/gpu_generation.json"
 elif [[ $dry == 1 ]]; then
   part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_verify.py tests/test_swiglu.py tests/test_on_gpu.py
   part verify 300 "$python" -m minimind_fast.verify --ops swiglu --dtype float32 --json "$out/verify.json"
   suite kernels 240 benchmarks/test_kernels.py -k "swiglu and not compile"
-  suite end_to_end 240 benchmarks/test_steps.py
+  suite steps 240 benchmarks/test_steps.py
+  part train_step 240 "$python" benchmarks/train_step.py --preset tiny --pack_tokens 2048 --rungs eager joined ours --out "$out"
   suite layers 240 benchmarks/test_layers.py -k "attention and mix"
   suite rest 240 benchmarks/test_loading.py benchmarks/test_decoding.py benchmarks/test_weight_gradients.py
 else
-  part tests 125 "$python" -m pytest -m gpu "${several[@]}" -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
+  part tests 115 "$python" -m pytest -m gpu "${several[@]}" -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
     --ignore tests/test_gpu_training.py --deselect tests/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
-  part verify 95 "$python" -m minimind_fast.verify --device cuda --json "$out/verify.json"
+  part verify 85 "$python" -m minimind_fast.verify --device cuda --json "$out/verify.json"
   [[ ! -f $out/verify.json ]] || part verify_table 10 "$python" benchmarks/verify_table.py "$out/verify.json"
-  suite kernels 105 benchmarks/test_kernels.py
-  suite end_to_end 85 benchmarks/test_steps.py
-  suite layers 95 benchmarks/test_layers.py
-  suite rest 45 benchmarks/test_decoding.py benchmarks/test_weight_gradients.py benchmarks/test_loading.py
+  suite kernels 90 benchmarks/test_kernels.py
+  suite steps 70 benchmarks/test_steps.py
+  part train_step 75 "$python" benchmarks/train_step.py "${text[@]}" --rungs eager joined ours --warm 10 --steps 30 --out "$out"
+  suite layers 80 benchmarks/test_layers.py
+  suite rest 35 benchmarks/test_decoding.py benchmarks/test_weight_gradients.py benchmarks/test_loading.py
 fi
 shopt -s nullglob
 runs=("$out"/suite_*.json)

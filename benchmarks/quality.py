@@ -65,9 +65,8 @@ def run_seed(
     torch.manual_seed(seed)
     start = MiniMind(ModelConfig.preset("minimind2-small", **SHAPE))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    eager = EagerTraining(
-        EagerMiniMind.from_ours(start).to(device), caches[0], args.rows, args.length - 1, 1, args.steps, LEARNING_RATE
-    )
+    rows = PaddedBatches(caches[0], batch_size=args.rows, max_seq_len=args.length)
+    eager = EagerTraining(EagerMiniMind.from_ours(start).to(device), rows, 1, args.steps, LEARNING_RATE)
     for group in eager.optimizer.param_groups:
         group.update(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     data = PackedRows(caches[0], batch_size=args.rows, max_seq_len=args.length)

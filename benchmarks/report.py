@@ -22,11 +22,11 @@ import goals
 from refresh_readme import READMES, RESULTS, ROOT, refreshed
 
 ORDER = (
-    *("model step", "MoE layer", "kernel", "head", "attention", "weight gradient", "optimizer step"),
+    *("training", "model step", "MoE layer", "kernel", "head", "attention", "weight gradient", "optimizer step"),
     *("generation", "data loading"),
 )
 # Whose time over a row's own is a column.
-OTHERS = ("eager", "compile", "liger", "dense", "loop", "grouped_mm", "scattermoe", "sonicmoe", "megablocks")
+OTHERS = ("eager", "compile", "liger", "joined", "dense", "loop", "grouped_mm", "scattermoe", "sonicmoe", "megablocks")
 HEAD = ("device", "on_gpu", "torch", "roofs", "limits", "skipped")  # of a run, and of a report's own JSON
 COLOURS = {
     **{"ours": "#1f77b4", "eager": "#bbbbbb", "compile": "#ff7f0e", "liger": "#2ca02c"},
@@ -254,7 +254,7 @@ def write(found: dict[str, Any], folder: Path) -> Path:
             lines += ["", f"## {kind[0].upper()}{kind[1:]}", "", *table(mine, found["on_gpu"])]
     lines += ["", "## Goals", ""]
     lines += ["Bounds in tokens/s, ms and TFLOP/s are for one H200; ratios are against rows of this run.", ""]
-    lines += goals.table([row["extra_info"] for row in rows], RESULTS)
+    lines += goals.table([row["extra_info"] for row in rows], [folder, RESULTS])
     if found["skipped"]:
         lines += ["", "## Without a time", "", *without_a_time(found["skipped"])]
     text = "\n".join(lines) + "\n"

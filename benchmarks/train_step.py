@@ -1,14 +1,16 @@
 """Training end to end, one lever after another: useful tokens/s of a whole step, engine and loader included.
 
-    python benchmarks/train_step.py --data_path pretrain.jsonl --tokenizer_path FOLDER [--preset minimind3] [--steps N]
+    python benchmarks/train_step.py [--data_path pretrain.jsonl --tokenizer_path FOLDER] [--preset minimind3] [--rungs ...]
 
 Purpose: the headline of the project, and what each lever gives of it.
-Principle: rungs of a ladder. The first is MiniMind's eager loop over padded rows (on a GPU also compiled); the second is
-    our Trainer with plain reference ops on packed data, so that packing is credited apart; each further one switches one
-    lever on. A rung runs in a process of its own; the processes wait for each other and take their steps in turns, so that
-    whatever else the machine does meets them all.
+Principle: rungs of a ladder. The first is MiniMind's eager loop over padded rows; then over rows filled with joined
+    documents, so that packing is credited apart; then our Trainer with plain reference ops, and from there one lever a rung.
+    What stands aside of the ladder (torch.compile, ZeRO stages, graphs, one thread) is compared with the rung that it
+    changes. A rung runs in a process of its own; on a CPU four at a time wait for each other and take their steps in turns,
+    so that whatever else the machine does meets them all.
 Properties: the same weights, documents and learning rates for all. Useful tokens are positions with a target. Writes
-    benchmarks/results/train_step_<device>.json and .md, with the loss of each rung's last step as a check.
+    train_step_<device>.json and .md, with the loss of each rung's last step as a check: rows of joined documents see the
+    document before, all others compute the same.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,61 +32,86 @@ import torch
 from cpu_pretrain import processor
 from eager_minimind import EagerMiniMind, EagerTraining
 
-from minimind_fast import attention_rows, engine, ops, stage
+from minimind_fast import attention_rows, engine, ops, samples, stage
 from minimind_fast.checkpoint import load_pretrained, save_pretrained
 from minimind_fast.config import TrainConfig
-from minimind_fast.data import PackedBatches, PaddedBatches
+from minimind_fast.data import IGNORE_INDEX, Batch, PackedBatches, PaddedBatches
 from minimind_fast.progress import peak_flops
-from minimind_fast.token_cache import build_cache
+from minimind_fast.token_cache import TokenCache, build_cache
 from minimind_fast.trainer import Trainer, Window
 
 RESULTS = Path(__file__).with_name("results")
 LEARNING_RATE = 5e-4
 LENGTH = 512
+OTHERS = ("eager", "eager-compile", "joined", "joined-compile", "compile")  # whose speed ours is a multiple of
 
 
 @dataclass(frozen=True)
 class Rung:
     """One configuration: what is switched on beside the rung before."""
 
+    key: str
     name: str
+    aside: str = ""  # key of the rung that it is compared with, where that is not the one before; nothing builds on it
     eager: bool = False
+    joined: bool = False  # documents fill the eager loop's rows
     compiled: bool = False
     dtype: str = "bfloat16"
     kernels: str = "auto"
+    attention: str = "auto"
+    fused_adam: bool = True
+    micro_batches: int = 1
     own_attention: bool = True  # by matmuls (CPU)
     kept_memory: bool = True  # freed blocks stay with the process (CPU)
     zero_stage: int = -1
     graphs: bool = False  # forward and backward replayed
+    threads: int = 0
 
 
-PLAIN: dict[str, Any] = dict(kernels="none", own_attention=False, kept_memory=False)
-CPU_LADDER = [
-    Rung("MiniMind's eager loop: fp32, padded rows", eager=True, dtype="float32"),
-    Rung("+ packed documents, fused projections (our model, reference ops)", dtype="float32", **PLAIN),
-    Rung("+ bf16 with fp32 masters", **PLAIN),
-    Rung("+ freed memory kept", **{**PLAIN, "kept_memory": True}),
-    Rung("+ attention as matmuls", kernels="none"),
-    Rung("+ ops in chunks that fit the cache: all of ours"),
-    Rung("all of ours, --use_compile", compiled=True),
-]
-NAMES = [name for name in ops.NAMES if not name.startswith("moe") and name != "linear_kl"]
-GPU_LADDER = [
-    Rung("MiniMind's eager loop: autocast, padded rows", eager=True),
-    Rung("MiniMind's eager loop, torch.compile", eager=True, compiled=True),
-    Rung("packed, fused projections, bf16, fused AdamW (our model, reference ops)", kernels="none"),
-    Rung("the same, torch.compile", kernels="none", compiled=True),
-    *(Rung(f"+ {name}", kernels=",".join(NAMES[: i + 1])) for i, name in enumerate(NAMES)),
-    Rung("all of ours, ZeRO 0", zero_stage=0),
-    Rung("all of ours, ZeRO 2", zero_stage=2),
-    Rung("all of ours, --cuda_graphs", graphs=True),
-    Rung("all of ours"),
-]
+def _cpu_ladder() -> list[Rung]:
+    plain = Rung("packed", "+ documents apart, fused projections (our model, reference ops)", dtype="float32")
+    plain = replace(plain, kernels="none", fused_adam=False, own_attention=False, kept_memory=False)
+    adam = replace(plain, key="adam", name="+ fused AdamW", fused_adam=True)
+    bf16 = replace(adam, key="bf16", name="+ bf16 with fp32 masters", dtype="bfloat16")
+    kept = replace(bf16, key="kept", name="+ freed memory kept", kept_memory=True)
+    matmuls = replace(kept, key="attention", name="+ attention as matmuls", own_attention=True)
+    return [
+        Rung("eager", "MiniMind's eager loop: fp32, padded rows", eager=True, dtype="float32"),
+        Rung("joined", "the same, rows filled with joined documents", eager=True, joined=True, dtype="float32"),
+        *(plain, adam, bf16, kept, matmuls),
+        Rung("ours", "+ ops in chunks that fit the cache: **all of ours**"),
+        Rung("compile", "ours with --use_compile", "ours", compiled=True),
+        Rung("thread", "ours on one thread", "ours", threads=1),
+    ]
+
+
+def _gpu_ladder() -> list[Rung]:
+    eager = Rung("eager", "MiniMind's eager loop: autocast, padded rows", eager=True)
+    joined = replace(eager, key="joined", name="the same, rows filled with joined documents", joined=True)
+    plain = Rung("packed", "+ documents apart, fused projections, bf16 with fp32 masters (our model, reference ops)")
+    plain = replace(plain, kernels="none", attention="sdpa", fused_adam=False, micro_batches=8)
+    adam = replace(plain, key="adam", name="+ fused AdamW", fused_adam=True)
+    whole = replace(adam, key="whole", name="+ one micro-batch in place of 8", micro_batches=1)
+    varlen = replace(whole, key="attention", name="+ attention that knows documents", attention="auto")
+    names = [name for name in ops.NAMES if not name.startswith("moe") and name != "linear_kl"]
+    some = [",".join(names[: i + 1]) for i in range(len(names))]
+    kernels = [replace(varlen, key=n, name=f"+ {n}", kernels=k) for n, k in zip(names, some, strict=True)]
+    return [
+        *(eager, replace(eager, key="eager-compile", name="with torch.compile", aside="eager", compiled=True)),
+        *(joined, replace(joined, key="joined-compile", name="with torch.compile", aside="joined", compiled=True)),
+        *(plain, adam, whole, varlen),
+        replace(varlen, key="compile", name="with torch.compile", aside="attention", compiled=True),
+        *kernels[:-1],
+        replace(kernels[-1], key="ours", name=f"{kernels[-1].name}: **all of ours**", kernels="auto"),
+        Rung("graphs", "ours with --cuda_graphs", "ours", graphs=True),
+        Rung("zero0", "ours with --zero_stage 0", "ours", zero_stage=0),
+        Rung("zero2", "ours with --zero_stage 2", "ours", zero_stage=2),
+    ]
 
 
 def ladder() -> list[Rung]:
     """The rungs of this machine."""
-    return GPU_LADDER if torch.cuda.is_available() else CPU_LADDER
+    return _gpu_ladder() if torch.cuda.is_available() else _cpu_ladder()
 
 
 class _PlainRows:
@@ -92,33 +120,72 @@ class _PlainRows:
     apply = staticmethod(attention_rows.plain_rows)
 
 
+class _UnfusedAdamW(torch.optim.AdamW):
+    """As PyTorch chooses by itself: in lists on a GPU, a tensor at a time on a CPU."""
+
+    def __init__(self, *groups: Any, **how: Any) -> None:
+        super().__init__(*groups, **{**how, "fused": False, "foreach": torch.cuda.is_available()})
+
+
+class JoinedRows:
+    """Packs as rows of one length; what fills no row is left out.
+
+    Args:
+        packs: of documents end to end.
+        length: positions of a row.
+    """
+
+    def __init__(self, packs: PackedBatches, length: int) -> None:
+        self.packs, self.length = packs, length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for pack in self.packs:
+            tokens = pack.input_ids.numel() // self.length * self.length
+            ids, targets = (x[:tokens].view(-1, self.length) for x in (pack.input_ids, pack.targets))
+            rows, counted = len(ids), int((targets != IGNORE_INDEX).sum())
+            yield Batch(ids, targets, None, self.length, counted, rows)
+
+
+def make_eager(args: argparse.Namespace, rung: Rung, device: torch.device, cache: TokenCache) -> Any:
+    """The eager loop's step."""
+    rows = 32 if device.type == "cuda" else 8  # MiniMind's batch sizes on a GPU, and one that a CPU's memory holds
+    rows = min(rows, args.pack_tokens // LENGTH)
+    padded = PaddedBatches(cache, batch_size=rows, max_seq_len=LENGTH + 1)
+    useful = statistics.mean(b.num_targets for b, _ in zip(padded, range(50), strict=False))
+    batches: Iterable[Batch] = padded
+    if rung.joined:
+        packs = PackedBatches(cache, batch_tokens=rows * LENGTH, max_seq_len=LENGTH, seed=42)
+        batches, useful = JoinedRows(packs, LENGTH), rows * LENGTH
+    model = EagerMiniMind.from_ours(load_pretrained(args.weights)).to(device)
+    if rung.compiled:
+        model.compile()
+    accumulation = max(1, round(args.pack_tokens / useful))  # as many useful tokens in an optimizer step
+    training = EagerTraining(model, batches, accumulation, args.steps, LEARNING_RATE)
+    return lambda: (*training.take_step(), 0)
+
+
 def make_step(args: argparse.Namespace, rung: Rung) -> Any:
     """A function that takes one optimizer step and gives (useful tokens, their loss, FLOPs of our model or 0)."""
     if not rung.own_attention:
         attention_rows._Rows = _PlainRows  # type: ignore[assignment]
-    if not rung.kept_memory:
+    if not rung.kept_memory or rung.eager:
         engine.keep_freed_memory = lambda: None
+    tokens = args.pack_tokens // rung.micro_batches
     config = TrainConfig(
-        tokenizer_path=args.tokenizer_path, data_path=[args.data_path], batch_size=args.pack_tokens // LENGTH,
-        max_seq_len=LENGTH, accumulation_steps=1, learning_rate=LEARNING_RATE, num_threads=args.threads, dtype=rung.dtype,
-        kernels=rung.kernels, use_compile=rung.compiled, zero_stage=rung.zero_stage,
-        cuda_graphs=rung.graphs, save_dir=tempfile.mkdtemp(),
+        tokenizer_path=args.tokenizer_path, data_path=[args.data_path], batch_size=tokens // LENGTH, max_seq_len=LENGTH,
+        accumulation_steps=rung.micro_batches, learning_rate=LEARNING_RATE, dtype=rung.dtype, kernels=rung.kernels,
+        attention=rung.attention, use_compile=rung.compiled, zero_stage=rung.zero_stage, cuda_graphs=rung.graphs,
+        num_threads=rung.threads or args.threads, save_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     device = stage.begin(config)
+    if not rung.fused_adam:
+        torch.optim.AdamW = _UnfusedAdamW  # type: ignore[misc]
     tokenizer = stage.load_tokenizer(config)
     cache = build_cache(args.data_path, tokenizer, cache_dir=args.cache_dir or None, log=lambda _: None)
-    model = load_pretrained(args.weights)
     if rung.eager:
-        rows = 32 if device.type == "cuda" else 8  # MiniMind's batch sizes on a GPU, and one that a CPU's memory holds
-        padded = PaddedBatches(cache, batch_size=rows, max_seq_len=LENGTH + 1)
-        useful = statistics.mean(b.num_targets for b, _ in zip(padded, range(50), strict=False))
-        eager = EagerMiniMind.from_ours(model).to(device)
-        if rung.compiled:
-            eager.compile()
-        accumulation = max(1, round(args.pack_tokens / useful))  # as many useful tokens in an optimizer step
-        training = EagerTraining(eager, cache, rows, LENGTH, accumulation, args.steps, LEARNING_RATE)
-        return lambda: (*training.take_step(), 0)
-    data = PackedBatches(cache, batch_tokens=args.pack_tokens, max_seq_len=LENGTH, seed=42)
+        return make_eager(args, rung, device, cache)
+    model = load_pretrained(args.weights)
+    data = PackedBatches(cache, batch_tokens=tokens, max_seq_len=LENGTH, seed=42)
     trainer = Trainer(config, "bench", model, tokenizer, data, stage.next_token_loss, device)
     trainer.total_steps = args.steps
     groups = trainer.groups()
@@ -135,7 +202,7 @@ def make_step(args: argparse.Namespace, rung: Rung) -> Any:
 
 def work(args: argparse.Namespace) -> None:
     """A rung's process: a line in, some steps, a line out."""
-    step = make_step(args, ladder()[args.rung])
+    step = make_step(args, next(r for r in ladder() if r.key == args.rung))
     for line in sys.stdin:
         begin, useful, flops, value = time.perf_counter(), 0, 0, 0.0
         for _ in range(int(line)):
@@ -149,10 +216,10 @@ def work(args: argparse.Namespace) -> None:
 class Process:
     """A rung in a process of its own."""
 
-    def __init__(self, args: argparse.Namespace, rung: int) -> None:
+    def __init__(self, args: argparse.Namespace, rung: str) -> None:
         names = ("data_path", "tokenizer_path", "cache_dir", "threads", "pack_tokens", "steps", "weights")
         options = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
-        command = [sys.executable, __file__, "--rung", str(rung), *options]
+        command = [sys.executable, __file__, "--rung", rung, *options]
         # This process is a rank already; the rung's is to become one of its own.
         alone = {
             k: v for k, v in os.environ.items() if "RANK" not in k and "WORLD_SIZE" not in k and "MASTER_" not in k
@@ -179,48 +246,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--data_path", required=True)
-    add("--tokenizer_path", required=True)
+    add("--data_path", default="", help="JSONL; the shipped sample if not given")
+    add("--tokenizer_path", default=str(samples.path("tokenizer")))
     add("--cache_dir", default="", help="where the tokenised data is cached; beside it if not given")
     add("--preset", default="minimind3" if on_gpu else "minimind2-small")
     add("--pack_tokens", type=int, default=53248 if on_gpu else 8192, help="positions of a packed optimizer step")
-    add("--warm", type=int, default=20 if on_gpu else 2, help="steps before the clock runs")
-    add("--steps", type=int, default=60 if on_gpu else 3, help="timed steps of each rung")
+    add("--warm", type=int, default=200 if on_gpu else 2, help="steps before the clock runs")
+    add("--steps", type=int, default=1000 if on_gpu else 3, help="timed steps of each rung")
     add("--turns", type=int, default=3, help="the timed steps are taken in this many turns")
     add("--threads", type=int, default=0)
-    add("--rungs", type=int, nargs="*", help="which of the ladder, from 0 (default: all)")
-    add("--rung", type=int, default=-1, help=argparse.SUPPRESS)
+    add("--rungs", nargs="*", choices=[rung.key for rung in ladder()], help="which of the ladder (default: all)")
+    add("--out", type=Path, default=RESULTS)
+    add("--rung", default="", help=argparse.SUPPRESS)
     add("--weights", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rung >= 0:
+    if args.rung:
         return work(args)
-    args.weights = str(Path(tempfile.mkdtemp()) / "start")
-    config = TrainConfig(preset=args.preset, tokenizer_path=args.tokenizer_path, num_threads=args.threads)
-    stage.begin(config)
-    model = stage.load_model(config, stage.load_tokenizer(config))
-    save_pretrained(model, args.weights, dtype=torch.float32)
-    rungs = args.rungs if args.rungs is not None else range(len(ladder()))
-    rates: dict[int, list[float]] = {i: [] for i in rungs}
+    if not args.data_path:
+        args.data_path, args.cache_dir = str(samples.path("pretrain.jsonl")), args.cache_dir or tempfile.mkdtemp()
+    args.weights = start_weights(args)
+    rungs = [rung for rung in ladder() if args.rungs is None or rung.key in args.rungs]
+    rates: dict[str, list[float]] = {rung.key: [] for rung in rungs}
     losses, first_s, flops = {}, {}, 0.0
-    # On a GPU one rung at a time, as their memory would not fit together; on a CPU all wait while one computes.
-    groups = [[i] for i in rungs] if on_gpu else [list(rungs)]
-    for together in groups:
-        running = {i: Process(args, i) for i in together}
-        for i, process in running.items():
-            first_s[i] = process.take(1)["seconds"]
+    together = 1 if on_gpu else 4  # rungs whose memory fits beside each other's
+    for some in (rungs[i : i + together] for i in range(0, len(rungs), together)):
+        running = {rung: Process(args, rung.key) for rung in some}
+        for rung, process in running.items():
+            first_s[rung.key] = process.take(1)["seconds"]
             process.take(args.warm - 1)
-            print(f"{ladder()[i].name}: warm", flush=True)
+            print(f"{rung.name}: warm", flush=True)
         for _turn in range(args.turns):
-            for i, process in running.items():
+            for rung, process in running.items():
                 got = process.take(max(1, args.steps // args.turns))
-                rates[i].append(got["rate"])
-                losses[i], flops = got["loss"], got["flops"] or flops
-                print(f"{ladder()[i].name}: {got['rate']:,.0f} useful tok/s, loss {got['loss']:.3f}", flush=True)
+                rates[rung.key].append(got["rate"])
+                losses[rung.key], flops = got["loss"], got["flops"] or flops
+                print(f"{rung.name}: {got['rate']:,.0f} useful tok/s, loss {got['loss']:.3f}", flush=True)
         for process in running.values():
             process.close()
     peak, source = peak_flops(torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16)
+    medians = {key: statistics.median(values) for key, values in rates.items()}
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),
+        "on_gpu": on_gpu,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "preset": args.preset,
@@ -228,42 +295,56 @@ def main() -> None:
         "peak_flop_per_s": peak,
         "peak_is": source,
         "flop_per_useful_token": flops,
+        **{f"times_{other}": medians["ours"] / medians[other] for other in OTHERS if {"ours", other} <= set(medians)},
         "rungs": [
             {
-                "name": ladder()[i].name,
-                "useful_tokens_per_s": statistics.median(rates[i]),
-                "turns": rates[i],
-                "first_step_s": first_s[i],
-                "loss": losses[i],
+                "key": rung.key,
+                "name": rung.name,
+                "compared_with": rung.aside,
+                "useful_tokens_per_s": medians[rung.key],
+                "turns": rates[rung.key],
+                "first_step_s": first_s[rung.key],
+                "loss": losses[rung.key],
             }
-            for i in rungs
+            for rung in rungs
         ],
     }
     name = f"train_step_{'gpu' if on_gpu else 'cpu'}"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(table(result), encoding="utf-8")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.out / f"{name}.md").write_text(table(result), encoding="utf-8")
     print("\n" + table(result))
+
+
+def start_weights(args: argparse.Namespace) -> str:
+    """A folder with the weights that all rungs begin with."""
+    folder = str(Path(tempfile.mkdtemp()) / "start")
+    config = TrainConfig(preset=args.preset, tokenizer_path=args.tokenizer_path, num_threads=args.threads)
+    stage.begin(config)
+    model = stage.load_model(config, stage.load_tokenizer(config))
+    save_pretrained(model, folder, dtype=torch.float32)
+    return folder
 
 
 def table(r: dict[str, Any]) -> str:
     """The result as Markdown."""
-    where = r["device"] if torch.cuda.is_available() else f"{r['threads']} threads of {r['device']}"
+    where = r["device"] if r["on_gpu"] else f"{r['threads']} threads of {r['device']}"
     lines = [
         f"Measured by `benchmarks/train_step.py` on {where}, torch {r['torch']}, {r['preset']}, about "
         f"{r['pack_tokens']:,} useful tokens an optimizer step.",
         "",
-        "| what runs | useful tokens/s | of the first | of the rung before | loss | first step |",
+        "| what runs | useful tokens/s | of the first | of the rung before, or as named | loss | first step |",
         "|---|---|---|---|---|---|",
     ]
+    speeds = {rung["key"]: rung["useful_tokens_per_s"] for rung in r["rungs"]}
     first = before = r["rungs"][0]["useful_tokens_per_s"]
     for rung in r["rungs"]:
-        rate = rung["useful_tokens_per_s"]
+        rate, other = rung["useful_tokens_per_s"], speeds.get(rung["compared_with"], before)
         lines.append(
-            f"| {rung['name']} | {rate:,.0f} | {rate / first:.2f}x | {rate / before:.2f}x | {rung['loss']:.3f} | "
+            f"| {rung['name']} | {rate:,.0f} | {rate / first:.2f}x | {rate / other:.2f}x | {rung['loss']:.3f} | "
             f"{rung['first_step_s']:.1f} s |"
         )
-        before = rate
+        before = before if rung["compared_with"] else rate
     if r["flop_per_useful_token"]:
         roof = r["peak_flop_per_s"] / r["flop_per_useful_token"]
         lines += [

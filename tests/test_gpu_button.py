@@ -21,8 +21,8 @@ from minimind_fast import samples  # noqa: E402
 
 BUTTON = ROOT / "benchmarks" / "gpu.sh"
 CALL_S = 600  # the longest that a command may run on such a machine
-FIRST = ["tests", "verify", "kernels", "end_to_end", "layers", "rest"]
-SECOND = ["loss_curves", "real_run", "zero", "generation"]
+FIRST = ["tests", "verify", "kernels", "steps", "train_step", "layers", "rest"]
+SECOND = ["loss_curves", "real_run", "engine_share", "zero", "generation"]
 
 
 # ------------------------------------------------------------------------------------------------------------- the script
