@@ -121,9 +121,9 @@ class BareLoop:
         self.weights: list[torch.Tensor] = [p for group in groups for p in group["params"]]
         self.masters: list[torch.Tensor] = self.weights
         if config.dtype == "bfloat16":
+            self.masters = [torch.nn.Parameter(p.detach().clone()) for p in self.weights]
             for p in self.weights:  # not the buffers: RoPE's tables stay float32
                 p.data = p.data.bfloat16()
-            self.masters = [torch.nn.Parameter(p.detach().float()) for p in self.weights]
             of = dict(zip(self.weights, self.masters, strict=True))
             groups = [{**group, "params": [of[p] for p in group["params"]]} for group in groups]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)

@@ -141,6 +141,8 @@ class JoinedRows:
     def __iter__(self) -> Iterator[Batch]:
         for pack in self.packs:
             tokens = pack.input_ids.numel() // self.length * self.length
+            if not tokens:
+                continue
             ids, targets = (x[:tokens].view(-1, self.length) for x in (pack.input_ids, pack.targets))
             rows, counted = len(ids), int((targets != IGNORE_INDEX).sum())
             yield Batch(ids, targets, None, self.length, counted, rows)

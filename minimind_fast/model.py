@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minimind_fast import cpu_shapes, ops
+from minimind_fast import cpu_ops, cpu_shapes, ops
 from minimind_fast.attention import resolve
 from minimind_fast.attention_rows import Rectangles
 from minimind_fast.config import ModelConfig
@@ -119,6 +119,14 @@ class RotaryTables(nn.Module):
             device = self.cos.device
             self.cos, self.sin = (table.to(device) for table in rope_tables(self.config))
         return self
+
+
+class Embedding(nn.Embedding):
+    """Token ids to vectors; on a CPU with a backward pass of our own, as PyTorch's is not exact in 16 bits."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        exact = self.weight.device.type != "cpu" or self.weight.dtype.itemsize > 2
+        return super().forward(input_ids) if exact else cpu_ops.embedding(input_ids, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -261,7 +269,7 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config, config.hidden_size)
         self.rotary = RotaryTables(config)

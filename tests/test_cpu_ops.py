@@ -127,3 +127,20 @@ def test_auto_takes_them_for_training_only():
         assert type(ops.swiglu(x).grad_fn).__name__ == "_SwiGLUBackward"
         with torch.no_grad():
             assert torch.equal(ops.swiglu(x), reference.swiglu(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_frequent_tokens_gradient_is_summed_in_float32(dtype):
+    """PyTorch's own sums stop growing in 16 bits."""
+    from minimind_fast.model import Embedding
+
+    torch.manual_seed(0)
+    table = Embedding(5, 16).to(dtype)
+    ids = torch.tensor([1] * 4000 + [2] * 3).view(-1, 1)
+    grad = (torch.randn(len(ids), 1, 16) * 0.1 + 0.02).to(dtype)
+    out = table(ids)
+    assert torch.equal(out, table.weight[ids])
+    out.backward(grad)
+    want = torch.zeros(5, 16, dtype=torch.float64).index_add_(0, ids.flatten(), grad[:, 0].double())
+    assert table.weight.grad is not None and table.weight.grad.dtype == dtype
+    torch.testing.assert_close(table.weight.grad.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-3)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from launching import free_port
 
 import minimind_fast as mm
 from minimind_fast import losses
@@ -14,6 +16,8 @@ from minimind_fast.config import TrainConfig
 from minimind_fast.engine import adopt, deepspeed_config, param_groups
 from minimind_fast.progress import clock, draw_loss
 from minimind_fast.trainer import learning_rate, memory_advice
+
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
@@ -164,6 +168,57 @@ def test_a_step_that_is_not_finite_is_skipped_under_every_stage(under_engine, ca
 def test_sums_of_micro_batches_stay_in_float32(under_engine):
     """DeepSpeed's own default rounds them to bf16 on their way to the reduction, on one rank too."""
     assert under_engine[1, "bfloat16"]["rounded"] < 0.7
+
+
+# One process a rank: how far masters are from the weights that were given, and weights from their rounding.
+MASTERS = """
+import json, sys
+import torch
+from minimind_fast import engine
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.model import MiniMind
+
+engine.prepare(1)
+rank, ranks = engine.world()
+from deepspeed.utils import safe_get_full_fp32_param
+for stage in range(4):
+    torch.manual_seed(rank)  # rank 0's weights count
+    shape = dict(num_hidden_layers=1, hidden_size=48, vocab_size=257, max_position_embeddings=64)  # no even parts
+    model = MiniMind(ModelConfig.preset("tiny", **shape))
+    torch.manual_seed(0)
+    given = [p.detach() for p in MiniMind(model.config).parameters()]
+    config = TrainConfig(zero_stage=stage, batch_size=1, accumulation_steps=1)
+    ran = engine.initialize(model, config, engine.deepspeed_config(config, ranks))
+    if stage:
+        masters = [safe_get_full_fp32_param(p) for p in model.parameters()]
+    else:
+        groups = zip(ran.optimizer.fp16_groups, ran.optimizer.fp32_groups)
+        of = {id(low): high for lows, highs in groups for low, high in zip(lows, highs)}
+        masters = [of[id(p)] for p in model.parameters()]
+    with engine.gathered(ran):
+        weights = [p.detach().clone() for p in model.parameters()]
+    apart = max(float((m.view_as(g) - g).abs().max()) for m, g in zip(masters, given, strict=True))
+    rounded = all(torch.equal(w, g.to(w.dtype)) for w, g in zip(weights, given, strict=True))
+    print(json.dumps([stage, apart, rounded]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_masters_are_the_weights_before_their_rounding(ranks):
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(free_port())
+    command = [sys.executable, "-W", "ignore", "-c", MASTERS]
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, **PIPES
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        out, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        found = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
+        assert found == [[stage, 0.0, True] for stage in range(4)]
 
 
 def test_no_timer_waits_for_the_gpu(under_engine):

@@ -60,7 +60,7 @@ def test_joined_rows_are_the_packs_tokens(tmp_path):
 
 
 def test_three_rungs_are_timed_compared_and_written(tmp_path):
-    options = "--preset tiny --pack_tokens 512 --warm 1 --steps 2 --turns 1 --threads 1 --rungs eager joined ours"
+    options = "--preset tiny --pack_tokens 1024 --warm 1 --steps 2 --turns 1 --threads 1 --rungs eager joined ours"
     command = [sys.executable, "train_step.py", *options.split(), "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
