@@ -73,7 +73,7 @@ def prepare(num_threads: int = 0) -> torch.device:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, instead of giving each large tensor back and having its pages cleared anew.
 
-    Measured with minimind2-small on two server cores: 1.15x tokens/s. Nothing happens where the C library has no mallopt.
+    What it brings stands in docs/en/cpu.md. Nothing happens where the C library has no mallopt.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     with contextlib.suppress(OSError, AttributeError):
