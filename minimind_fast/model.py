@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minimind_fast import cpu_ops, cpu_shapes, ops
+from minimind_fast import cpu_shapes, ops
 from minimind_fast.attention import resolve
 from minimind_fast.attention_rows import Rectangles
 from minimind_fast.config import ModelConfig
@@ -122,11 +122,10 @@ class RotaryTables(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Token ids to vectors; on a CPU with a backward pass of our own, as PyTorch's is not exact in 16 bits."""
+    """Token ids to vectors."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        exact = self.weight.device.type != "cpu" or self.weight.dtype.itemsize > 2
-        return super().forward(input_ids) if exact else cpu_ops.embedding(input_ids, self.weight)
+        return ops.embedding(input_ids, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -16,11 +16,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minimind_fast import cpu_ops, reference
 from minimind_fast.attention import attention
 from minimind_fast.reference import IGNORE_INDEX, Routing
 
-__all__ = ["IGNORE_INDEX", "Routing", "attention", "describe", "use", "NAMES"]
+__all__ = ["IGNORE_INDEX", "Routing", "attention", "describe", "embedding", "use", "NAMES"]
 
 # op -> the file in kernels/ that holds it. To add a kernel: one file there, one entry here, one in reference.py, one in
 # verify.py.
@@ -139,3 +142,17 @@ linear_cross_entropy = _dispatch("linear_cross_entropy")
 linear_kl = _dispatch("linear_kl")
 moe_route = _dispatch("moe_route")
 moe_mlp = _dispatch("moe_mlp")
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table; its gradient is exact on every device. There is no kernel of ours, hence no switch.
+
+    Args:
+        ids: (...) int64.
+        weight: (V, D).
+
+    Returns:
+        (..., D).
+    """
+    inexact = weight.device.type == "cpu" and weight.dtype.itemsize == 2
+    return (cpu_ops.embedding if inexact else torch.nn.functional.embedding)(ids, weight)
