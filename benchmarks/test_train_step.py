@@ -52,9 +52,8 @@ def test_training(case: tuple[str], suite: Suite, benchmark: Any, rung: train_st
     facts = dict(kind="training", op="training", preset=PRESET, tokens=TOKENS, implementation=name)
     facts.update(device=suite.device_name, torch=torch.__version__)
     if benchmark.stats is not None:
-        useful = [step["rate"] * step["seconds"] for step in taken]
-        seconds = [step["seconds"] / tokens * TOKENS for step, tokens in zip(taken, useful, strict=True)]
-        median, low, high = percentiles(seconds)  # for as many useful tokens in every loop
+        # For as many useful tokens in every loop.
+        median, low, high = percentiles([TOKENS / step["rate"] for step in taken])
         facts.update(median_s=median, p20_s=low, p80_s=high, counted_tokens=TOKENS, tokens_per_s=TOKENS / median)
         facts.update(suite.ratios(benchmark.group, name, median))
     benchmark.extra_info.update(facts)

@@ -69,6 +69,7 @@ class Rung:
 
 
 def _cpu_ladder() -> list[Rung]:
+    eager = Rung("eager", "MiniMind's eager loop: fp32, padded rows", eager=True, dtype="float32", kept_memory=False)
     plain = Rung("packed", "+ documents apart, fused projections (our model, reference ops)", dtype="float32")
     plain = replace(plain, kernels="none", fused_adam=False, own_attention=False, kept_memory=False)
     adam = replace(plain, key="adam", name="+ fused AdamW", fused_adam=True)
@@ -76,8 +77,7 @@ def _cpu_ladder() -> list[Rung]:
     kept = replace(bf16, key="kept", name="+ freed memory kept", kept_memory=True)
     matmuls = replace(kept, key="attention", name="+ attention as matmuls", own_attention=True)
     return [
-        Rung("eager", "MiniMind's eager loop: fp32, padded rows", eager=True, dtype="float32"),
-        Rung("joined", "the same, rows filled with joined documents", eager=True, joined=True, dtype="float32"),
+        *(eager, replace(eager, key="joined", name="the same, rows filled with joined documents", joined=True)),
         *(plain, adam, bf16, kept, matmuls),
         Rung("ours", "+ ops in chunks that fit the cache: **all of ours**"),
         Rung("compile", "ours with --use_compile", "ours", compiled=True),
@@ -170,7 +170,7 @@ def make_step(args: argparse.Namespace, rung: Rung) -> Any:
     """A function that takes one optimizer step and gives (useful tokens, their loss, FLOPs of our model or 0)."""
     if not rung.own_attention:
         attention_rows._Rows = _PlainRows  # type: ignore[assignment]
-    if not rung.kept_memory or rung.eager:
+    if not rung.kept_memory:
         engine.keep_freed_memory = lambda: None
     tokens = args.pack_tokens // rung.micro_batches
     config = TrainConfig(

@@ -5,7 +5,8 @@ Purpose: the arithmetic of `reference.py` in fewer trips to memory. Autograd ove
 Principle: a function here goes over its rows in chunks that fit the cache, keeps what is needed to compute the rest again,
     and writes each gradient once, in its final place.
 Properties: forward rounds where the reference rounds; backward rounds once, at its end. Only
-    training comes here: without gradients, or while torch.compile traces, the reference itself runs.
+    training comes here: without gradients, or while torch.compile traces, the reference itself runs. `embedding` alone is
+    here for its exactness, and always runs.
 
 Shapes: T tokens, D hidden, F ffn, H query heads, K kv heads, hd head_dim, V vocab.
 """
