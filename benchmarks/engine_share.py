@@ -217,6 +217,7 @@ def work(args: argparse.Namespace) -> None:
         what, value = line.split()
         done = loop.save(value) if what == "save" else getattr(loop, what)(int(value))
         print(json.dumps(done), flush=True)
+    ds.leave()
 
 
 class Ranks:

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,27 @@ def _import_deepspeed() -> None:
 def world() -> tuple[int, int]:
     """(rank, world size)."""
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave(code: int = 0) -> None:
+    """Leave the world; one of several ranks ends here, with all its output written.
+
+    A gloo thread may still hold the last collective's tensors, which DeepSpeed's groups keep alive: if it frees them
+    while the interpreter shuts down, the process aborts ("terminate called without an active exception").
+
+    Args:
+        code: exit code of the process.
+
+    Source: https://github.com/pytorch/pytorch/issues/190489.
+    """
+    if not dist.is_initialized():
+        return
+    several = dist.get_world_size() > 1
+    dist.destroy_process_group()
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def choose_zero_stage(config: TrainConfig, world_size: int) -> int:
@@ -358,7 +380,6 @@ def to_universal(source: Path, target: Path) -> None:
         target: folder to write.
     """
     import subprocess
-    import sys
 
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]

@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,17 @@ def start(main: Callable[[], None]) -> None:
     Args:
         main: the script's function without arguments.
     """
-    code, one_of_several = 0, False
+    code = 0
     try:
         main()
     except (ValueError, TrainingStopped) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"\nError: {error}", file=sys.stderr, flush=True)
         code = 1
-    finally:
-        if dist.is_initialized():
-            one_of_several = dist.get_world_size() > 1
-            dist.destroy_process_group()
-    if one_of_several:  # everything is written; gloo's threads may still run, and would abort an ordinary exit
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    engine.leave(code)
     if code:
         sys.exit(code)
 

@@ -199,26 +199,70 @@ for stage in range(4):
         weights = [p.detach().clone() for p in model.parameters()]
     apart = max(float((m.view_as(g) - g).abs().max()) for m, g in zip(masters, given, strict=True))
     rounded = all(torch.equal(w, g.to(w.dtype)) for w, g in zip(weights, given, strict=True))
-    print(json.dumps([stage, apart, rounded]), flush=True)
+    print(json.dumps([stage, apart, rounded]))
+engine.leave()
 """
+
+
+def in_a_world(script, ranks):
+    """The script in a process a rank; what each wrote."""
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(free_port())
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    processes = []
+    for rank in range(ranks):
+        env = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=env, text=True, **PIPES))
+    written = []
+    for process in processes:
+        out, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        written.append(out)
+    return written
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_masters_are_the_weights_before_their_rounding(ranks):
-    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    world["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, "-W", "ignore", "-c", MASTERS]
-    processes = [
-        subprocess.Popen(
-            command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, **PIPES
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        out, errors = process.communicate(timeout=280)
-        assert process.returncode == 0, errors[-3000:]
+    for out in in_a_world(MASTERS, ranks):
         found = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
         assert found == [[stage, 0.0, True] for stage in range(4)]
+
+
+# Collectives that are not waited for are still at work when the script ends, and the group is kept, as DeepSpeed's are.
+LEAVES = """
+import torch
+import torch.distributed as dist
+from minimind_fast import engine
+
+engine.prepare(1)
+kept = dist.new_group()
+for _ in range(300):
+    mine = torch.ones(10_000)
+    dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine, group=kept, async_op=True)
+print("all is written")
+engine.leave()
+"""
+
+
+def test_a_rank_leaves_without_an_abort_and_with_its_output_written():
+    assert in_a_world(LEAVES, 2) == ["all is written\n"] * 2
+
+
+# A mistake of ours, not of the user's.
+FAILS = """
+from minimind_fast import engine, stage
+
+def main():
+    engine.prepare(1)
+    raise KeyError("a fault")
+
+stage.start(main)
+"""
+
+
+def test_a_fault_shows_its_traceback_and_exit_code_1():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FAILS], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1 and "in main" in done.stderr and "KeyError: 'a fault'" in done.stderr
 
 
 def test_no_timer_waits_for_the_gpu(under_engine):
