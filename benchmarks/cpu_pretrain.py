@@ -177,6 +177,7 @@ def main() -> None:
     val_cache = build_cache(args.val_data_path, tokenizer, cache_dir=args.cache_dir or None)
     fp32, fp32_how = peak_flops(device, torch.float32)
     bf16, _ = peak_flops(device, torch.bfloat16)
+    precision = "bf16" if config.dtype == "bfloat16" else "fp32"
 
     # Equal useful tokens: the baseline's step is as many micro-batches of rows as carry what one of our packs does.
     rows = PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1)
@@ -236,11 +237,13 @@ def main() -> None:
             "val_loss": val["baseline"],
         },
         "ours": {
-            "what": f"Trainer, bf16 with fp32 masters, ZeRO {config.zero_stage}, packs of {our_tokens} tokens",
+            "what": f"Trainer, {'bf16 with fp32 masters' if precision == 'bf16' else 'fp32'}, ZeRO {config.zero_stage}, "
+            f"packs of {our_tokens} tokens",
+            "precision": precision,
             "useful_tokens_per_s": median["ours"],
             "turns": rates["ours"],
             "useful_share": fill,
-            "share_of_bf16_matmul": median["ours"] * flops_a_token / bf16,
+            "share_of_matmul": median["ours"] * flops_a_token / (bf16 if precision == "bf16" else fp32),
             "curve": curves["ours"],
             "val_loss": val["ours"],
             "profile": profile(ours),
@@ -264,11 +267,11 @@ def table(r: dict[str, Any]) -> str:
 | loop | useful tokens/s | useful share of positions | share of the matmul rate | one epoch | validation loss |
 |---|---|---|---|---|---|
 | {b["what"]} | {b["useful_tokens_per_s"]:,.0f} | {b["useful_share"]:.1%} | {b["share_of_fp32_matmul"]:.0%} of fp32 | {r["epoch"]["baseline"]} | {b["val_loss"]:.3f} |
-| {o["what"]} | {o["useful_tokens_per_s"]:,.0f} | {o["useful_share"]:.1%} | {o["share_of_bf16_matmul"]:.0%} of bf16 | {r["epoch"]["ours"]} | {o["val_loss"]:.3f} |
+| {o["what"]} | {o["useful_tokens_per_s"]:,.0f} | {o["useful_share"]:.1%} | {o["share_of_matmul"]:.0%} of {o["precision"]} | {r["epoch"]["ours"]} | {o["val_loss"]:.3f} |
 | ratio | **{r["ratio"]:.1f}x** | | | | |
 
 Losses after {b["curve"][-1][0]:,} and {o["curve"][-1][0]:,} useful tokens. These cores multiply matrices at {m["matmul_fp32_gflops"]:.0f} GFLOP/s in
-fp32 and {m["matmul_bf16_gflops"]:.0f} in bf16 ({m["measured_by"]}). Our step: {shares}.
+fp32 and {m["matmul_bf16_gflops"]:.3g} in bf16 ({m["measured_by"]}). Our step: {shares}.
 """  # noqa: E501
 
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 from cpu_pretrain import processor
 from eager_minimind import EagerMiniMind, EagerTraining
 
-from minimind_fast import attention_rows, engine, ops, samples, stage
+from minimind_fast import attention_rows, engine, ops, precision, samples, stage
 from minimind_fast.checkpoint import load_pretrained, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import IGNORE_INDEX, Batch, PackedBatches, PaddedBatches
@@ -56,7 +56,7 @@ class Rung:
     eager: bool = False
     joined: bool = False  # documents fill the eager loop's rows
     compiled: bool = False
-    dtype: str = "bfloat16"
+    dtype: str = field(default_factory=lambda: precision.choose("auto"))
     kernels: str = "auto"
     attention: str = "auto"
     fused_adam: bool = True
@@ -73,12 +73,13 @@ def _cpu_ladder() -> list[Rung]:
     plain = Rung("packed", "+ documents apart, fused projections (our model, reference ops)", dtype="float32")
     plain = replace(plain, kernels="none", fused_adam=False, own_attention=False, kept_memory=False)
     adam = replace(plain, key="adam", name="+ fused AdamW", fused_adam=True)
-    bf16 = replace(adam, key="bf16", name="+ bf16 with fp32 masters", dtype="bfloat16")
+    bf16 = replace(adam, key="bf16", name="+ bf16 with fp32 masters", dtype=precision.choose("auto"))
+    masters = [bf16] if bf16.dtype != adam.dtype else []
     kept = replace(bf16, key="kept", name="+ freed memory kept", kept_memory=True)
     matmuls = replace(kept, key="attention", name="+ attention as matmuls", own_attention=True)
     return [
         *(eager, replace(eager, key="joined", name="the same, rows filled with joined documents", joined=True)),
-        *(plain, adam, bf16, kept, matmuls),
+        *(plain, adam, *masters, kept, matmuls),
         Rung("ours", "+ ops in chunks that fit the cache: **all of ours**"),
         Rung("compile", "ours with --use_compile", "ours", compiled=True),
         Rung("thread", "ours on one thread", "ours", threads=1),
@@ -285,7 +286,7 @@ def main() -> None:
                 print(f"{rung.name}: {got['rate']:,.0f} useful tok/s, loss {got['loss']:.3f}", flush=True)
         for process in running.values():
             process.close()
-    peak, source = peak_flops(torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16)
+    peak, source = peak_flops(torch.device("cuda" if on_gpu else "cpu"), engine.DTYPES[precision.choose("auto")])
     medians = {key: statistics.median(values) for key, values in rates.items()}
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),

@@ -275,7 +275,9 @@ class TrainConfig:
     seed: int = option(42, "seed of weights, data order and dropout")
     # how
     dtype: str = option(
-        "bfloat16", "training precision, with fp32 master weights", choices=("bfloat16", "float16", "float32")
+        "auto",
+        "training precision; 16 bits have fp32 master weights; auto: bfloat16, or float32 on a CPU without it",
+        choices=("auto", "bfloat16", "float16", "float32"),
     )
     kernels: str = option("auto", "Triton kernels: auto, all, none or names such as rms_norm,swiglu")
     attention: str = option("auto", "attention backend: auto, flash_attn, torch_varlen, sdpa or eager")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import json
 import logging
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minimind_fast import precision
 from minimind_fast.config import TrainConfig
 from minimind_fast.model import MiniMind
 
@@ -153,6 +155,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     Raises:
         ValueError: a clash between the file and an option (both are named), or a combination that cannot be.
     """
+    config = dataclasses.replace(config, dtype=precision.choose(config.dtype))
     stage = choose_zero_stage(config, world_size)
     if config.offload == "cpu" and stage == 0:
         raise ValueError("--offload cpu needs --zero_stage 1, 2 or 3: stage 0 has no partitioned optimizer to move")
@@ -241,8 +244,12 @@ def adopt(config: TrainConfig, ds: dict[str, Any]) -> None:
     config.accumulation_steps = ds["gradient_accumulation_steps"]
     config.grad_clip = ds["gradient_clipping"]
     config.zero_stage = ds["zero_optimization"]["stage"]
+    config.dtype = _dtype_of(ds)
+
+
+def _dtype_of(ds: dict[str, Any]) -> str:
     half = [name for key, name in (("bf16", "bfloat16"), ("fp16", "float16")) if ds.get(key, {}).get("enabled")]
-    config.dtype = half[0] if half else "float32"
+    return half[0] if half else "float32"
 
 
 def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -277,7 +284,7 @@ def initialize(model: MiniMind, config: TrainConfig, ds: dict[str, Any]) -> Any:
     # lr 0: with bf16 and stage 0 DeepSpeed takes an optimizer step while it starts; so it must move nothing.
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
     trained = [p for group in groups for p in group["params"]]
-    exact = [p.detach().to("cpu", copy=True) for p in trained] if config.dtype != "float32" else []
+    exact = [p.detach().to("cpu", copy=True) for p in trained] if _dtype_of(ds) != "float32" else []
     engine: Any
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
     for state in optimizer.state.values():

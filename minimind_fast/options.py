@@ -15,6 +15,7 @@ from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_
 from minimind_fast.config import ModelConfig
 from minimind_fast.lora import load_adapters, merge
 from minimind_fast.model import MiniMind
+from minimind_fast.precision import as_stored
 from minimind_fast.sampling import Sampling
 from minimind_fast.tokenizer import Tokenizer
 
@@ -31,7 +32,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_lora_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument(
-        "--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 (default: auto)"
+        "--dtype",
+        default="auto",
+        help="auto (as stored; float32 on a CPU without instructions for it), float32, bfloat16 or float16 (default: auto)",
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
 
@@ -93,7 +96,8 @@ def open_model(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
     config = ModelConfig.preset(args.preset) if args.preset else None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model = with_adapters(load_pretrained(folder, dtype=None if args.lora else dtype, config=config), args.lora)
-    model = model.to(device=device, dtype=dtype).eval()
+    kind = torch.device(device).type
+    model = model.to(device=device, dtype=dtype or as_stored(model.lm_head.weight.dtype, kind)).eval()
     try:
         tokenizer = Tokenizer.load(args.tokenizer or folder)
     except (ValueError, OSError) as error:

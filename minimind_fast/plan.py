@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from minimind_fast import precision
 from minimind_fast.config import PRESETS, ModelConfig
 from minimind_fast.memory import ITEM_BYTES, MicroBatch, held, micro_batch, peak_bytes
 from minimind_fast.progress import clock, peak_flops
@@ -292,8 +293,11 @@ def show(plan: dict[str, Any], run: Run, corpus: float, epochs: float, price: fl
     return "\n".join(lines)
 
 
-def this_machine() -> tuple[Card, bool]:
+def this_machine(dtype: str) -> tuple[Card, bool]:
     """The device here: a card of the table, another card or the CPU, measured.
+
+    Args:
+        dtype: of the matmul that is measured.
 
     Returns:
         (Card, whether it is a CPU).
@@ -304,7 +308,7 @@ def this_machine() -> tuple[Card, bool]:
         if known in name:
             return card, False
     device = torch.device("cuda" if gpu else "cpu")
-    flop_per_s, how = peak_flops(device, torch.bfloat16)
+    flop_per_s, how = peak_flops(device, getattr(torch, dtype))
     source = torch.randn(1 << 25, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -354,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--max_seq_len", type=int, default=512, help="and their length in tokens")
     p.add_argument("--document", type=int, default=0, help="tokens of a document (default: max_seq_len)")
     p.add_argument("--accumulation_steps", type=int, default=1, help="micro-batches in an optimizer step")
-    p.add_argument("--dtype", default="bfloat16", choices=sorted(ITEM_BYTES))
+    p.add_argument("--dtype", default="auto", choices=["auto", *sorted(ITEM_BYTES)], help="as in training")
     p.add_argument("--zero_stage", type=int, default=1, choices=range(4), help="of the times; memory is told of each")
     p.add_argument("--gradient_checkpointing", action="store_true", help="recompute each block")
     p.add_argument("--gpus_per_node", type=int, default=8)
@@ -371,20 +375,22 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--gpus, --batch_size, --max_seq_len, --accumulation_steps and --gpus_per_node are at least 1")
     changes = {k: getattr(args, k) for k in ("hidden_size", "num_hidden_layers", "vocab_size") if getattr(args, k)}
     config = ModelConfig.preset(args.preset, **changes)
+    here = args.card == "here" or not args.card and torch.cuda.is_available()
+    dtype = precision.choose(args.dtype) if here else args.dtype.replace("auto", "bfloat16")
     on_cpu = False
     if args.card in CARDS:
         card = CARDS[args.card]
-    elif args.card == "here" or torch.cuda.is_available():
-        card, on_cpu = this_machine()
+    elif here:
+        card, on_cpu = this_machine(dtype)
     else:
         card = CARDS["H200"]
     document = args.document or args.max_seq_len
     tokens = max(args.batch_size * args.max_seq_len // document, 1) * document
     run = Run(
-        config, card, args.gpus, tokens, args.accumulation_steps, document, args.dtype, not on_cpu,
+        config, card, args.gpus, tokens, args.accumulation_steps, document, dtype, not on_cpu,
         args.gradient_checkpointing, args.gpus_per_node, args.network * 1e9,
     )  # fmt: skip
-    need = micro_batch(config, tokens, document, args.dtype, run.kernels, run.gradient_checkpointing)
+    need = micro_batch(config, tokens, document, dtype, run.kernels, run.gradient_checkpointing)
     plan = make(run, need, args.zero_stage, measured(args.results, card.name), args.preset)
     print(show(plan, run, args.corpus_tokens, args.epochs, args.price, on_cpu))
     if args.json:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_fast import IGNORE_INDEX, engine, losses, ops, samples
+from minimind_fast import IGNORE_INDEX, engine, losses, ops, precision, samples
 from minimind_fast.chat_data import PROMPTS
 from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
 from minimind_fast.config import ModelConfig, TrainConfig
@@ -56,15 +56,16 @@ def start(main: Callable[[], None]) -> None:
 
 
 def begin(config: TrainConfig) -> torch.device:
-    """Become a rank, choose kernels, seed every generator.
+    """Become a rank, choose kernels and precision, seed every generator.
 
     Args:
-        config: num_threads, kernels, seed.
+        config: num_threads, kernels, dtype (no longer "auto" afterwards), seed.
 
     Returns:
         This rank's device.
     """
     ops.use(config.kernels)
+    config.dtype = precision.choose(config.dtype)
     device = engine.prepare(config.num_threads)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
         seed(config.seed)
@@ -350,7 +351,8 @@ def show_samples(weights: Path, prompts: list[str], new_tokens: int, chat: dict[
     from minimind_fast.generate import generate_batch  # only rank 0 at the end of a run needs it
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_pretrained(weights, device=device), Tokenizer.load(weights)
+    model, tokenizer = load_pretrained(weights), Tokenizer.load(weights)
+    model.to(device, precision.as_stored(model.lm_head.weight.dtype, device))
     if chat is None:
         ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
     else:

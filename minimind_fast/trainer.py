@@ -32,6 +32,7 @@ from minimind_fast.checkpoint import check_replaceable, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import Batch, Batches, Prefetcher
 from minimind_fast.model import MiniMind, MoE
+from minimind_fast.precision import multiplies
 from minimind_fast.progress import Progress, clock, draw_loss, peak_flops
 from minimind_fast.tokenizer import Tokenizer
 
@@ -135,7 +136,13 @@ class Trainer:
         checkpoint = self._find_checkpoint()
         self._frozen = resume.frozen_fingerprint(model)
         if checkpoint is not None:
-            if resume.read_state(checkpoint).get("frozen") != self._frozen:
+            before = resume.read_state(checkpoint)
+            if before["dtype"] != config.dtype:
+                raise ValueError(
+                    f"--from_resume: {checkpoint} was written with --dtype {before['dtype']}, this run has {config.dtype}: "
+                    "give the same"
+                )
+            if before.get("frozen") != self._frozen:
                 raise ValueError(
                     f"--from_resume: the frozen weights ({config.from_weight}) are not those that this run began with; give "
                     "the same --from_weight and the same targets, or leave --from_resume out to start anew"
@@ -205,7 +212,7 @@ class Trainer:
             )
             self._introduce()
         peak = peak_flops(self.device, self.dtype) if self.rank == 0 else (1.0, "")
-        self._say(f"MFU is of {peak[0] / 1e12:.2f} TFLOP/s a device ({peak[1]}).")
+        self._say(f"MFU is of {peak[0] / 1e12:.3g} TFLOP/s a device ({peak[1]}).")
         if self.step == 0:
             self.validate()  # what the stage begins with, so that its end can be judged
         window = Window()
@@ -467,6 +474,10 @@ class Trainer:
         for name, how in self.kernels.items():
             groups.setdefault(how, []).append(name)
         self._say("Ops: " + "; ".join(f"{', '.join(names)} by {how}" for how, names in groups.items()) + ".")
+        if not multiplies(self.dtype, self.device.type):
+            self._say(
+                f"Note: this CPU has no instructions for {c.dtype} and is many times faster in float32 (--dtype auto)."
+            )
         if c.cuda_graphs:
             self._say("Forward and backward are replayed as CUDA graphs, captured when a shape comes a second time.")
         if not m.config.router_gets_lm_gradient:

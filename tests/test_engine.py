@@ -187,7 +187,7 @@ for stage in range(4):
     model = MiniMind(ModelConfig.preset("tiny", **shape))
     torch.manual_seed(0)
     given = [p.detach() for p in MiniMind(model.config).parameters()]
-    config = TrainConfig(zero_stage=stage, batch_size=1, accumulation_steps=1)
+    config = TrainConfig(zero_stage=stage, dtype="bfloat16", batch_size=1, accumulation_steps=1)
     ran = engine.initialize(model, config, engine.deepspeed_config(config, ranks))
     if stage:
         masters = [safe_get_full_fp32_param(p) for p in model.parameters()]

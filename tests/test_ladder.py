@@ -19,13 +19,13 @@ from minimind_fast.data import IGNORE_INDEX, PackedBatches  # noqa: E402
 from minimind_fast.token_cache import build_cache  # noqa: E402
 from minimind_fast.tokenizer import Tokenizer  # noqa: E402
 
-LADDERS = {"cpu": train_step._cpu_ladder(), "gpu": train_step._gpu_ladder()}
 
-
-@pytest.mark.parametrize("device", LADDERS)
-def test_a_ladder_changes_one_thing_a_rung(device):
-    ladder = LADDERS[device]
+@pytest.mark.parametrize(("device", "bf16"), [("cpu", True), ("cpu", False), ("gpu", True)])
+def test_a_ladder_changes_one_thing_a_rung(device, bf16, monkeypatch):
+    monkeypatch.setattr(train_step.precision, "multiplies", lambda *_: bf16)
+    ladder = train_step._cpu_ladder() if device == "cpu" else train_step._gpu_ladder()
     keys = [rung.key for rung in ladder]
+    assert device == "gpu" or ("bf16" in keys) == bf16
     assert len(set(keys)) == len(keys)
     settings = [field for field in train_step.Rung.__dataclass_fields__ if field not in ("key", "name", "aside")]
     standing = None

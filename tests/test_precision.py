@@ -1,0 +1,102 @@
+"""Which precision `auto` is, by what a CPU says of itself, and that what it says is true."""
+
+import argparse
+import time
+
+import pytest
+import torch
+
+import minimind_fast as mm
+from minimind_fast import options, precision, samples
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.engine import deepspeed_config
+from minimind_fast.model import MiniMind
+from minimind_fast.tokenizer import Tokenizer
+
+AVX2, ZEN4 = {"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True, "avx512_fp16": False}
+SAPPHIRE_RAPIDS = {"avx512_bf16": True, "amx_bf16": True, "avx512_fp16": True}
+GRAVITON = {"architecture": "aarch64", "bf16": True, "fp16_arith": True}
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """Be on a CPU with these flags, and with oneDNN or without."""
+
+    def be(flags, onednn=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("flags", "onednn", "training", "bf16", "fp16"),
+    [
+        (AVX2, True, "float32", torch.float32, torch.float32),
+        (ZEN4, True, "bfloat16", torch.bfloat16, torch.float32),
+        (SAPPHIRE_RAPIDS, True, "bfloat16", torch.bfloat16, torch.float16),
+        (GRAVITON, True, "bfloat16", torch.bfloat16, torch.float16),
+        (GRAVITON, False, "float32", torch.float32, torch.float32),  # a Mac: the flags, but nothing that uses them
+    ],
+    ids=["AVX2", "Zen 4", "Sapphire Rapids", "Graviton", "Mac"],
+)
+def test_auto_is_what_the_cpu_multiplies(cpu, flags, onednn, training, bf16, fp16):
+    cpu(flags, onednn)
+    assert precision.choose("auto") == training
+    assert deepspeed_config(TrainConfig(), 1).get("bf16", {}).get("enabled", False) == (training == "bfloat16")
+    assert precision.as_stored(torch.bfloat16, "cpu") == bf16 and precision.as_stored(torch.float16, "cpu") == fp16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert precision.as_stored(dtype, "cuda") == dtype
+    assert precision.as_stored(torch.float32, "cpu") == torch.float32
+    for asked in ("bfloat16", "float16", "float32"):
+        assert precision.choose(asked) == asked
+
+
+def test_a_gpu_trains_in_bfloat16_whatever_the_cpu_can(cpu, monkeypatch):
+    cpu(AVX2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert precision.choose("auto") == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_this_cpu_says_is_true(dtype):
+    """16 bits are at most half again as slow as float32 where they are said to be multiplied, else at least twice."""
+    a, weight = torch.randn(256, 512), torch.randn(512, 512)
+
+    def seconds(dtype):
+        x, w = a.to(dtype), weight.to(dtype)
+        best = float("inf")
+        for _ in range(7):
+            begin = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    ratio = seconds(dtype) / seconds(torch.float32)
+    assert ratio < 1.5 if precision.multiplies(dtype) else ratio > 2, f"{ratio:.2f} times as long as float32"
+
+
+@pytest.fixture
+def half_folder(tmp_path):
+    tokenizer = Tokenizer.load(samples.path("tokenizer"))
+    model = MiniMind(ModelConfig.preset("tiny", num_hidden_layers=1, vocab_size=tokenizer.vocab_size))
+    mm.save_pretrained(model, tmp_path / "half", tokenizer=tokenizer, dtype=torch.float16)
+    return tmp_path / "half"
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "opened"),
+    [
+        (ZEN4, "auto", torch.float32),
+        (SAPPHIRE_RAPIDS, "auto", torch.float16),
+        (ZEN4, "float16", torch.float16),
+        (ZEN4, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_weights_answer_as_stored_or_in_float32(cpu, half_folder, flags, asked, opened):
+    cpu(flags)
+    parser = argparse.ArgumentParser()
+    options.add_model_options(parser)
+    model, _ = options.open_model(parser.parse_args([str(half_folder), "--device", "cpu", "--dtype", asked]))
+    assert {p.dtype for p in model.parameters()} == {opened}
