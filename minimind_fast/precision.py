@@ -12,6 +12,9 @@ Measured on two Zen 1 cores (AVX2), torch 2.13: 1024^3 in float32 51 GFLOP/s, in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 # dtype -> flags of `torch.cpu.get_capabilities()`, of which one is enough.
@@ -19,6 +22,12 @@ _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
+
+
+def _flags() -> Mapping[str, Any]:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {name: getattr(torch.cpu, f"_is_{name}_supported")() for name in ("avx512_bf16", "amx_fp16")}  # torch 2.11
 
 
 def multiplies(dtype: torch.dtype, device_type: str = "cpu") -> bool:
@@ -30,7 +39,7 @@ def multiplies(dtype: torch.dtype, device_type: str = "cpu") -> bool:
     """
     if device_type != "cpu" or dtype not in _INSTRUCTIONS:
         return True
-    flags = torch.cpu.get_capabilities()
+    flags = _flags()
     return torch.backends.mkldnn.is_available() and any(flags.get(name) for name in _INSTRUCTIONS[dtype])
 
 

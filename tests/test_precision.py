@@ -53,6 +53,14 @@ def test_auto_is_what_the_cpu_multiplies(cpu, flags, onednn, training, bf16, fp1
         assert precision.choose(asked) == asked
 
 
+def test_an_older_pytorch_is_asked_by_its_own_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for here in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda here=here: here)
+        assert precision.choose("auto") == ("bfloat16" if here else "float32")
+
+
 def test_a_gpu_trains_in_bfloat16_whatever_the_cpu_can(cpu, monkeypatch):
     cpu(AVX2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
