@@ -19,7 +19,7 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.exchange import ARCHITECTURES, fitting_format, obstacles
 from minimind_fast.lora import read_adapters, save_adapters
 from minimind_fast.model import MiniMind
-from minimind_fast.options import add_lora_option, open_model, with_adapters
+from minimind_fast.options import add_lora_option, open_stored, with_adapters
 from minimind_fast.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,7 +102,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, source: Path) -> tuple[MiniMind, Tokenizer | None]:
     """The model in its stored dtype (a cast is the writer's, which sees what would be lost), its tokenizer if any."""
     if args.tokenizer or (source / "tokenizer.json").is_file():
-        return open_model(argparse.Namespace(**{**vars(args), "dtype": "auto"}))
+        return open_stored(argparse.Namespace(**{**vars(args), "dtype": "auto"}))
     if source.is_file() and not args.preset:
         raise ValueError(f"{source} does not say its model's shape: add --preset minimind2-small (or another)")
     model = load_pretrained(source, config=ModelConfig.preset(args.preset) if args.preset else None)
@@ -157,7 +157,7 @@ def main_lora(argv: list[str]) -> int:
         if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
             print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")
         return 0
-    model, tokenizer = open_model(argparse.Namespace(**vars(args), device="cpu", threads=0, lora=args.adapter))
+    model, tokenizer = open_stored(argparse.Namespace(**vars(args), device="cpu", threads=0, lora=args.adapter))
     save_pretrained(model, args.out, tokenizer=tokenizer)
     print(f"{args.out}: {model.num_parameters() / 1e6:.1f}M parameters, the adapters of {args.adapter} merged")
     return 0

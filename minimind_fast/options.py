@@ -69,7 +69,26 @@ def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
 
 
 def open_model(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
-    """Load what the options name.
+    """Load what the options name, to have it answer.
+
+    Args:
+        args: parsed options of `add_model_options`.
+
+    Returns:
+        (model in evaluation mode, tokenizer); with --dtype auto in float32 if the device does not multiply what is stored.
+
+    Raises:
+        ValueError: as `open_stored`.
+    """
+    model, tokenizer = open_stored(args)
+    if args.dtype == "auto":
+        weight = model.lm_head.weight
+        model.to(as_stored(weight.dtype, weight.device.type))
+    return model, tokenizer
+
+
+def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
+    """Load what the options name; with --dtype auto every number is as it is on the disk.
 
     Args:
         args: parsed options of `add_model_options`.
@@ -96,8 +115,7 @@ def open_model(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
     config = ModelConfig.preset(args.preset) if args.preset else None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model = with_adapters(load_pretrained(folder, dtype=None if args.lora else dtype, config=config), args.lora)
-    kind = torch.device(device).type
-    model = model.to(device=device, dtype=dtype or as_stored(model.lm_head.weight.dtype, kind)).eval()
+    model = model.to(device=device, dtype=dtype).eval()
     try:
         tokenizer = Tokenizer.load(args.tokenizer or folder)
     except (ValueError, OSError) as error:

@@ -56,6 +56,7 @@ def test_auto_is_what_the_cpu_multiplies(cpu, flags, onednn, training, bf16, fp1
 def test_an_older_pytorch_is_asked_by_its_own_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)
     for here in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda here=here: here)
         assert precision.choose("auto") == ("bfloat16" if here else "float32")
