@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_pretrain import processor
+from machine import processor
 
 from minimind_fast import stage
 from minimind_fast.config import ModelConfig, TrainConfig

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from eager_minimind import EagerMiniMind, EagerTraining
 from eager_minimind import loss as eager_loss
+from machine import processor
 
 from minimind_fast import stage
 from minimind_fast.checkpoint import load_pretrained, save_pretrained
@@ -100,20 +100,6 @@ class Ours:
         useful = sum(b.num_targets for b in group)
         self.trainer.train_step(group, useful, window)
         return useful, (window.sums["loss"] / useful).item()
-
-
-def processor() -> str:
-    """The processor's name as the system tells it, its family, and its instructions for bf16."""
-    facts = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if ":" in line
-    )
-    if "model name" not in facts:
-        return platform.processor()
-    flags = facts.get("flags", "").split()
-    found = [name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
-    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, {found[0] if found else 'no bf16 instructions'})"
 
 
 def validation_loss(call: Any, batches: Any) -> float:

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bare_loop import PHASES, BareLoop, FixedBatches, Phases
-from cpu_pretrain import processor
+from machine import processor
 from timing import percentiles
 
 from minimind_fast import engine as ds
-from minimind_fast import samples, stage
+from minimind_fast import precision, samples, stage
 from minimind_fast.config import ModelConfig, TrainConfig
 from minimind_fast.engine import deepspeed_config
 from minimind_fast.model import MiniMind
@@ -381,7 +381,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--preset", default="minimind3" if on_gpu else "minimind2-small")
-    add("--dtype", default="bfloat16", choices=list(TOLERANCE))
+    add("--dtype", default=precision.choose("auto"), choices=list(TOLERANCE))
     add("--tokens", type=int, default=53191 if on_gpu else 1024, help="of a micro-batch of one rank")
     add("--accumulation", type=int, nargs="+", default=[1, 4], help="micro-batches of an optimizer step")
     add("--world", type=int, nargs="+", default=[1] if on_gpu else [1, 2], help="ranks; a CPU's share its cores")

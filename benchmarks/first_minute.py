@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cpu_pretrain import processor
+from machine import processor
 
 RESULTS = Path(__file__).with_name("results")
 KEPT = ("Installing", "tiny:", "Validation loss", "Stopping", "The model continues", "  Once upon a time")

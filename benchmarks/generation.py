@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cpu_pretrain import processor
+from machine import processor
 from torch import Tensor
 
 import minimind_fast as mm

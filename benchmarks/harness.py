@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from machine import processor
 from timing import Playback, device_samples, matmul_flop_per_s, num_sets, percentiles, roofs
 
+from minimind_fast import precision
 from minimind_fast.progress import peak_flops
 from minimind_fast.roofline import Work
 from minimind_fast.verify import Comparison
@@ -85,7 +85,7 @@ class Suite:
     ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.on_gpu = self.device == "cuda"
-        self.dtype_name = "bfloat16"  # as training runs, on a CPU too
+        self.dtype_name = precision.choose("auto")  # as training runs
         self.dtype = getattr(torch, self.dtype_name)
         self.everything, self.budget_s, self.peer_error = everything, budget_s, peer_error
         self._presets, self._tokens = presets, tokens
@@ -99,9 +99,7 @@ class Suite:
         """The card's name, or the processor's."""
         if self.on_gpu:
             return torch.cuda.get_device_name()
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        names = (line.split(":")[-1].strip() for line in lines if line.startswith("model name"))
-        return f"CPU {next(names, platform.processor())}, {torch.get_num_threads()} threads"
+        return f"CPU {processor()}, {torch.get_num_threads()} threads"
 
     @cached_property
     def roofs(self) -> dict[str, float]:
@@ -128,7 +126,8 @@ class Suite:
             ]
         return [
             f"On {self.device_name}: no GPU. What this run can tell: that the suite works, and how our CPU paths stand",
-            "beside plain eager PyTorch (and torch.compile, for small ops) at small shapes, in bf16 as training runs.",
+            "beside plain eager PyTorch (and torch.compile, for small ops) at small shapes, in the format that training",
+            f"takes here: {self.dtype_name}.",
             "What it cannot: anything of the Triton kernels. They would run in an interpreter, whose time says nothing, so",
             "that they are not timed here; nor of attention backends, CUDA graphs, memory, or shares of a roof, as small",
             "shapes lie in caches.",
@@ -240,6 +239,26 @@ class Suite:
                 facts["mfu"] = facts["flops"] / median / peak_flops(torch.device("cuda"), torch.bfloat16)[0]
             if facts.get("same_shape_flop_per_s"):
                 facts["share_of_same_shape"] = facts["flops"] / median / facts["same_shape_flop_per_s"]
+        benchmark.extra_info.update(facts)
+
+    def host_row(
+        self, benchmark: Any, implementation: str, seconds: Sequence[float], useful_tokens: int, **facts: Any
+    ) -> None:
+        """Fill a row of work that the host's clock has timed, loader or whole loop.
+
+        Args:
+            benchmark: pytest-benchmark's fixture, its group set.
+            implementation: as for `row`.
+            seconds: of each time; empty with --benchmark-disable.
+            useful_tokens: that each time's work had.
+            facts: as for `row`.
+        """
+        facts = {**facts, "implementation": implementation, "device": self.device_name, "torch": torch.__version__}
+        facts["counted_tokens"] = useful_tokens
+        if seconds:
+            median, low, high = percentiles(seconds)
+            facts.update(median_s=median, p20_s=low, p80_s=high, tokens_per_s=useful_tokens / median)
+            facts.update(self.ratios(benchmark.group, implementation, median / useful_tokens))
         benchmark.extra_info.update(facts)
 
     def ratios(self, group: str, implementation: str, seconds: float) -> dict[str, float]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-from cpu_pretrain import processor
+from machine import processor
 from pack_for_gpu import FOLDER, find_corpus
 
 from minimind_fast import ops, stage

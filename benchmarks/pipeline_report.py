@@ -13,7 +13,7 @@ import runpy
 from pathlib import Path
 
 import matplotlib
-from cpu_pretrain import processor
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

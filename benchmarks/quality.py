@@ -21,9 +21,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from cpu_pretrain import processor
 from eager_minimind import EagerMiniMind, EagerTraining
 from eager_minimind import loss as eager_loss
+from machine import processor
 
 from minimind_fast import stage
 from minimind_fast.config import ModelConfig, TrainConfig

@@ -29,7 +29,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from cpu_pretrain import processor
+from machine import processor
 from pack_for_gpu import FOLDER, Corpus, find_corpus
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import httpx
 import torch
-from cpu_pretrain import processor
+from machine import processor
 
 import minimind_fast as mm
 

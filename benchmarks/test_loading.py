@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from harness import Suite
-from timing import percentiles
 
 from minimind_fast import samples
 from minimind_fast.data import PackedBatches, PaddedBatches
@@ -70,10 +69,5 @@ def test_loading(case: tuple[str], suite: Suite, benchmark: Any, cache: tuple[To
         pytest.fail("no time without a right answer: the cache's first document is not the file's first line")
     benchmark.group = "data loading"
     benchmark(call)  # the host's work on every machine
-    facts = dict(kind="data loading", op="data loading", implementation=name, counted_tokens=useful)
-    facts.update(device=suite.device_name, torch=torch.__version__)
-    if benchmark.stats is not None:
-        median, low, high = percentiles(benchmark.stats.stats.data)
-        facts.update(median_s=median, p20_s=low, p80_s=high, tokens_per_s=useful / median)
-        facts.update(suite.ratios(benchmark.group, name, median / useful))  # for a useful token
-    benchmark.extra_info.update(facts)
+    seconds = benchmark.stats.stats.data if benchmark.stats is not None else []
+    suite.host_row(benchmark, name, seconds, useful, kind="data loading", op="data loading")

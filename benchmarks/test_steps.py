@@ -148,7 +148,7 @@ class _Ours:
     """The Trainer's step: DeepSpeed's engine, the stage's own loss."""
 
     def __init__(self, model: MiniMind, suite: Suite) -> None:
-        self.config = TrainConfig(batch_size=1, accumulation_steps=1, dtype="bfloat16")
+        self.config = TrainConfig(batch_size=1, accumulation_steps=1, dtype=suite.dtype_name)
         self.engine = engine.initialize(model, self.config, engine.deepspeed_config(self.config, 1))
         engine.set_lr(self.engine, 1e-5)
 
@@ -212,10 +212,12 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
         half = MiniMind(config).to(suite.device)
         half.load_state_dict(model.state_dict())
         with ops.use("none"):
-            eager = half.bfloat16()(*how).logprobs.float()
+            eager = half.to(suite.dtype)(*how).logprobs.float()
             del half
             experts.replay()
-            truth = model(*how).logprobs.double()
+            wide = torch.float64 if suite.dtype == torch.float32 else torch.float32
+            truth = model.to(wide)(*how).logprobs.double()
+            model.float()
     kinds = {"ours": _Ours, "graphs": _Replayed, "liger": _Liger}
     loop = kinds[name](model, suite) if name in kinds else _Eager(model, suite, name == "compile")
     experts.replay()
@@ -248,7 +250,7 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
         tokens=tokens,
         documents=kind,
         counted_tokens=batch.num_targets,
-        dtype="bfloat16" if suite.on_gpu or name == "ours" else "float32",
+        dtype=suite.dtype_name if suite.on_gpu or name == "ours" else "float32",
         peak_bytes=suite.peak_bytes(lambda: loop.step(batch, rows)),
         **errors,
     )

@@ -10,7 +10,6 @@ import pytest
 import torch
 import train_step
 from harness import Suite
-from timing import percentiles
 
 from minimind_fast import samples
 
@@ -49,11 +48,6 @@ def test_training(case: tuple[str], suite: Suite, benchmark: Any, rung: train_st
     benchmark.pedantic(lambda: taken.append(rung.take(1)), rounds=STEPS)  # the host's clock: a step ends with its loss
     if not taken[-1]["loss"] < first:
         pytest.fail(f"no time without a right answer: the loss went from {first:.3f} to {taken[-1]['loss']:.3f}")
-    facts = dict(kind="training", op="training", preset=PRESET, tokens=TOKENS, implementation=name)
-    facts.update(device=suite.device_name, torch=torch.__version__)
-    if benchmark.stats is not None:
-        # For as many useful tokens in every loop.
-        median, low, high = percentiles([TOKENS / step["rate"] for step in taken])
-        facts.update(median_s=median, p20_s=low, p80_s=high, counted_tokens=TOKENS, tokens_per_s=TOKENS / median)
-        facts.update(suite.ratios(benchmark.group, name, median))
-    benchmark.extra_info.update(facts)
+    # For as many useful tokens in every loop.
+    seconds = [TOKENS / step["rate"] for step in taken] if benchmark.stats is not None else []
+    suite.host_row(benchmark, name, seconds, TOKENS, kind="training", op="training", preset=PRESET, tokens=TOKENS)

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_pretrain import processor
 from eager_minimind import EagerMiniMind, EagerTraining
+from machine import processor
 
 from minimind_fast import attention_rows, engine, ops, precision, samples, stage
 from minimind_fast.checkpoint import load_pretrained, save_pretrained
