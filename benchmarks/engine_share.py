@@ -310,7 +310,7 @@ def measure(args: argparse.Namespace, world: int, accumulation: int) -> dict[str
     losses: dict[str, float] = {}
     phases: dict[str, dict[str, float]] = {}
     apart: dict[str, float] = {}
-    start = [p.detach().to(ds.DTYPES[args.dtype]).float() for p in make_model(args.preset).parameters()]
+    start = [p.detach().to(precision.of(args.dtype)).float() for p in make_model(args.preset).parameters()]
     # On a GPU one loop at a time, as their memory would not fit together; on a CPU all wait while one computes.
     together = [[name] for name in loops] if torch.cuda.is_available() else [loops]
     with tempfile.TemporaryDirectory() as folder:

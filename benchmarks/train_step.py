@@ -286,7 +286,7 @@ def main() -> None:
                 print(f"{rung.name}: {got['rate']:,.0f} useful tok/s, loss {got['loss']:.3f}", flush=True)
         for process in running.values():
             process.close()
-    peak, source = peak_flops(torch.device("cuda" if on_gpu else "cpu"), engine.DTYPES[precision.choose("auto")])
+    peak, source = peak_flops(torch.device("cuda" if on_gpu else "cpu"), precision.of("auto"))
     medians = {key: statistics.median(values) for key, values in rates.items()}
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else processor(),

@@ -37,7 +37,6 @@ from minimind_fast.model import MiniMind
 # Elements of a bucket of gradients, 25 MB in bf16 as in PyTorch's DDP: a model fills several, so that sending one overlaps
 # with making the next. DeepSpeed's own 500M are never filled, but allocated, twice with overlap.
 REDUCE_BUCKET = 12_500_000
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def prepare(num_threads: int = 0) -> torch.device:

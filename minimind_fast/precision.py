@@ -57,6 +57,15 @@ def choose(dtype: str) -> str:
     return "bfloat16" if torch.cuda.is_available() or multiplies(torch.bfloat16) else "float32"
 
 
+def of(dtype: str) -> torch.dtype:
+    """`choose` as PyTorch's own object.
+
+    Args:
+        dtype: of `TrainConfig`.
+    """
+    return getattr(torch, choose(dtype))
+
+
 def as_stored(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype to answer in.
 

@@ -25,14 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimind_fast import attention_rows, graphs, ops, resume
+from minimind_fast import attention_rows, graphs, ops, precision, resume
 from minimind_fast import engine as ds
 from minimind_fast.attention import resolve
 from minimind_fast.checkpoint import check_replaceable, save_pretrained
 from minimind_fast.config import TrainConfig
 from minimind_fast.data import Batch, Batches, Prefetcher
 from minimind_fast.model import MiniMind, MoE
-from minimind_fast.precision import multiplies
 from minimind_fast.progress import Progress, clock, draw_loss, peak_flops
 from minimind_fast.tokenizer import Tokenizer
 
@@ -132,7 +131,7 @@ class Trainer:
 
         self.ds_config = ds.deepspeed_config(config, self.world_size)
         ds.adopt(config, self.ds_config)
-        self.dtype = ds.DTYPES[config.dtype]
+        self.dtype = precision.of(config.dtype)
         checkpoint = self._find_checkpoint()
         self._frozen = resume.frozen_fingerprint(model)
         if checkpoint is not None:
@@ -474,7 +473,7 @@ class Trainer:
         for name, how in self.kernels.items():
             groups.setdefault(how, []).append(name)
         self._say("Ops: " + "; ".join(f"{', '.join(names)} by {how}" for how, names in groups.items()) + ".")
-        if not multiplies(self.dtype, self.device.type):
+        if not precision.multiplies(self.dtype, self.device.type):
             self._say(
                 f"Note: this CPU has no instructions for {c.dtype} and is many times faster in float32 (--dtype auto)."
             )

@@ -9,7 +9,7 @@ from launching import load_script, read_log, run
 from stand_ins import Engine
 
 import minimind_fast as mm
-from minimind_fast import samples
+from minimind_fast import precision, samples
 from minimind_fast.data import Batch
 from minimind_fast.resume import checkpoints
 from minimind_fast.tokenizer import Tokenizer
@@ -88,11 +88,12 @@ def test_the_loss_and_its_gradients_are_those_of_whole_logits(distill, teacher, 
 def test_the_teacher_is_frozen_in_the_students_precision_and_no_part_of_it(distill, teacher, tokenizer):
     student = make_model(32)
     before = [name for name, _ in student.named_modules()]
-    got = distill.load_teacher(
-        distill.DistillConfig(teacher_path=str(teacher), dtype="bfloat16"), student, tokenizer, CPU
-    )
-    assert not got.training and not any(p.requires_grad for p in got.parameters())
-    assert {p.dtype for p in got.parameters()} == {torch.bfloat16}
+    for dtype in ("auto", "bfloat16"):
+        got = distill.load_teacher(
+            distill.DistillConfig(teacher_path=str(teacher), dtype=dtype), student, tokenizer, CPU
+        )
+        assert not got.training and not any(p.requires_grad for p in got.parameters())
+        assert {p.dtype for p in got.parameters()} == {precision.of(dtype)}
     assert [name for name, _ in student.named_modules()] == before
 
 

@@ -7,7 +7,7 @@ Principle: alpha times the cross-entropy of SFT, and (1 - alpha) T^2 times KL(te
     answer tokens of the whole global batch. The student's head makes both from hidden states (`ops.linear_kl`), so that
     whole logits of neither model are stored.
 Properties: any teacher that `load_pretrained` reads, of any size, with the student's tokenizer. It runs in the student's
-    precision (bfloat16 unless --dtype says otherwise) without gradients or optimizer state, and is in no checkpoint.
+    precision without gradients or optimizer state, and is in no checkpoint.
 
 Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; MiniMind's train_distillation for defaults.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from minimind_fast import engine, losses, stage
+from minimind_fast import losses, precision, stage
 from minimind_fast.chat_data import ChatEncoder
 from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
 from minimind_fast.config import TrainConfig, option, parse, with_defaults
@@ -61,7 +61,7 @@ def load_teacher(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer,
     path = resolve_folder(config.teacher_path)
     if not path.is_dir():
         raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
-    teacher = load_pretrained(path, device=device, dtype=engine.DTYPES[config.dtype]).requires_grad_(False)
+    teacher = load_pretrained(path, device=device, dtype=precision.of(config.dtype)).requires_grad_(False)
     theirs = tokenizer_fingerprint(path)
     if theirs is None and (path / "tokenizer.json").is_file():  # written by another program
         theirs = Tokenizer.load(path).fingerprint

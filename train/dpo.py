@@ -16,7 +16,7 @@ import copy
 import time
 from typing import Any
 
-from minimind_fast import engine, losses, stage
+from minimind_fast import losses, precision, stage
 from minimind_fast.config import TrainConfig, option, parse, with_defaults
 from minimind_fast.model import MiniMind
 from minimind_fast.pairs import PairBatch, answer_lengths, answer_logprobs, open_pairs
@@ -81,7 +81,7 @@ def main() -> None:
     device = stage.begin(config)
     tokenizer = stage.load_tokenizer(config)
     model = stage.load_model(config, tokenizer)
-    reference = copy.deepcopy(model).requires_grad_(False).to(engine.DTYPES[config.dtype]).eval()
+    reference = copy.deepcopy(model).requires_grad_(False).to(precision.of(config.dtype)).eval()
     reference.attention = config.attention
     cached = config.reference == "cached"
     parts = (tokenizer, reference, device, cached)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minimind_fast import engine, losses, stage
+from minimind_fast import engine, losses, precision, stage
 from minimind_fast.config import TrainConfig, option, parse, with_defaults
 from minimind_fast.progress import draw_loss
 from minimind_fast.rewards import ModelReward, Rewards
@@ -103,7 +103,7 @@ def main() -> None:
     config = parse(GRPOConfig, description="Let a MiniMind learn from rewards, on {'conversations': [...]} prompts.")
     stage.use_sample(config, "grpo.jsonl", SAMPLE_DEFAULTS)
     stage.find_weights(config, "deepspeed train/reason.py")
-    device, dtype = stage.begin(config), engine.DTYPES[config.dtype]
+    device, dtype = stage.begin(config), precision.of(config.dtype)
     rank, world_size = engine.world()
     tokenizer = stage.load_tokenizer(config)
     model = stage.load_model(config, tokenizer)
