@@ -276,7 +276,7 @@ class TrainConfig:
     # how
     dtype: str = option(
         "auto",
-        "training precision; 16 bits have fp32 master weights; auto: bfloat16, or float32 on a CPU without it",
+        "training precision; 16 bits have fp32 masters; auto: bfloat16, or without it float32 on a CPU, float16 on a GPU",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     kernels: str = option("auto", "Triton kernels: auto, all, none or names such as rms_norm,swiglu")

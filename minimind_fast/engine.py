@@ -185,6 +185,10 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if config.deepspeed_config:
         _overlay(made, _read(config.deepspeed_config), config.deepspeed_config, config.given)
     stage = made["zero_optimization"]["stage"]
+    if made.get("fp16", {}).get("enabled") and stage == 0:
+        raise ValueError(  # it divides by the loss's scale without having multiplied by it
+            "float16 at ZeRO stage 0: DeepSpeed loses small gradients there; give --zero_stage 1, 2 or 3, or leave it out"
+        )
     if made.get("bf16", {}).get("enabled") and stage > 0:
         made.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if stage == 1:  # else the fp32 sums are rounded to bf16 before they are reduced
@@ -276,9 +280,16 @@ def initialize(model: MiniMind, config: TrainConfig, ds: dict[str, Any]) -> Any:
 
     Returns:
         deepspeed.DeepSpeedEngine.
+
+    Raises:
+        ValueError: float16 on a CPU.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    accelerator: Any = get_accelerator()
+    if _dtype_of(ds) == "float16" and not accelerator.is_fp16_supported():
+        raise ValueError("--dtype float16 needs a GPU: DeepSpeed does not train in it on a CPU; leave --dtype out")
     groups = param_groups(model, config.weight_decay)
     # lr 0: with bf16 and stage 0 DeepSpeed takes an optimizer step while it starts; so it must move nothing.
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)

@@ -3,6 +3,7 @@
 Purpose: `choose("auto")` for training, `as_stored(dtype, device)` for weights that only answer.
 Principle: a CPU multiplies 16-bit numbers fast only with instructions for them: AVX512-BF16, AVX512-FP16 or AMX, or their
     ARM likes. Without, PyTorch converts them one by one, and a matmul takes 5 to 70 times as long as in float32.
+    An NVIDIA card before Ampere (T4, RTX 20) has tensor cores for float16, not for bfloat16.
 Properties: decided by what the CPU says of itself, not by a clock: the same machine always decides alike. Float32 loses
     nothing of 16-bit weights, so that it is right everywhere.
 
@@ -50,11 +51,18 @@ def choose(dtype: str) -> str:
         dtype: of `TrainConfig`; anything but "auto" is given back.
 
     Returns:
-        "bfloat16", or "float32" on a CPU that does not multiply bfloat16.
+        "bfloat16"; "float32" on a CPU that does not multiply it, "float16" on a card before Ampere.
     """
     if dtype != "auto":
         return dtype
-    return "bfloat16" if torch.cuda.is_available() or multiplies(torch.bfloat16) else "float32"
+    if torch.cuda.is_available():
+        return "float16" if before_ampere() else "bfloat16"
+    return "bfloat16" if multiplies(torch.bfloat16) else "float32"
+
+
+def before_ampere() -> bool:
+    """Whether the card here is one of NVIDIA's without bfloat16."""
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
 
 
 def of(dtype: str) -> torch.dtype:

@@ -46,6 +46,13 @@ def test_the_newest_model_on_two_architectures(tmp_path):
     assert floors["swiglu", "forward"] == 65536 * 3 * 2432 * 2
 
 
+def test_a_dense_model_on_turing(tmp_path):
+    """A T4 multiplies float16 only, and has the smallest shared memory."""
+    names = {"rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_kl"}
+    argv = ("--targets", "sm_75", "--presets", "minimind3", "--ops", ",".join(sorted(names)), "--dtype", "float16")
+    check_table(compile_all(tmp_path, *argv, timeout_s=280), {"sm_75"}, {"minimind3"}, names)
+
+
 @pytest.mark.aot
 @pytest.mark.timeout(3000)
 def test_every_model_on_every_architecture(tmp_path, request):

@@ -70,15 +70,15 @@ def test_config_imports_nothing_of_ours():
     assert ours(ROOT / "minimind_fast" / "config.py") == set()
 
 
-@pytest.mark.parametrize("name", ["reference", "attention_rows", "cpu_ops", "cpu_shapes", "losses"])
+@pytest.mark.parametrize("name", ["reference", "attention_rows", "cpu_ops", "cpu_shapes", "losses", "precision"])
 def test_the_bottom_stands_on_torch_alone(name):
     path = ROOT / "minimind_fast" / f"{name}.py"
     assert ours(path) <= {"reference", "cpu_shapes"}
     assert "triton" not in outside(path)
 
 
-def test_ops_stands_on_reference_and_attention_and_loads_kernels_by_name_only():
-    assert ours(ROOT / "minimind_fast" / "ops.py") == {"reference", "cpu_ops", "attention"}
+def test_ops_stands_on_the_bottom_and_attention_and_loads_kernels_by_name_only():
+    assert ours(ROOT / "minimind_fast" / "ops.py") == {"reference", "cpu_ops", "attention", "precision"}
 
 
 def test_the_model_calls_ops_and_no_implementation():

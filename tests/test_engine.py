@@ -123,14 +123,18 @@ from minimind_fast.config import ModelConfig, TrainConfig
 from minimind_fast.model import MiniMind
 
 engine.prepare(1)
+from deepspeed.accelerator import get_accelerator
+type(get_accelerator()).is_fp16_supported = lambda self: True  # DeepSpeed refuses float16 on a CPU; the arithmetic works
+type(get_accelerator()).supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
 ids, cu = torch.arange(32), torch.tensor([0, 32], dtype=torch.int32)
 for stage, dtype in json.loads(sys.argv[1]):
     shape = dict(num_hidden_layers=1, hidden_size=64, vocab_size=256, max_position_embeddings=64)
+    torch.manual_seed(0)
     model = MiniMind(ModelConfig.preset("tiny", **shape))
     config = TrainConfig(zero_stage=stage, dtype=dtype, batch_size=1, accumulation_steps=2)
     ran = engine.initialize(model, config, engine.deepspeed_config(config, 1))
     engine.set_lr(ran, 1e-2)
-    weight, steps = model.model.embed_tokens.weight, []
+    weight, steps, moved = model.model.embed_tokens.weight, [], []
     for factor in (1.0, float("nan"), 1.0):
         with engine.gathered(ran):
             before = weight.detach().clone()
@@ -144,10 +148,12 @@ for stage, dtype in json.loads(sys.argv[1]):
         norm, finite = engine.finish_step(ran, 1.0)
         with engine.gathered(ran):
             steps.append([finite, not torch.equal(before, weight), bool(weight.isfinite().all())])
+            moved.append([norm, (weight - before).float().abs().mean().item()])
     rounded = (sums == sums.bfloat16()).float().mean().item()
-    print(json.dumps({"steps": steps, "rounded": rounded, "timer": ran.tput_timer.config.enabled}))
+    print(json.dumps({"steps": steps, "first": moved[0], "rounded": rounded, "timer": ran.tput_timer.config.enabled}))
 """
 STAGES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (1, "bfloat16")]
+STAGES += [(1, "float16"), (2, "float16"), (3, "float16")]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +169,22 @@ def under_engine():
 def test_a_step_that_is_not_finite_is_skipped_under_every_stage(under_engine, case):
     """(said to be finite, weights changed, weights finite), for a step, one that is not finite, and one after it."""
     assert under_engine[case]["steps"] == [[True, True, True], [False, False, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_first_step_is_that_of_float32(under_engine, case):
+    """(norm of the gradient, how far the embedding moved): a loss scale that is not undone would show in both."""
+    assert under_engine[case]["first"] == pytest.approx(under_engine[0, "float32"]["first"], rel=0.02)
+
+
+def test_float16_is_refused_where_deepspeed_would_lose_gradients(tmp_path):
+    with pytest.raises(ValueError, match="float16 at ZeRO stage 0"):
+        deepspeed_config(TrainConfig(dtype="float16", zero_stage=0), 1)
+    assert deepspeed_config(TrainConfig(dtype="float16"), 1)["zero_optimization"]["stage"] == 1
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}))
+    with pytest.raises(ValueError, match="float16 at ZeRO stage 0"):
+        deepspeed_config(TrainConfig(dtype="float32", deepspeed_config=str(file)), 1)
 
 
 def test_sums_of_micro_batches_stay_in_float32(under_engine):

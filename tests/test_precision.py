@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import minimind_fast as mm
-from minimind_fast import options, precision, samples
+from minimind_fast import ops, options, precision, samples
 from minimind_fast.config import ModelConfig, TrainConfig
 from minimind_fast.engine import deepspeed_config
 from minimind_fast.model import MiniMind
@@ -62,10 +62,20 @@ def test_an_older_pytorch_is_asked_by_its_own_names(monkeypatch):
         assert precision.choose("auto") == ("bfloat16" if here else "float32")
 
 
-def test_a_gpu_trains_in_bfloat16_whatever_the_cpu_can(cpu, monkeypatch):
-    cpu(AVX2)
+@pytest.mark.parametrize(
+    ("capability", "hip", "training"),
+    [((7, 0), None, "float16"), ((7, 5), None, "float16"), ((8, 0), None, "bfloat16"), ((9, 0), "7.0", "bfloat16")],
+    ids=["V100", "T4", "A100", "AMD"],
+)
+def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability, hip, training):
+    cpu(AVX2)  # which says nothing of the GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert precision.choose("auto") == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert precision.choose("auto") == training
+    monkeypatch.setattr(ops, "_card", {})
+    mixtures = {name for name, how in ops.describe("cuda").items() if how.startswith("reference")}
+    assert mixtures == ({"moe_route", "moe_mlp"} if training == "float16" else set())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
