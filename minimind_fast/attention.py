@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minimind_fast import attention_rows
 from minimind_fast.attention_rows import Rectangles
+from minimind_fast.precision import before_ampere
 from minimind_fast.reference import accum_dtype
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
@@ -70,17 +71,19 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     half = dtype in (torch.bfloat16, torch.float16)
-    can_flash = device_type == "cuda" and half
+    can_flash = device_type == "cuda" and half and not before_ampere()
     if backend == "flash_attn":
         if not can_flash:
-            raise ValueError(f"--attention flash_attn needs a GPU and bf16 or fp16, not {device_type} and {dtype}")
+            raise ValueError(
+                f"--attention flash_attn needs a GPU since Ampere and bf16 or fp16, not {device_type} and {dtype}"
+            )
         if _flash_attn() is None:
             raise ValueError("--attention flash_attn: the package is not installed (pip install flash-attn)")
         return "flash_attn", "asked for"
     if backend == "torch_varlen":
         if not can_flash or _torch_varlen() is None:
             raise ValueError(
-                "--attention torch_varlen needs a GPU, bf16 or fp16, and a PyTorch with torch.nn.attention.varlen"
+                "--attention torch_varlen needs a GPU since Ampere, bf16 or fp16, and torch.nn.attention.varlen"
             )
         return "torch_varlen", "asked for"
     if backend != "auto":
@@ -89,7 +92,7 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
         return "flash_attn", f"{found[0]} is installed"
     if can_flash and _torch_varlen() is not None:
         return "torch_varlen", "flash-attn is not installed"
-    return "sdpa", "no GPU" if device_type != "cuda" else "no varlen flash attention for this dtype"
+    return "sdpa", "no GPU" if device_type != "cuda" else "no varlen flash attention for this GPU and dtype"
 
 
 def attention(

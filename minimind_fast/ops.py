@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_fast import cpu_ops, precision, reference
+from minimind_fast import cpu_ops, reference
 from minimind_fast.attention import attention
+from minimind_fast.precision import before_ampere
 from minimind_fast.reference import IGNORE_INDEX, Routing
 
 __all__ = ["IGNORE_INDEX", "Routing", "attention", "describe", "embedding", "use", "NAMES"]
@@ -54,13 +55,6 @@ def kernel(name: str) -> Callable:
 
 
 _NEEDS_AMPERE = ("moe_route", "moe_mlp")  # compiled for a T4 they spill 4 to 14 KB a thread
-_card: dict[str, bool] = {}  # a table for the same reason
-
-
-def _before_ampere() -> bool:
-    if "old" not in _card:
-        _card["old"] = precision.before_ampere()
-    return _card["old"]
 
 
 def _read(spec: str) -> dict[str, str]:
@@ -114,7 +108,7 @@ def _choose(name: str, device_type: str) -> tuple[Callable, str]:
     if mode == "auto" and device_type != "cuda":
         chunked = getattr(cpu_ops, name, None)
         return (chunked, f"chunks: on {device_type}") if chunked else (plain, f"reference: on {device_type}")
-    if mode == "auto" and name in _NEEDS_AMPERE and _before_ampere():
+    if mode == "auto" and name in _NEEDS_AMPERE and before_ampere():
         return plain, "reference: its dots find no tensor cores on this GPU"
     if mode == "auto":
         return kernel(name), "kernel: on a GPU"

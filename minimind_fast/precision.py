@@ -60,9 +60,15 @@ def choose(dtype: str) -> str:
     return "bfloat16" if multiplies(torch.bfloat16) else "float32"
 
 
+_card: dict[str, bool] = {}  # a table and not functools.cache, which torch.compile would look through
+
+
 def before_ampere() -> bool:
-    """Whether the card here is one of NVIDIA's without bfloat16."""
-    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
+    """Whether the card here is one of NVIDIA's without bfloat16 and flash attention."""
+    if "old" not in _card:
+        nvidia = torch.cuda.is_available() and torch.version.hip is None
+        _card["old"] = nvidia and torch.cuda.get_device_capability()[0] < 8
+    return _card["old"]
 
 
 def of(dtype: str) -> torch.dtype:

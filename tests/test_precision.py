@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import minimind_fast as mm
-from minimind_fast import ops, options, precision, samples
+from minimind_fast import attention, ops, options, precision, samples
 from minimind_fast.config import ModelConfig, TrainConfig
 from minimind_fast.engine import deepspeed_config
 from minimind_fast.model import MiniMind
@@ -72,10 +72,13 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(precision, "_card", {})
+    monkeypatch.setattr(attention, "_flash_attn", lambda: ("flash_attn", None))
     assert precision.choose("auto") == training
-    monkeypatch.setattr(ops, "_card", {})
     mixtures = {name for name, how in ops.describe("cuda").items() if how.startswith("reference")}
     assert mixtures == ({"moe_route", "moe_mlp"} if training == "float16" else set())
+    backend, _ = attention.resolve("auto", "cuda", getattr(torch, training))
+    assert backend == ("sdpa" if training == "float16" else "flash_attn")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
