@@ -83,20 +83,19 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_this_cpu_says_is_true(dtype):
-    """16 bits are at most half again as slow as float32 where they are said to be multiplied, else at least twice."""
-    a, weight = torch.randn(256, 512), torch.randn(512, 512)
-
-    def seconds(dtype):
-        x, w = a.to(dtype), weight.to(dtype)
-        best = float("inf")
-        for _ in range(7):
+    """16 bits are at most half again as slow as float32 where they are said to be multiplied, else, with AVX2 alone, at least twice."""
+    best = {torch.float32: float("inf"), dtype: float("inf")}
+    inputs = {d: (torch.randn(256, 512).to(d), torch.randn(512, 512).to(d)) for d in best}
+    for _ in range(25):  # in turns, so that what else the machine does meets both
+        for d, (x, weight) in inputs.items():
             begin = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    ratio = seconds(dtype) / seconds(torch.float32)
-    assert ratio < 1.5 if precision.multiplies(dtype) else ratio > 2, f"{ratio:.2f} times as long as float32"
+            torch.nn.functional.linear(x, weight)
+            best[d] = min(best[d], time.perf_counter() - begin)
+    ratio = best[dtype] / best[torch.float32]
+    if precision.multiplies(dtype):
+        assert ratio < 1.5
+    elif torch.backends.cpu.get_cpu_capability() == "AVX2":  # with AVX512 oneDNN converts in blocks: not measured
+        assert ratio > 2
 
 
 @pytest.fixture
