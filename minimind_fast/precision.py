@@ -2,8 +2,9 @@
 
 Purpose: `choose("auto")` for training, `as_stored(dtype, device)` for weights that only answer.
 Principle: a CPU multiplies 16-bit numbers fast only with instructions for them: AVX512-BF16, AVX512-FP16 or AMX, or their
-    ARM likes. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 70 times as long as in float32.
-    (AVX512 without BF16 was not measured; it gets float32.) An NVIDIA card before Ampere (T4, RTX 20) has tensor cores for float16, not for bfloat16.
+    ARM likes. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 70 times as long as in float32;
+    AVX512 without those was not measured and gets float32. An NVIDIA card before Ampere (T4, RTX 20) has tensor cores for
+    float16, not for bfloat16.
 Properties: decided by what the CPU says of itself, not by a clock: the same machine always decides alike. Float32 loses
     nothing of 16-bit weights, so that it is right everywhere.
 

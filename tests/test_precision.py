@@ -83,7 +83,7 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_this_cpu_says_is_true(dtype):
-    """16 bits are at most half again as slow as float32 where they are said to be multiplied, else, with AVX2 alone, at least twice."""
+    """Where 16 bits are said to be multiplied they take at most 1.5 times as long as float32, with AVX2 alone over twice."""
     best = {torch.float32: float("inf"), dtype: float("inf")}
     inputs = {d: (torch.randn(256, 512).to(d), torch.randn(512, 512).to(d)) for d in best}
     for _ in range(25):  # in turns, so that what else the machine does meets both
