@@ -81,21 +81,29 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
     assert backend == ("sdpa" if training == "float16" else "flash_attn")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_this_cpu_says_is_true(dtype):
-    """Where 16 bits are said to be multiplied they take at most 1.5 times as long as float32, with AVX2 alone over twice."""
+def times_float32(dtype):
+    """Time of a matmul in a dtype over float32's: the best of many on one thread, as other tests share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     best = {torch.float32: float("inf"), dtype: float("inf")}
-    inputs = {d: (torch.randn(256, 512).to(d), torch.randn(512, 512).to(d)) for d in best}
-    for _ in range(25):  # in turns, so that what else the machine does meets both
+    inputs = {d: (torch.randn(128, 512).to(d), torch.randn(512, 512).to(d)) for d in best}
+    for _ in range(25):
         for d, (x, weight) in inputs.items():
             begin = time.perf_counter()
             torch.nn.functional.linear(x, weight)
             best[d] = min(best[d], time.perf_counter() - begin)
-    ratio = best[dtype] / best[torch.float32]
+    torch.set_num_threads(threads)
+    return best[dtype] / best[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_this_cpu_says_is_true(dtype):
+    """One of three tries must show it: 16 bits are about as fast as float32 or faster where they are said to be multiplied,
+    and slower with AVX2 alone, where they are not. AVX512 without them was not measured."""
     if precision.multiplies(dtype):
-        assert ratio < 1.5
-    elif torch.backends.cpu.get_cpu_capability() == "AVX2":  # with AVX512 oneDNN converts in blocks: not measured
-        assert ratio > 2
+        assert any(times_float32(dtype) < 1.5 for _ in range(3))
+    elif torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert any(times_float32(dtype) > 2 for _ in range(3))
 
 
 @pytest.fixture
