@@ -76,9 +76,8 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 304),  # MI300X
     )
 }
-ON_REQUEST = (
-    "sm_75",
-)  # float16 and dense models only: a mixture's dots spill there, so that `ops` takes the reference
+# For float16 and dense models only: a mixture's dots spill there, so that `ops` takes the reference.
+ON_REQUEST = ("sm_75",)
 
 
 @dataclass

@@ -185,11 +185,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if config.deepspeed_config:
         _overlay(made, _read(config.deepspeed_config), config.deepspeed_config, config.given)
     stage = made["zero_optimization"]["stage"]
-    if made.get("fp16", {}).get("enabled") and stage == 0:
+    dtype = _dtype_of(made)
+    if dtype == "float16" and stage == 0:
         raise ValueError(  # it divides by the loss's scale without having multiplied by it
             "float16 at ZeRO stage 0: DeepSpeed loses small gradients there; give --zero_stage 1, 2 or 3, or leave it out"
         )
-    if made.get("bf16", {}).get("enabled") and stage > 0:
+    if dtype == "bfloat16" and stage > 0:
         made.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if stage == 1:  # else the fp32 sums are rounded to bf16 before they are reduced
             made.setdefault("communication_data_type", "fp32")
@@ -288,13 +289,14 @@ def initialize(model: MiniMind, config: TrainConfig, ds: dict[str, Any]) -> Any:
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
-    if _dtype_of(ds) == "float16" and not accelerator.is_fp16_supported():
+    dtype = _dtype_of(ds)
+    if dtype == "float16" and not accelerator.is_fp16_supported():
         raise ValueError("--dtype float16 needs a GPU: DeepSpeed does not train in it on a CPU; leave --dtype out")
     groups = param_groups(model, config.weight_decay)
     # lr 0: with bf16 and stage 0 DeepSpeed takes an optimizer step while it starts; so it must move nothing.
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
     trained = [p for group in groups for p in group["params"]]
-    exact = [p.detach().to("cpu", copy=True) for p in trained] if _dtype_of(ds) != "float32" else []
+    exact = [p.detach().to("cpu", copy=True) for p in trained] if dtype != "float32" else []
     engine: Any
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
     for state in optimizer.state.values():

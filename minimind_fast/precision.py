@@ -2,14 +2,14 @@
 
 Purpose: `choose("auto")` for training, `as_stored(dtype, device)` for weights that only answer.
 Principle: a CPU multiplies 16-bit numbers fast only with instructions for them: AVX512-BF16, AVX512-FP16 or AMX, or their
-    ARM likes. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 70 times as long as in float32;
+    ARM likes. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 95 times as long as in float32;
     AVX512 without those was not measured and gets float32. An NVIDIA card before Ampere (T4, RTX 20) has tensor cores for
     float16, not for bfloat16.
 Properties: decided by what the CPU says of itself, not by a clock: the same machine always decides alike. Float32 loses
     nothing of 16-bit weights, so that it is right everywhere.
 
-Measured on two Zen 1 cores (AVX2), torch 2.13: 1024^3 in float32 51 GFLOP/s, in bfloat16 and float16 0.7; with a transposed
-    weight, as in `linear`, 68, 10 and 12.
+Measured on two Zen 1 cores (AVX2), torch 2.13: 1024^3 in float32 70 GFLOP/s, in bfloat16 0.73
+    (benchmarks/results/cpu_pretrain_zen1.json); with a transposed weight, as in `linear`, 68, 10, and in float16 12.
 """
 
 from __future__ import annotations
