@@ -47,7 +47,7 @@ format: $(VENV)/installed-test ## Format and mend what can be mended
 	$(BIN)/ruff format .
 
 aot: $(VENV)/installed-test ## Compile every kernel at every preset's shapes for all GPU architectures (minutes)
-	$(BIN)/python -m pytest -m aot tests/test_aot.py $(ARGS)
+	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py $(ARGS)
 
 bench: $(VENV)/installed-test ## Run the benchmark suite
 	$(BIN)/python -m pytest benchmarks/ $(ARGS)

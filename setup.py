@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 INSTALL_REQUIRES = [
     "torch>=2.11",  # tensors, autograd, the reference implementation
@@ -53,9 +53,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["minimind_fast", "minimind_fast.kernels", "minimind_fast.samples", "minimind_fast.server"],
-    package_dir={"minimind_fast.kernels": "kernels"},
-    package_data={"minimind_fast.server": ["web/*"], "minimind_fast.samples": ["*.jsonl", "tokenizer/*"]},
+    # kernels/ and train/ are part of it by two links: minimind_fast/kernels and minimind_fast/stages.
+    packages=find_packages(include=["minimind_fast", "minimind_fast.*"]),
+    package_data={"minimind_fast.serve": ["web/*"], "minimind_fast.data.samples": ["*.jsonl", "tokenizer/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minimind-fast=minimind_fast.cli:main"]},

@@ -43,8 +43,8 @@ from triton.runtime.jit import JITFunction
 
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
-from minimind_fast.roofline import op_work
-from minimind_fast.verify import DIFFERENTIABLE, MODELS, Case, Draw, preset_case
+from minimind_fast.proof.roofline import op_work
+from minimind_fast.proof.verify import DIFFERENTIABLE, MODELS, Case, Draw, preset_case
 
 TOKENS = 65536
 COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12  # measured on an H200

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minimind_fast import engine, stage
-from minimind_fast.config import TrainConfig
-from minimind_fast.data import Batch
+from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
-from minimind_fast.trainer import Window, learning_rate
+from minimind_fast.training import engine
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.trainer import Window, learning_rate
 
 DOCUMENT = 512  # positions of each packed document, or all of a shorter batch
 

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from machine import processor
 
-from minimind_fast import stage
-from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.data import PackedBatches
+from minimind_fast.config import ModelConfig
+from minimind_fast.data.cache import build_cache
+from minimind_fast.data.packing import PackedBatches
 from minimind_fast.model import MiniMind
-from minimind_fast.token_cache import build_cache
-from minimind_fast.trainer import Trainer, Window
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.trainer import Trainer, Window
 
 RESULTS = Path(__file__).with_name("results")
 ROWS, LENGTH = 8, 512

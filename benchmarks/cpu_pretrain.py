@@ -27,14 +27,14 @@ from eager_minimind import EagerMiniMind, EagerTraining
 from eager_minimind import loss as eager_loss
 from machine import processor
 
-from minimind_fast import stage
-from minimind_fast.checkpoint import load_pretrained, save_pretrained
-from minimind_fast.config import TrainConfig
-from minimind_fast.data import PackedBatches, PaddedBatches
-from minimind_fast.progress import clock, peak_flops
-from minimind_fast.token_cache import build_cache
-from minimind_fast.tokenizer import Tokenizer
-from minimind_fast.trainer import Trainer, Window
+from minimind_fast.data.cache import build_cache
+from minimind_fast.data.packing import PackedBatches, PaddedBatches
+from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.log import clock, peak_flops
+from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 RESULTS = Path(__file__).with_name("results")
 ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8

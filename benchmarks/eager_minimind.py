@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_fast.checkpoint import to_disk_names
-from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.data import Batch
+from minimind_fast.config import ModelConfig
+from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind, rope_tables
-from minimind_fast.trainer import learning_rate
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.trainer import learning_rate
+from minimind_fast.weights.checkpoint import to_disk_names
 
 
 class Norm(nn.Module):

@@ -34,13 +34,16 @@ from bare_loop import PHASES, BareLoop, FixedBatches, Phases
 from machine import processor
 from timing import percentiles
 
-from minimind_fast import engine as ds
-from minimind_fast import precision, samples, stage
-from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.engine import deepspeed_config
+from minimind_fast.config import ModelConfig
+from minimind_fast.data import samples
+from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
-from minimind_fast.tokenizer import Tokenizer
-from minimind_fast.trainer import Trainer, Window
+from minimind_fast.ops import precision
+from minimind_fast.training import engine as ds
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import deepspeed_config
+from minimind_fast.training.trainer import Trainer, Window
 
 RESULTS = Path(__file__).with_name("results")
 PLAIN = "ZeRO 1 plain"  # with what DeepSpeed does by itself, where `engine` has it do otherwise

@@ -28,8 +28,8 @@ from machine import processor
 from torch import Tensor
 
 import minimind_fast as mm
-from minimind_fast.checkpoint import to_disk_names
-from minimind_fast.decode import Decoder
+from minimind_fast.infer.decode import Decoder
+from minimind_fast.weights.checkpoint import to_disk_names
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = Path(__file__).with_name("results") / f"{'gpu' if DEVICE == 'cuda' else 'cpu'}_generation.json"

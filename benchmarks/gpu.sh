@@ -113,17 +113,17 @@ if [[ $second == 1 && $dry == 1 ]]; then
   part loss_curves 400 "$python" benchmarks/loss_curves.py --dry_run --corpus "$corpus" --out "$out"
   part real_run 400 "$python" benchmarks/real_run.py --dry_run --corpus "$corpus" --out "$out"
   part engine_share 200 "$python" benchmarks/engine_share.py --preset tiny --tokens 64 --world 1 --accumulation 1 --turns 1 --out "$out"
-  part zero 400 "$python" -m pytest -p no:cacheprovider -rs tests/test_gpu_training.py
+  part zero 400 "$python" -m pytest -p no:cacheprovider -rs tests/training/test_gpu_training.py
   part generation 400 "$python" benchmarks/generation.py --context 16 --new 8 --rounds 1 --rows 1 --out "$out/dry_generation.json"
 elif [[ $second == 1 ]]; then
   part loss_curves 110 "$python" benchmarks/loss_curves.py --corpus "$corpus" --out "$out"
   part real_run 210 "$python" benchmarks/real_run.py --minutes 2 --corpus "$corpus" --out "$out"
   part engine_share 110 "$python" benchmarks/engine_share.py --accumulation 1 --out "$out"
-  part zero 70 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_gpu_training.py
+  part zero 70 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/training/test_gpu_training.py
   part generation 50 "$python" benchmarks/generation.py --rows 1 8 64 --new 128 --out "$out/gpu_generation.json"
 elif [[ $dry == 1 ]]; then
-  part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/test_verify.py tests/test_swiglu.py tests/test_on_gpu.py
-  part verify 300 "$python" -m minimind_fast.verify --ops swiglu --dtype float32 --json "$out/verify.json"
+  part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/proof/test_verify.py tests/kernels/test_swiglu.py tests/proof/test_on_gpu.py
+  part verify 300 "$python" -m minimind_fast.proof.verify --ops swiglu --dtype float32 --json "$out/verify.json"
   suite kernels 240 benchmarks/test_kernels.py -k "swiglu and not compile"
   suite steps 240 benchmarks/test_steps.py
   part train_step 240 "$python" benchmarks/train_step.py --preset tiny --pack_tokens 2048 --rungs eager joined ours --out "$out"
@@ -131,8 +131,8 @@ elif [[ $dry == 1 ]]; then
   suite rest 240 benchmarks/test_loading.py benchmarks/test_decoding.py benchmarks/test_weight_gradients.py
 else
   part tests 115 "$python" -m pytest -m gpu "${several[@]}" -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
-    --ignore tests/test_gpu_training.py --deselect tests/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
-  part verify 85 "$python" -m minimind_fast.verify --device cuda --json "$out/verify.json"
+    --ignore tests/training/test_gpu_training.py --deselect tests/proof/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
+  part verify 85 "$python" -m minimind_fast.proof.verify --device cuda --json "$out/verify.json"
   [[ ! -f $out/verify.json ]] || part verify_table 10 "$python" benchmarks/verify_table.py "$out/verify.json"
   suite kernels 90 benchmarks/test_kernels.py
   suite steps 70 benchmarks/test_steps.py

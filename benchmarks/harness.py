@@ -2,7 +2,7 @@
 
 Purpose:    one way from calls to a row: time, share of the roof, ratio to eager, peak memory, error beside eager's own.
 Principle:  correct first: a row's errors are known before its time is taken, and a row that fails them has no time. Work
-            is the mandatory minimum of `minimind_fast.roofline`; roofs are measured once a session, when first asked for.
+            is the mandatory minimum of `proof.roofline`; roofs are measured once a session, when first asked for.
 Properties: times are pytest-benchmark's statistics: of its own clock on a CPU, of device samples played back on a GPU.
             Groups run eager first, so that later rows know their ratio.
 """
@@ -21,10 +21,10 @@ import torch
 from machine import processor
 from timing import Playback, device_samples, matmul_flop_per_s, num_sets, percentiles, roofs
 
-from minimind_fast import precision
-from minimind_fast.progress import peak_flops
-from minimind_fast.roofline import Work
-from minimind_fast.verify import Comparison
+from minimind_fast.ops import precision
+from minimind_fast.proof.roofline import Work
+from minimind_fast.proof.verify import Comparison
+from minimind_fast.training.log import peak_flops
 
 ALL_TOKENS = (6144, 16384, 53191, 65536, 131072)
 ALL_DOCUMENTS = ("209", "512", "2048", "mix")

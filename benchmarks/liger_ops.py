@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from minimind_fast.config import ModelConfig
-from minimind_fast.reference import IGNORE_INDEX, Routing
+from minimind_fast.ops.reference import IGNORE_INDEX, Routing
 
 tune_all = False  # the suite's choice
 # Of the mixture's autotuned kernels, a part of the name -> the configurations that are tried: its own fixed choice (that

@@ -30,13 +30,15 @@ import torch
 from machine import processor
 from pack_for_gpu import FOLDER, find_corpus
 
-from minimind_fast import ops, stage
-from minimind_fast.checkpoint import load_pretrained, save_pretrained
-from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.data import PackedBatches
+from minimind_fast import ops
+from minimind_fast.config import ModelConfig
+from minimind_fast.data.cache import build_cache, encode_pretrain
+from minimind_fast.data.packing import PackedBatches
 from minimind_fast.model import MiniMind
-from minimind_fast.token_cache import build_cache, encode_pretrain
-from minimind_fast.trainer import Trainer, Window
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 RESULTS = Path(__file__).with_name("results")
 LEARNING_RATE, WARMUP = 5e-4, 20

@@ -24,10 +24,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind_fast import samples
-from minimind_fast.chat_data import ChatEncoder
-from minimind_fast.token_cache import build_cache, encode_pretrain
-from minimind_fast.tokenizer import Tokenizer
+from minimind_fast.data import samples
+from minimind_fast.data.cache import build_cache, encode_pretrain
+from minimind_fast.data.chats import ChatEncoder
+from minimind_fast.data.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "corpus"

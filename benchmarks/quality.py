@@ -25,12 +25,13 @@ from eager_minimind import EagerMiniMind, EagerTraining
 from eager_minimind import loss as eager_loss
 from machine import processor
 
-from minimind_fast import stage
-from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.data import IGNORE_INDEX, Batch, PaddedBatches
+from minimind_fast.config import ModelConfig
+from minimind_fast.data.cache import build_cache
+from minimind_fast.data.packing import IGNORE_INDEX, Batch, PaddedBatches
 from minimind_fast.model import MiniMind
-from minimind_fast.token_cache import build_cache
-from minimind_fast.trainer import Trainer, Window
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.trainer import Trainer, Window
 
 RESULTS = Path(__file__).with_name("results")
 SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)

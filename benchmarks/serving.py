@@ -27,6 +27,7 @@ import torch
 from machine import processor
 
 import minimind_fast as mm
+from minimind_fast.data import samples
 
 RESULTS = Path(__file__).with_name("results") / "cpu_serving.json"
 MODELS = ("tiny", "minimind2-small")
@@ -47,8 +48,8 @@ class Server:
         torch.manual_seed(0)
         model = mm.MiniMind(mm.ModelConfig.preset(name))
         mm.save_pretrained(model, self.folder.name)
-        samples = Path(mm.__file__).with_name("samples") / "tokenizer"
-        command = [sys.executable, "-m", "minimind_fast.cli", "serve", self.folder.name, "--tokenizer", str(samples)]
+        tokenizer = samples.path("tokenizer")
+        command = [sys.executable, "-m", "minimind_fast.cli", "serve", self.folder.name, "--tokenizer", str(tokenizer)]
         command += ["--port", "0", "--dtype", dtype, "--max_batch", str(clients), "--threads", str(threads)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 

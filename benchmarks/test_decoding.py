@@ -10,10 +10,10 @@ from generation import EagerLoop, run_eager, run_ours
 from harness import Suite
 
 from minimind_fast.config import ModelConfig
-from minimind_fast.decode import Decoder
+from minimind_fast.infer.decode import Decoder
 from minimind_fast.model import MiniMind
-from minimind_fast.roofline import Work, causal_pairs, shape_of
-from minimind_fast.verify import Comparison, compare
+from minimind_fast.proof.roofline import Work, causal_pairs, shape_of
+from minimind_fast.proof.verify import Comparison, compare
 
 NEW = 16
 

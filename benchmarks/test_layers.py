@@ -13,11 +13,11 @@ import torch
 from harness import ALL_DOCUMENTS, Suite, document_lengths, offsets, others_may_fail
 
 from minimind_fast import ops
-from minimind_fast.attention import BACKENDS, attention, resolve
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import MLP, MoE
-from minimind_fast.roofline import Work, attention_work, op_work
-from minimind_fast.verify import Comparison, _SameExperts, compare
+from minimind_fast.ops.attention import BACKENDS, attention, resolve
+from minimind_fast.proof.roofline import Work, attention_work, op_work
+from minimind_fast.proof.verify import Comparison, _SameExperts, compare
 
 EAGER_TOKENS = 8192  # eager builds T x T scores; sdpa stands for it beyond
 DIRECTIONS = ("forward", "both")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from harness import Suite
 
-from minimind_fast import samples
-from minimind_fast.data import PackedBatches, PaddedBatches
-from minimind_fast.token_cache import TokenCache, build_cache
-from minimind_fast.tokenizer import Tokenizer
+from minimind_fast.data import samples
+from minimind_fast.data.cache import TokenCache, build_cache
+from minimind_fast.data.packing import PackedBatches, PaddedBatches
+from minimind_fast.data.tokenizer import Tokenizer
 
 LENGTH, ROWS_A_BATCH = 340, 32
 NAMES = ("eager", "padded", "ours")

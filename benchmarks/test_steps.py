@@ -11,12 +11,15 @@ import pytest
 import torch
 from harness import ALL_DOCUMENTS, Suite, document_lengths, offsets, others_may_fail
 
-from minimind_fast import engine, graphs, ops, stage
-from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.data import Batch
+from minimind_fast import ops
+from minimind_fast.config import ModelConfig
+from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
-from minimind_fast.roofline import OPTIMIZER_BYTES, Work, shape_of, step_work
-from minimind_fast.verify import _SameExperts, compare
+from minimind_fast.proof.roofline import OPTIMIZER_BYTES, Work, shape_of, step_work
+from minimind_fast.proof.verify import _SameExperts, compare
+from minimind_fast.training import engine, graphs
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
 
 FLAVOURS = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "ours": {"fused": True}}
 CHECKED_TOKENS = 4096  # of the truth in float32, whose logits are whole

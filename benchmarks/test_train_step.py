@@ -11,7 +11,7 @@ import torch
 import train_step
 from harness import Suite
 
-from minimind_fast import samples
+from minimind_fast.data import samples
 
 RUNGS = ("eager", "joined", "ours")
 # Without batches of many documents a CPU takes a minute a step; the small model shows that all of it works.

@@ -32,13 +32,18 @@ import torch
 from eager_minimind import EagerMiniMind, EagerTraining
 from machine import processor
 
-from minimind_fast import attention_rows, engine, ops, precision, samples, stage
-from minimind_fast.checkpoint import load_pretrained, save_pretrained
-from minimind_fast.config import TrainConfig
-from minimind_fast.data import IGNORE_INDEX, Batch, PackedBatches, PaddedBatches
-from minimind_fast.progress import peak_flops
-from minimind_fast.token_cache import TokenCache, build_cache
-from minimind_fast.trainer import Trainer, Window
+from minimind_fast import ops
+from minimind_fast.data import samples
+from minimind_fast.data.cache import TokenCache, build_cache
+from minimind_fast.data.packing import IGNORE_INDEX, Batch, PackedBatches, PaddedBatches
+from minimind_fast.ops import precision
+from minimind_fast.ops.cpu import attention as attention_rows
+from minimind_fast.training import engine
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.log import peak_flops
+from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 RESULTS = Path(__file__).with_name("results")
 LEARNING_RATE = 5e-4

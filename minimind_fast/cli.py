@@ -14,18 +14,21 @@ import os
 import sys
 
 COMMANDS = {
-    "chat": ("minimind_fast.chat:main", "talk to a model in the terminal, or pipe one question in"),
-    "generate": ("minimind_fast.chat:generate_main", "continue texts"),
-    "eval": ("minimind_fast.evaluate:main", "sample answers, perplexity, multiple-choice accuracy"),
+    "chat": ("minimind_fast.commands.chat:main", "talk to a model in the terminal, or pipe one question in"),
+    "generate": ("minimind_fast.commands.chat:generate_main", "continue texts"),
+    "eval": ("minimind_fast.commands.evaluate:main", "sample answers, perplexity, multiple-choice accuracy"),
     "export": (
-        "minimind_fast.convert:main_export",
+        "minimind_fast.commands.convert:main_export",
         "write a model for Transformers and the tools that read its folders",
     ),
-    "import": ("minimind_fast.convert:main_import", "bring a Hugging Face folder or a MiniMind .pth in"),
-    "lora": ("minimind_fast.convert:main_lora", "merge adapters into a model, or change their format"),
-    "plan": ("minimind_fast.plan:main", "what a run needs: memory, step time, hours and cost, on 1 to 1,024 GPUs"),
-    "serve": ("minimind_fast.serve:main", "an OpenAI-compatible server and a chat page"),
-    "verify": ("minimind_fast.verify:main", "check every kernel against the reference, and whole models"),
+    "import": ("minimind_fast.commands.convert:main_import", "bring a Hugging Face folder or a MiniMind .pth in"),
+    "lora": ("minimind_fast.commands.convert:main_lora", "merge adapters into a model, or change their format"),
+    "plan": (
+        "minimind_fast.commands.plan:main",
+        "what a run needs: memory, step time, hours and cost, on 1 to 1,024 GPUs",
+    ),
+    "serve": ("minimind_fast.commands.serve:main", "an OpenAI-compatible server and a chat page"),
+    "verify": ("minimind_fast.proof.verify:main", "check every kernel against the reference, and whole models"),
 }
 
 

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minimind_fast import cpu_shapes, ops
-from minimind_fast.attention import resolve
-from minimind_fast.attention_rows import Rectangles
+from minimind_fast import ops
 from minimind_fast.config import ModelConfig
+from minimind_fast.ops.attention import resolve
+from minimind_fast.ops.cpu import shapes as cpu_shapes
+from minimind_fast.ops.cpu.attention import Rectangles
 
 INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)
 
@@ -449,7 +450,7 @@ class MiniMind(nn.Module):
         return ModelOutput(*(x[:total] if x is not None and x.dim() else x for x in out))
 
     def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
-        """Continue each row; see `minimind_fast.generate.generate` for the options.
+        """Continue each row; see `minimind_fast.infer.generate.generate` for the options.
 
         Args:
             input_ids: (B, T) int64.
@@ -458,7 +459,7 @@ class MiniMind(nn.Module):
         Returns:
             (B, T + new) int64.
         """
-        from minimind_fast.generate import generate  # generate imports the model
+        from minimind_fast.infer.generate import generate  # generate imports the model
 
         return generate(self, input_ids, **kwargs)
 

@@ -1,7 +1,7 @@
 """What the kernel tests share: the process they run in, the error rule, poisoned memory, broken variants.
 
 Purpose:    one place that says when a kernel counts as right, so that every kernel is held to the same rule.
-Principle:  the error rule and the poison are those of `minimind-fast verify` (minimind_fast/verify.py says what they are),
+Principle:  the error rule and the poison are those of `minimind-fast verify` (proof/verify.py),
             so that tests and the report that a user runs cannot disagree.
 Properties: import this module before anything imports triton: it chooses the interpreter where there is no GPU
             (Triton decides at import). The interpreter is wrong in bfloat16, so there bfloat16 is tested on a GPU only.
@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from minimind_fast.verify import compare, poisoned_memory
+from minimind_fast.proof.verify import compare, poisoned_memory
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

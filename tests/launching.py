@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minimind_fast.config import TrainConfig
+from minimind_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_size", "64", "--num_hidden_layers", "2", "--max_seq_len", "64", "--batch_size", "4"]

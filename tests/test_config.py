@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import minimind_fast as mm
-from minimind_fast.config import PRESETS, ModelConfig, TrainConfig, parse
+from minimind_fast.config import PRESETS, ModelConfig
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig
 
 GOLDEN = Path(__file__).with_name("golden")
 

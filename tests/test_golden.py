@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import minimind_fast as mm
-from minimind_fast.checkpoint import to_disk_names
+from minimind_fast.weights.checkpoint import to_disk_names
 
 GOLDEN = Path(__file__).with_name("golden")
 CASES = sorted(p.name for p in GOLDEN.iterdir())

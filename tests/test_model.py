@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import minimind_fast as mm
-from minimind_fast import attention_rows
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import MoE, packed_positions, rope_tables
+from minimind_fast.ops.cpu import attention as attention_rows
 
 SHAPES = {
     "dense2": dict(generation=2),

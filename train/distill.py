@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 
-from minimind_fast import losses, precision, stage
-from minimind_fast.chat_data import ChatEncoder
-from minimind_fast.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
-from minimind_fast.config import TrainConfig, option, parse, with_defaults
-from minimind_fast.data import Batch
+from minimind_fast.data.chats import ChatEncoder
+from minimind_fast.data.packing import Batch
+from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind, Teacher
-from minimind_fast.tokenizer import Tokenizer
-from minimind_fast.trainer import LossFunction, StepLoss
+from minimind_fast.ops import precision
+from minimind_fast.training import losses
+from minimind_fast.training import setup as stage
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.trainer import LossFunction, StepLoss
+from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
 
 # What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, warmup_steps=10, max_minutes=1.5)

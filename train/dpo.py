@@ -16,12 +16,15 @@ import copy
 import time
 from typing import Any
 
-from minimind_fast import losses, precision, stage
-from minimind_fast.config import TrainConfig, option, parse, with_defaults
+from minimind_fast.data.pairs import PairBatch, answer_lengths, answer_logprobs, open_pairs
 from minimind_fast.model import MiniMind
-from minimind_fast.pairs import PairBatch, answer_lengths, answer_logprobs, open_pairs
-from minimind_fast.progress import draw_loss
-from minimind_fast.trainer import LossFunction, StepLoss, Trainer
+from minimind_fast.ops import precision
+from minimind_fast.training import losses
+from minimind_fast.training import setup as stage
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.log import draw_loss
+from minimind_fast.training.trainer import LossFunction, StepLoss, Trainer
 
 # What suits the sample pairs, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-5, max_seq_len=256, epochs=4, warmup_steps=5, log_interval=5, max_minutes=1.0)

@@ -5,7 +5,7 @@ Purpose: `deepspeed train/grpo.py` on MiniMind's rlaif lines, `{"conversations":
 Principle: to each prompt the model writes several answers; an answer that is better than the others of its prompt is made
     likelier, the others less so, and a KL term holds the model near the one that it began as. No critic.
 Properties: each answer weighs the same, however long. Rollouts and log-probabilities share one temperature, so that the
-    ratio of the first update is 1. The rewards are in `minimind_fast/rewards.py`, or yours.
+    ratio of the first update is 1. The rewards are in `minimind_fast/rl/rewards.py`, or yours.
 
 Source: Shao et al., DeepSeekMath, 2024; MiniMind's train_grpo for defaults.
 """
@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
-from minimind_fast import engine, losses, precision, stage
-from minimind_fast.config import TrainConfig, option, parse, with_defaults
-from minimind_fast.progress import draw_loss
-from minimind_fast.rewards import ModelReward, Rewards
-from minimind_fast.rollout import RolloutBatch, Rollouts, read_prompts
-from minimind_fast.trainer import StepLoss, Trainer
+from minimind_fast.ops import precision
+from minimind_fast.rl.rewards import ModelReward, Rewards
+from minimind_fast.rl.rollout import RolloutBatch, Rollouts, read_prompts
+from minimind_fast.training import engine, losses
+from minimind_fast.training import setup as stage
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.log import draw_loss
+from minimind_fast.training.trainer import StepLoss, Trainer
 
 # What suits the sample sums, where the option was not given.
 SAMPLE_DEFAULTS = dict(

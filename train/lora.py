@@ -2,18 +2,20 @@
 
 Purpose: `deepspeed train/lora.py` after `train/sft.py`; without arguments it teaches that run's model an identity, from the
     sample that ships with the package.
-Principle: the loss of SFT; only the adapters have gradients and optimizer state (`minimind_fast/lora.py`).
+Principle: the loss of SFT; only the adapters have gradients and optimizer state (`minimind_fast/weights/lora.py`).
 Properties: adapters are left in SAVE_DIR/SAVE_WEIGHT/adapter/ in PEFT's format; at the end they are also merged into a model
     of their own, SAVE_DIR/SAVE_WEIGHT/weights/, unless --no_merge is given. The base is never written to.
 """
 
 import time
 
-from minimind_fast import lora, stage
-from minimind_fast.chat_data import ChatEncoder
-from minimind_fast.checkpoint import save_pretrained
-from minimind_fast.config import TrainConfig, option, parse, with_defaults
-from minimind_fast.trainer import Trainer
+from minimind_fast.data.chats import ChatEncoder
+from minimind_fast.training import setup as stage
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.trainer import Trainer
+from minimind_fast.weights import lora
+from minimind_fast.weights.checkpoint import save_pretrained
 
 # What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-2, batch_size=4, max_seq_len=256, epochs=20, max_minutes=1.5)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minimind_fast import samples
-from minimind_fast.progress import clock
+from minimind_fast.data import samples
+from minimind_fast.training.log import clock
 
 TRAIN = Path(__file__).resolve().parent
 QUESTIONS = ["What is 2 + 3?", "5加6等于多少？"]
@@ -153,10 +153,10 @@ def change(log: Path, measures: dict[str, str]) -> tuple[str, float, float]:
 
 def share_right(weights: Path) -> float:
     """The share of the kept back sums that a model gets right, thinking first, without chance."""
-    from minimind_fast.checkpoint import load_pretrained
-    from minimind_fast.generate import generate_batch
-    from minimind_fast.rewards import correct
-    from minimind_fast.tokenizer import Tokenizer
+    from minimind_fast.data.tokenizer import Tokenizer
+    from minimind_fast.infer.generate import generate_batch
+    from minimind_fast.rl.rewards import correct
+    from minimind_fast.weights.checkpoint import load_pretrained
 
     model, tokenizer = load_pretrained(weights), Tokenizer.load(weights)
     rows = [json.loads(line) for line in samples.path("grpo_val.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -4,14 +4,15 @@ Purpose: `deepspeed train/pretrain.py` (or torchrun, or plain python); without a
     sample corpus that ships with the package, in under three minutes on a laptop.
 Principle: next-token prediction. Documents are packed end to end, none sees another, and the loss is the mean over the
     counted tokens of the whole global batch.
-Properties: what stages share (tokenizer, model, data, the loss) is in `minimind_fast/stage.py`, the loop in `trainer.py`.
+Properties: what stages share (tokenizer, model, data, the loss) is in `training/setup.py`, the loop in `trainer.py`.
 """
 
 import time
 
-from minimind_fast import stage
-from minimind_fast.config import TrainConfig, parse
-from minimind_fast.token_cache import encode_pretrain
+from minimind_fast.data.cache import encode_pretrain
+from minimind_fast.training import setup as stage
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig
 
 # What suits the sample corpus, where the option was not given.
 SAMPLE_DEFAULTS = dict(

@@ -12,9 +12,10 @@ Source: MiniMind2's train_distill_reason.
 
 import time
 
-from minimind_fast import stage
-from minimind_fast.chat_data import PROMPTS, ChatEncoder
-from minimind_fast.config import TrainConfig, option, parse, with_defaults
+from minimind_fast.data.chats import PROMPTS, ChatEncoder
+from minimind_fast.training import setup as stage
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig, option, with_defaults
 
 # What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=5e-4, max_seq_len=256, epochs=4, max_minutes=1.5)

@@ -9,9 +9,10 @@ Properties: chats that are longer than --max_seq_len are cut off; one whose answ
 
 import time
 
-from minimind_fast import stage
-from minimind_fast.chat_data import ChatEncoder
-from minimind_fast.config import TrainConfig, parse, with_defaults
+from minimind_fast.data.chats import ChatEncoder
+from minimind_fast.training import setup as stage
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig, with_defaults
 
 # What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, epochs=6, warmup_steps=10, max_minutes=2.0)

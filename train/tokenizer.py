@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimind_fast.data import DataError, read_texts
-from minimind_fast.tokenizer import Tokenizer, train_bpe
+from minimind_fast.data.packing import DataError, read_texts
+from minimind_fast.data.tokenizer import Tokenizer, train_bpe
 
 HOLD_OUT_EVERY = 100
 MAX_HELD_OUT = 2000

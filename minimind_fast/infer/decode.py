@@ -1,0 +1,320 @@
+"""The KV cache, and how a model that knows nothing of it runs against it: prefill and one token a row.
+
+Purpose: `Decoder.prefill(prompts)` and `Decoder.step(ids)` give the logits of each row's next token.
+Principle: the model asks a context object to attend. Here two of them also keep keys and values: `Prefill` for packed
+    prompts from position 0, `Extend` for the same number of further tokens in every row. In `Extend` the H / K query
+    heads of a kv head are laid out as further queries, so that kv heads are read once and never repeated.
+Properties: rows lie at the cache's left end, each with its own length; what lies beyond is masked, and overwritten later.
+
+Shapes: B rows, T tokens, S slots, n tokens a row, H query heads, K kv heads, hd head_dim, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_fast import ops
+from minimind_fast.infer.decode_cpu import CpuStep, Packs
+from minimind_fast.model import Attention, MiniMind, Packed
+from minimind_fast.ops.attention import resolve
+from minimind_fast.ops.cpu import shapes as cpu_shapes
+from minimind_fast.ops.cpu.attention import Rectangles
+
+Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
+_GRAPH_SLOTS = 256  # a graph is captured for a multiple of this many visible slots
+
+
+class Prefill(NamedTuple):
+    """Packed prompts from position 0: attention as in training, keys and values kept."""
+
+    cache: Tensor  # (L, B, 2K, S, hd)
+    rows: Tensor  # (T,), without filler
+    positions: Tensor  # (T,)
+    packed: Packed
+
+    def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
+        self.cache[asker.layer][self.rows, :, self.positions] = torch.cat([k, v], -2)[: len(self.rows)]
+        return self.packed.attend(asker, q, k, v)
+
+
+class Extend(NamedTuple):
+    """n further tokens in each of R rows, each seeing its own row up to itself."""
+
+    cache: Tensor  # (L, R, 2K, S, hd), the slots that anybody may see
+    rows: Tensor  # (R, n) 0 .. R - 1
+    positions: Tensor  # (R, n)
+    mask: Tensor | None  # (R, 1, n, S) bool; None if all is visible
+
+    def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(R n, H, hd), (R n, K, hd), (R n, K, hd) -> (R n, H, hd)."""
+        shape = self.positions.shape
+        self.cache[asker.layer][self.rows, :, self.positions] = torch.cat([k, v], -2).unflatten(0, shape)
+        keys, values = self.cache[asker.layer].chunk(2, dim=1)
+        groups = q.shape[1] // k.shape[1]
+        grouped = q.view(*shape, k.shape[1], groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (R, K, G n, hd)
+        mask = self.mask if self.mask is None or shape[1] == 1 else self.mask.repeat(1, 1, groups, 1)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        return out.unflatten(2, (groups, shape[1])).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def new_cache(model: MiniMind, rows: int, slots: int) -> Tensor:
+    """An empty KV cache.
+
+    Args:
+        model: its shape, dtype and device.
+        rows: B.
+        slots: S.
+
+    Returns:
+        (L, B, 2K, S, hd): keys and values of a layer side by side, so that one write stores both.
+    """
+    config, weight = model.config, model.model.embed_tokens.weight
+    assert config.head_dim is not None
+    shape = (config.num_hidden_layers, rows, 2 * config.num_key_value_heads, slots, config.head_dim)
+    # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
+    return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+
+class Decoder:
+    """One batch in flight.
+
+    Args:
+        model: in evaluation mode.
+        rows: B.
+        slots: S, the most tokens that a row will have.
+        cache: (L, B, 2K, S, hd) to work in, such as a part of a larger one; None: a new one.
+        packs: weights laid out for a CPU, of a model that is not trained meanwhile.
+    """
+
+    def __init__(
+        self, model: MiniMind, rows: int, slots: int, cache: Tensor | None = None, packs: Packs | None = None
+    ) -> None:
+        self.model = model
+        self.cache = new_cache(model, rows, slots) if cache is None else cache
+        self.device, self.dtype = self.cache.device, self.cache.dtype
+        self.lengths = [0] * rows  # on the host, so that nothing waits for the device
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the same on the device
+        self._fast: Step | None = None
+        self._packs = packs
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
+        """Run the prompts.
+
+        Args:
+            prompts: B lists of at least one token id.
+            chunk: tokens of each row at a time; None: all.
+
+        Returns:
+            (B, V) logits of the token after each prompt.
+
+        Raises:
+            ValueError: a chunk below 1.
+        """
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, not {chunk}")
+        lengths = [len(p) for p in prompts]
+        longest = max(lengths)
+        chunk = min(chunk or longest, longest)
+        hidden = self._run_packed([list(p[:chunk]) for p in prompts])
+        for begin in range(chunk, longest, chunk):
+            rows = [r for r, n in enumerate(lengths) if n > begin]
+            pieces = [list(prompts[r][begin : begin + chunk]) for r in rows]
+            hidden[rows] = self._run_rectangle(rows, pieces, begin)
+        self.lengths = lengths
+        self.positions = torch.tensor(lengths, device=self.device)
+        return self.model.lm_head(hidden).logits
+
+    @torch.inference_mode()
+    def prefill_piece(self, pieces: Sequence[Sequence[int]], begin: int = 0) -> Tensor:
+        """Run the same stretch of every row's prompt, for a caller who does other work between the stretches.
+
+        Args:
+            pieces: B lists of at least one token id.
+            begin: tokens of each row that ran before.
+
+        Returns:
+            (B, V) logits of the token after each piece.
+        """
+        rows = [list(p) for p in pieces]
+        hidden = self._run_rectangle(list(range(len(rows))), rows, begin) if begin else self._run_packed(rows)
+        return self.model.lm_head(hidden).logits
+
+    def _run_packed(self, prompts: list[list[int]]) -> Tensor:
+        """Last hidden state of each row, (B, D)."""
+        counts = torch.tensor([len(p) for p in prompts])
+        ends = counts.cumsum(0)
+        cu = torch.cat([ends.new_zeros(1), ends])
+        rows = torch.repeat_interleave(torch.arange(len(prompts)), counts)
+        positions = torch.arange(int(cu[-1])) - cu[rows]
+        ids = torch.tensor([i for p in prompts for i in p])
+        offsets = cu.to(self.device, torch.int32)
+        positions = positions.to(self.device)
+        stored = positions
+        weight, mixture = self.model.model.embed_tokens.weight, bool(self.model.config.use_moe)
+        if extra := cpu_shapes.extra(len(ids), weight, mixture):
+            ids, positions = cpu_shapes.fill(ids, extra), cpu_shapes.fill(positions, extra)
+            offsets = cpu_shapes.fill_documents(offsets, len(ids), int(counts.max()))
+        backend, _ = resolve(self.model.attention, self.device.type, self.dtype)
+        rectangles = Rectangles(offsets.tolist(), self.device) if backend == "sdpa" else None
+        packed = Packed(offsets, int(counts.max()), backend, 0.0, rectangles)
+        context = Prefill(self.cache, rows.to(self.device), stored, packed)
+        hidden, _ = self.model.model(ids.to(self.device), positions, context, offsets)
+        return hidden[(ends - 1).to(self.device)]
+
+    def _run_rectangle(self, rows: list[int], pieces: list[list[int]], begin: int) -> Tensor:
+        """The next tokens of some rows, all from position `begin`; a shorter piece repeats its last token.
+
+        What the repeated tokens leave in the cache lies beyond the row's end: masked, and overwritten by later steps.
+        """
+        n = max(map(len, pieces))
+        ids = torch.tensor([p + p[-1:] * (n - len(p)) for p in pieces], device=self.device)
+        positions = torch.arange(begin, begin + n, device=self.device).expand(len(rows), n)
+        some = len(rows) < self.cache.shape[1]
+        cache = self.cache[:, rows] if some else self.cache
+        slots = torch.arange(begin + n, device=self.device)
+        mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)
+        hidden = _extend(self.model, ids, positions, cache[..., : begin + n, :], mask)
+        if some:
+            self.cache[:, rows] = cache
+        last = torch.tensor([len(p) - 1 for p in pieces], device=self.device)
+        return hidden.unflatten(0, ids.shape)[torch.arange(len(rows), device=self.device), last]
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """Run one more token a row.
+
+        Args:
+            ids: (B,) int64.
+
+        Returns:
+            (B, V) logits of the token after it.
+        """
+        used = max(self.lengths) + 1
+        if self._fast is None:
+            self._fast = self._make_fast()
+        logits = self._fast(ids, self.positions, used, min(self.lengths) + 1 == used)
+        self.lengths = [n + 1 for n in self.lengths]
+        self.positions = self.positions + 1
+        return logits
+
+    def _make_fast(self) -> Step:
+        # A step holds the cache and not this object: a cycle would keep gigabytes until Python collects cycles.
+        if self.device.type == "cuda" and can_capture(self.model):
+            return GraphStep(self.model, self.cache)
+        if self.device.type == "cpu":
+            return CpuStep(self.model, self.cache, self._packs)
+        return PlainStep(self.model, self.cache)
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int], ids: Tensor) -> Tensor:
+        """Go on with some rows only.
+
+        Args:
+            rows: their indices.
+            ids: (B,) tokens about to be run.
+
+        Returns:
+            The ids of these rows.
+        """
+        self.cache = self.cache[:, rows]
+        self._fast = None
+        self.lengths = [self.lengths[r] for r in rows]
+        self.positions = self.positions[rows]
+        return ids[rows]
+
+
+def _extend(model: MiniMind, ids: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states (R n, D) of n further tokens (R, n) in each of R rows."""
+    rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1).expand_as(ids)
+    cu = torch.arange(ids.shape[0] + 1, device=ids.device, dtype=torch.int32) * ids.shape[1]
+    return model.model(ids.flatten(), positions.flatten(), Extend(cache, rows, positions, mask), cu)[0]
+
+
+class PlainStep:
+    """One token a row through the model itself; the other steps are held to it.
+
+    Args:
+        model: in evaluation mode.
+        cache: (L, B, 2K, S, hd).
+    """
+
+    def __init__(self, model: MiniMind, cache: Tensor) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
+        """Run it.
+
+        Args:
+            ids: (B,) tokens.
+            positions: (B,) where they stand.
+            used: slots in use, these included.
+            level: every row is equally long.
+
+        Returns:
+            (B, V) logits.
+        """
+        mask = None if level else (torch.arange(used, device=ids.device) <= positions.unsqueeze(1))[:, None, None]
+        hidden = _extend(self.model, ids.unsqueeze(1), positions.unsqueeze(1), self.cache[..., :used, :], mask)
+        return self.model.lm_head(hidden).logits
+
+
+def can_capture(model: MiniMind) -> bool:
+    """Whether a decode step is free of host synchronisation; only the reference forms of a mixture's ops are not.
+
+    Args:
+        model: on a GPU.
+    """
+    found = ops.describe("cuda") if model.config.use_moe else {}
+    return all(how.startswith("kernel") for op, how in found.items() if op in ("moe_route", "moe_mlp"))
+
+
+class GraphStep:
+    """`PlainStep` as CUDA graphs: one launch a token instead of some hundred.
+
+    A graph has fixed shapes, so it looks at a multiple of 256 slots, the unused ones masked; a new one is captured when
+    the rows have outgrown it. All share one memory pool.
+
+    Args:
+        model: in evaluation mode.
+        cache: (L, B, 2K, S, hd); graphs read and write it where it lies now.
+    """
+
+    def __init__(self, model: MiniMind, cache: Tensor) -> None:
+        self.plain, self.slots = PlainStep(model, cache), 0
+        self.ids, self.positions = torch.zeros(2, cache.shape[1], dtype=torch.int64, device=cache.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        if used > self.slots:
+            with torch.cuda.device(self.ids.device):  # streams are the current device's, which may be another
+                self._capture(used)
+        assert self.graph is not None
+        self.graph.replay()
+        return self.logits.clone()  # the next replay writes here again
+
+    def _capture(self, used: int) -> None:
+        slots = min(-(-used // _GRAPH_SLOTS) * _GRAPH_SLOTS, self.plain.cache.shape[-2])
+        # Warm-up outside the capture compiles kernels and makes libraries choose theirs; it writes the slots that the
+        # replay writes again with the same values.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.plain(self.ids, self.positions, slots, False)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.plain(self.ids, self.positions, slots, False)
+        # The old graph goes only now: PyTorch refuses a pool whose graphs are all gone while a tensor still lies in it.
+        self.graph, self.logits, self.slots = graph, logits, slots

@@ -1,0 +1,166 @@
+"""Causal attention over packed documents, by whichever backend is there.
+
+Purpose: one call for all: `attention(q, k, v, cu_seqlens, max_seqlen)` never lets a token see another document.
+Principle: softmax(q k^T / sqrt(hd)) v within each document. On a GPU a varlen flash kernel reads `cu_seqlens` itself.
+    On a CPU documents of like length are gathered into small rectangles (`attention_rows.py`).
+Properties: memory grows with T; work grows with the sum of squared document lengths (within the rounding of the
+    rectangles), never with T squared. `eager` builds the T x T mask on purpose: it is the plainest truth.
+
+Backends: flash_attn (Dao-AILab: `flash_attn.cute` 4, `flash_attn_interface` 3, `flash_attn` 2, the first that imports),
+    torch_varlen (`torch.nn.attention.varlen`), sdpa, eager.
+Shapes: T tokens, H query heads, K kv heads, hd head_dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_fast.ops.cpu import attention as attention_rows
+from minimind_fast.ops.cpu.attention import Rectangles
+from minimind_fast.ops.precision import before_ampere
+from minimind_fast.ops.reference import accum_dtype
+
+BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
+
+
+@lru_cache(maxsize=1)
+def _flash_attn() -> tuple[str, Callable] | None:
+    """(name, function) of the newest Dao-AILab flash attention that imports, or None."""
+    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
+        try:
+            return module, importlib.import_module(module).flash_attn_varlen_func
+        except (ImportError, AttributeError, OSError):
+            continue
+    return None
+
+
+@lru_cache(maxsize=1)
+def _torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
+    """(function, arguments that make it causal, whether it groups heads itself) of PyTorch's own, or None."""
+    try:
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    known = inspect.signature(varlen).parameters  # torch 2.11 says is_causal, later ones window_size and enable_gqa
+    causal: dict[str, object] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return varlen, causal, "enable_gqa" in known
+
+
+def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """The backend that will run, and why.
+
+    Args:
+        backend: one of BACKENDS.
+        device_type: "cuda" or "cpu".
+        dtype: of q, k and v; flash kernels take bfloat16 and float16 only.
+
+    Returns:
+        (backend, reason).
+
+    Raises:
+        ValueError: an unknown name, or a backend asked for by name that cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    half = dtype in (torch.bfloat16, torch.float16)
+    can_flash = device_type == "cuda" and half and not before_ampere()
+    if backend == "flash_attn":
+        if not can_flash:
+            raise ValueError(
+                f"--attention flash_attn needs a GPU since Ampere and bf16 or fp16, not {device_type} and {dtype}"
+            )
+        if _flash_attn() is None:
+            raise ValueError("--attention flash_attn: the package is not installed (pip install flash-attn)")
+        return "flash_attn", "asked for"
+    if backend == "torch_varlen":
+        if not can_flash or _torch_varlen() is None:
+            raise ValueError(
+                "--attention torch_varlen needs a GPU since Ampere, bf16 or fp16, and torch.nn.attention.varlen"
+            )
+        return "torch_varlen", "asked for"
+    if backend != "auto":
+        return backend, "asked for"
+    if can_flash and (found := _flash_attn()) is not None:
+        return "flash_attn", f"{found[0]} is installed"
+    if can_flash and _torch_varlen() is not None:
+        return "torch_varlen", "flash-attn is not installed"
+    return "sdpa", "no GPU" if device_type != "cuda" else "no varlen flash attention for this GPU and dtype"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str = "auto",
+    dropout: float = 0.0,
+    rectangles: Rectangles | None = None,
+) -> Tensor:
+    """Causal self-attention within each packed document.
+
+    Args:
+        q: (T, H, hd).
+        k: (T, K, hd), K divides H.
+        v: (T, K, hd).
+        cu_seqlens: (documents + 1,) int32, document i is [cu[i], cu[i + 1]).
+        max_seqlen: the longest document, in tokens.
+        backend: one of BACKENDS.
+        dropout: of the attention probabilities.
+        rectangles: of the same cu_seqlens, made once for all layers; only sdpa needs it.
+
+    Returns:
+        (T, H, hd) in q's dtype.
+
+    Source: Dao, FlashAttention-2, 2023 (the varlen interface).
+    """
+    name, _ = resolve(backend, q.device.type, q.dtype)
+    if name == "flash_attn":
+        return _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout)
+    if name == "torch_varlen":
+        found = _torch_varlen()
+        assert found is not None
+        varlen, extra, groups_itself = found
+        if dropout:
+            raise ValueError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
+        groups = q.shape[1] // k.shape[1]
+        if groups_itself:
+            extra = {**extra, "enable_gqa": groups > 1}
+        elif groups > 1:
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
+    if name == "eager":
+        return _run_eager(q, k, v, cu_seqlens, dropout)
+    return attention_rows.attend_rows(q, k, v, rectangles or Rectangles(cu_seqlens.tolist(), q.device), dropout)
+
+
+def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout):
+    found = _flash_attn()
+    assert found is not None
+    name, function = found
+    extra = {"dropout_p": dropout} if name == "flash_attn" and dropout else {}
+    if dropout and not extra:
+        raise ValueError(f"{name} has no dropout; use --attention sdpa or --dropout 0")
+    out = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, **extra)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _run_eager(q, k, v, cu_seqlens, dropout):
+    """The definition, with the whole T x T mask."""
+    t, heads, head_dim = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    where = torch.arange(t, device=q.device)
+    document = torch.searchsorted(cu_seqlens[1:].contiguous(), where, right=True)
+    allowed = (document[:, None] == document[None, :]) & (where[:, None] >= where[None, :])
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(head_dim)
+    wide = accum_dtype(q.dtype)
+    probs = scores.to(wide).masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", F.dropout(probs, dropout), v)

@@ -1,0 +1,374 @@
+"""Rewards: plain functions that say how good answers are, found by name and added up.
+
+Purpose: `--reward correct format*0.5 mine.py:politeness` makes one number of each answer.
+Principle: a reward is a function f(prompts, answers, rows) -> list of floats, one an answer: the text that was given to the
+    model, the text that it wrote (tags kept, end marker gone), and the line of the data as a dict. What is built in
+    is written in the same way, so that a user's own is as good as ours.
+Properties: pure Python on strings; a reward that returns the wrong number of values, or one that is not finite, is an error
+    with its name. A prompt that opens a thought is counted as the beginning of the answer.
+
+Built in: `length`, `thinking`, `repetition` are MiniMind's own rules of its GRPO; `format`, `tagged` and `correct` are
+strict, for answers that can be checked. A model as judge: see `ModelReward`.
+
+Source: MiniMind's train_grpo for the first three.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from minimind_fast.commands.evaluate import score
+from minimind_fast.data.cache import BadRow
+from minimind_fast.data.chats import Chat, read_chat
+from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.model import MiniMind
+from minimind_fast.weights.checkpoint import (
+    load_config,
+    load_disk_weights,
+    load_pretrained,
+    read_weights,
+    resolve_folder,
+)
+
+Reward = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], list[float]]
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def expected_answer(row: dict[str, Any]) -> str | None:
+    """What a line of the data holds as the right answer.
+
+    Args:
+        row: `answer`, or MiniMind's `gt`, or the content of the last message, if the assistant's.
+
+    Returns:
+        The text; None if there is none.
+    """
+    for key in ("answer", "gt"):
+        if row.get(key) is not None:
+            value = row[key]
+            return str(value[0] if isinstance(value, list) and value else value)
+    last = row["conversations"][-1]
+    content = last.get("content") if last.get("role", "assistant") == "assistant" else None
+    return final_answer(content) if content else None
+
+
+def split_thought(prompt: str, answer: str) -> tuple[str | None, str]:
+    """An answer's thought and what follows it.
+
+    Args:
+        prompt: the text before the answer; it may open the thought.
+        answer: as written.
+
+    Returns:
+        (the thought, None if none was opened and closed; the rest).
+    """
+    whole = f"<think>{answer}" if prompt.rstrip().endswith("<think>") else answer
+    thought, closed, rest = whole.partition("</think>")
+    if not closed or "<think>" not in thought:
+        return None, answer
+    return thought.split("<think>", 1)[1], rest
+
+
+def final_answer(answer: str) -> str:
+    """The part of an answer that counts: between its <answer> tags, else after its thought.
+
+    Args:
+        answer: as written, with or without tags.
+    """
+    rest = answer.rpartition("</think>")[2]
+    tagged = re.search(r"<answer>(.*?)</answer>", rest, re.DOTALL)
+    return (tagged[1] if tagged else rest).strip()
+
+
+def length(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """0.5 for an answer of 20 to 800 characters, else -0.5."""
+    return [0.5 if 20 <= len(answer.strip()) <= 800 else -0.5 for answer in answers]
+
+
+def thinking(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """1 for a closed thought of 20 to 300 characters, else -0.5; 0.25 more if it is closed once, less if oftener.
+
+    An answer without `</think>` gets 0.
+    """
+    out = []
+    for answer in answers:
+        thought, closed, _ = answer.partition("</think>")
+        once = 0.25 if answer.count("</think>") == 1 else -0.25
+        out.append((1.0 if 20 <= len(thought.strip()) <= 300 else -0.5) + once if closed else 0.0)
+    return out
+
+
+def repetition(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Minus the share of three-word runs that occur again after the thought, capped at -0.5; a sign counts as a word."""
+    out = []
+    for answer in answers:
+        # Each Chinese character is a word by itself: \w+ would take a whole sentence for one.
+        words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]", answer.rpartition("</think>")[2].lower())
+        runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+        out.append(-min(0.5, (len(runs) - len(set(runs))) / len(runs)) if runs else 0.0)
+    return out
+
+
+def format(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """1 for one thought, opened and closed once, and an answer after it, <answer> tags in pairs if any; else 0."""
+    out = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        thought, rest = split_thought(prompt, answer)
+        pairs = len(re.findall(r"<answer>[^<]*\S[^<]*</answer>", rest))
+        good = thought is not None and bool(thought.strip()) and bool(rest.strip())
+        good = good and not re.search("</?think>|</?answer>", thought or "") and not re.search("</?think>", rest)
+        out.append(float(good and pairs <= 1 and rest.count("<answer>") == rest.count("</answer>") == pairs))
+    return out
+
+
+def tagged(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """1 for a thought that is followed by one pair of <answer> tags with something in it, and nothing else; else 0."""
+    thoughts = (split_thought(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+    whole = re.compile(r"\s*<answer>[^<]*[^<\s][^<]*</answer>\s*")
+    return [float(thought is not None and whole.fullmatch(rest) is not None) for thought, rest in thoughts]
+
+
+def correct(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """1 if the last number of the final answer is the expected one, or, where that is no number, if the texts are equal.
+
+    Raises:
+        ValueError: a row that says no answer.
+    """
+    out = []
+    for answer, row in zip(answers, rows, strict=True):
+        expected = expected_answer(row)
+        if expected is None:
+            said = json.dumps(row, ensure_ascii=False)[:120]
+            raise ValueError(f'--reward correct: a row says no answer (give it an "answer" or "gt"): {said}')
+        out.append(float(_same(final_answer(answer), expected)))
+    return out
+
+
+def _same(answer: str, expected: str) -> bool:
+    expected = expected.strip()
+    if _NUMBER.fullmatch(expected.replace(",", "")):
+        found = _NUMBER.findall(answer.replace(",", ""))
+        return bool(found) and float(found[-1]) == float(expected.replace(",", ""))
+    return " ".join(answer.split()).casefold() == " ".join(expected.split()).casefold()
+
+
+BUILT_IN: dict[str, Reward] = {f.__name__: f for f in (length, thinking, repetition, format, tagged, correct)}
+
+
+class ModelReward:
+    """A model's opinion of answers (of what follows their thoughts).
+
+    A folder whose config names a `...ForSequenceClassification` with one label, as reward models of the Llama and Qwen3
+    families are published, gives its score of the chat, clipped to +-3 as in MiniMind. Any other folder that we can read
+    is a language model: the reward is then the mean log-probability of the answer's tokens under it, which asks "would
+    this model say so?" and is no learned preference. MiniMind's own choice, internlm2-1_8b-reward, brings code that only
+    Transformers can run: call it from a function of yours, `--reward mine.py:score`.
+
+    Args:
+        folder: weights, config.json and tokenizer; the chat is rendered by its own template.
+        device: where it runs.
+        dtype: of its weights; None: as stored.
+
+    Raises:
+        ValueError: a model that we cannot run, with what to do.
+    """
+
+    __name__ = "model"
+
+    def __init__(
+        self, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        folder = resolve_folder(folder)
+        try:
+            self.tokenizer = Tokenizer.load(folder)
+            self.head: torch.Tensor | None = None
+            weights = read_weights(folder)
+            if "score.weight" in weights:
+                self.model, self.head = _load_scorer(folder, weights)
+                self.head = self.head.to(device, dtype)
+                self.model.to(device, dtype)
+            else:
+                self.model = load_pretrained(folder, device=device, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"--reward_model_path: {error}. A model that only Transformers can run is called from a function of your "
+                "own: --reward FILE.py:FUNCTION, with FUNCTION(prompts, answers, rows) -> list of floats"
+            ) from None
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+        """Give the score of each answer, or the mean log-probability of its tokens (0 for an empty one)."""
+        render, encode = self.tokenizer.render_chat, self.tokenizer.encode
+        pairs = [
+            (question(row), answer.rpartition("</think>")[2].strip()) for row, answer in zip(rows, answers, strict=True)
+        ]
+        if self.head is None:
+            contexts = [encode(render(chat.messages, chat.tools, add_generation_prompt=True)) for chat, _ in pairs]
+            said = [encode(text) for _, text in pairs]
+            sums = score(self.model, list(zip(contexts, said, strict=True)))
+            return [total / max(len(ids), 1) for total, ids in zip(sums, said, strict=True)]
+        chats = [([*chat.messages, {"role": "assistant", "content": text}], chat.tools) for chat, text in pairs]
+        rows_ids = [encode(render(*chat)) for chat in chats]
+        cu = torch.tensor([0, *map(len, rows_ids)], device=self.head.device).cumsum(0)
+        ids = torch.tensor([i for row in rows_ids for i in row], device=self.head.device)
+        hidden = self.model(ids, cu_seqlens=cu.to(torch.int32), return_hidden=True).hidden
+        assert hidden is not None
+        return (hidden[cu[1:] - 1] @ self.head.T).float().squeeze(-1).clamp(-3, 3).tolist()
+
+
+def _load_scorer(folder: Path, weights: dict[str, torch.Tensor]) -> tuple[MiniMind, torch.Tensor]:
+    """(the body, the (1, D) head) of a sequence classifier with one label."""
+    head = weights.pop("score.weight")
+    if head.shape[0] != 1:
+        raise ValueError(f"{folder} has {head.shape[0]} labels: a reward model has one")
+    config = load_config(folder)
+    config.tie_word_embeddings = True  # it has no vocabulary head
+    with torch.random.fork_rng(devices=[]):
+        model = MiniMind(config).to(head.dtype)
+    load_disk_weights(model, weights, str(folder))
+    return model.eval(), head
+
+
+def question(row: dict[str, Any]) -> Chat:
+    """The chat of a row up to where the model shall answer.
+
+    Args:
+        row: `conversations`, whose last message, if the assistant's, is left out.
+
+    Raises:
+        ValueError: what is wrong with the row.
+    """
+    chat = read_chat(row)
+    if isinstance(chat, BadRow):
+        raise ValueError(chat.problem)
+    if chat.messages[-1]["role"] == "assistant":
+        chat.messages.pop()
+    if not chat.messages or chat.messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(
+            "nobody asks anything: the last message before the empty one of the assistant must be the user's"
+        )
+    return chat
+
+
+class Rewards:
+    """The weighted sum of several rewards.
+
+    Args:
+        specs: each NAME, MODULE:FUNCTION or FILE.py:FUNCTION, with *WEIGHT after it if it is not 1.
+        model: a further one, or None.
+
+    Raises:
+        ValueError: an unknown name, or what cannot be imported or called.
+    """
+
+    def __init__(self, specs: Sequence[str], model: ModelReward | None = None) -> None:
+        if not specs and model is None:
+            raise ValueError("give at least one --reward")
+        self.parts: list[tuple[str, Reward, float]] = []
+        for spec in specs:
+            name, star, weight = spec.partition("*")
+            try:
+                factor = float(weight) if star else 1.0
+            except ValueError:
+                factor = math.nan
+            if not math.isfinite(factor):
+                raise ValueError(f"--reward {spec}: {weight!r} is not a number; write for example {name}*0.5")
+            self.parts.append((name, find(name), factor))
+        if model is not None:
+            self.parts.append(("model", model, 1.0))
+        self.names = [name.rpartition(":")[2] for name, _, _ in self.parts]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"--reward: two rewards are called the same: {', '.join(self.names)}")
+
+    def check(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Refuse rows that cannot be rewarded, before anything is trained.
+
+        Args:
+            rows: all lines of the data.
+
+        Raises:
+            ValueError: `correct` is wanted, and a row says no answer.
+        """
+        if any(function is correct for _, function, _ in self.parts):
+            correct([""] * len(rows), [""] * len(rows), rows)
+
+    def __call__(
+        self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """Reward answers.
+
+        Args:
+            prompts: (N) texts given to the model.
+            answers: (N) texts that it wrote.
+            rows: (N) lines of the data.
+
+        Returns:
+            (N weighted sums, the N values of each reward by its name, without weight).
+
+        Raises:
+            ValueError: a reward gave something else than N finite numbers.
+        """
+        total, each = [0.0] * len(answers), {}
+        for name, (spec, function, weight) in zip(self.names, self.parts, strict=True):
+            values = list(function(prompts, answers, rows))
+            if len(values) != len(answers):
+                raise ValueError(f"--reward {spec} gave {len(values)} values for {len(answers)} answers")
+            try:
+                values = [float(value) for value in values]
+            except (TypeError, ValueError):
+                raise ValueError(f"--reward {spec} must give numbers, not {values[:3]}") from None
+            bad = [value for value in values if not math.isfinite(value)]
+            if bad:
+                raise ValueError(f"--reward {spec} gave {bad[0]}: rewards must be finite")
+            each[name] = values
+            total = [t + weight * value for t, value in zip(total, values, strict=True)]
+        return total, each
+
+
+def find(name: str) -> Reward:
+    """The function that a name means.
+
+    Args:
+        name: of a built-in reward, MODULE:FUNCTION (a module that Python finds, also in the current folder), or
+            FILE.py:FUNCTION.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    where, colon, function = name.rpartition(":")
+    if not colon:
+        raise ValueError(f"--reward {name}: no such reward; built in are {', '.join(BUILT_IN)}, else FILE.py:FUNCTION")
+    try:
+        found = getattr(_module(where), function)
+    except AttributeError:
+        raise ValueError(f"--reward {name}: {where} has no {function}") from None
+    except Exception as error:  # whatever the user's file raises while it is read
+        raise ValueError(f"--reward {name}: {where} cannot be imported: {error!r}") from error
+    if not callable(found):
+        raise ValueError(f"--reward {name}: {function} is no function")
+    return cast(Reward, found)
+
+
+def _module(where: str) -> Any:
+    if not where.endswith(".py"):
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # at the end: a user's file never hides an installed module
+        return importlib.import_module(where)
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(where).stem}", where)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

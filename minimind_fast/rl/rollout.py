@@ -1,0 +1,372 @@
+"""Rollouts: the model answers prompts, the answers are rewarded, and what was said becomes a batch to learn from.
+
+Purpose: the data of GRPO. `read_prompts` reads MiniMind's rlaif lines, `Rollouts` is to the Trainer what PackedBatches is
+    in other stages.
+Principle: a micro-batch is `batch_size` prompts with `generations` answers each, written in one batch by the weights of this
+    moment, and packed end to end; only the answers' tokens are targets. The old log-probabilities come from the model
+    under training, by the same kernels as in the update that follows. All randomness is a function of the seed, the place
+    in the epoch's order and the number of the answer.
+Properties: an epoch is a whole number of optimizer steps: its last one is filled up from the epoch's beginning. The position
+    counts prompts of all ranks, so another number of ranks can take it up. Where a rollout serves several updates, it is
+    part of the saved position, for the weights that wrote it are gone; with another number of ranks it is written anew.
+
+T: positions in a packed batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind_fast.data.cache import BadRow, DataError, read_rows
+from minimind_fast.data.chats import PROMPTS, end_marker
+from minimind_fast.data.packing import IGNORE_INDEX, Batch
+from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.infer.generate import complete
+from minimind_fast.infer.sampling import Sampling, row_seed
+from minimind_fast.model import MiniMind
+from minimind_fast.rl.rewards import Rewards, question
+from minimind_fast.training import engine as ds
+from minimind_fast.training.losses import group_advantages
+from minimind_fast.training.resume import frozen_fingerprint
+
+
+@dataclass
+class Prompt:
+    """A line of the data.
+
+    Attributes:
+        row: as read.
+        texts: the text given to the model, without and with a thought opened.
+        ids: the tokens of each.
+    """
+
+    row: dict[str, Any]
+    texts: list[str]
+    ids: list[list[int]]
+
+
+@dataclass
+class RolloutBatch(Batch):
+    """Answers to learn from; `weights` is 1 / (tokens of the answer), so that each answer counts the same.
+
+    Attributes:
+        advantages: (T,) float32, each token its answer's; 0 on prompts.
+        old_logprobs: (T,) float32 of the policy that wrote the tokens; None: the first update has them itself.
+        reference_logprobs: (T,) float32, or None without a reference.
+        stats: sums over the answers, for the log.
+    """
+
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+def read_prompts(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    on_bad_line: str = "error",
+    log: Callable[[str], None] = print,
+) -> list[Prompt]:
+    """Read `{"conversations": [...]}` lines whose last message, the assistant's, is empty or left out.
+
+    Args:
+        paths: JSONL files.
+        tokenizer: of the model.
+        max_seq_len: tokens of a prompt, at most; longer ones are left out, as half a prompt is another one.
+        on_bad_line: "error" or "skip".
+        log: told what is left out.
+
+    Returns:
+        The prompts, in order.
+
+    Raises:
+        DataError: a line that cannot be used, or no prompt is left.
+    """
+
+    def read(row: dict[str, Any]) -> Prompt | BadRow:
+        try:
+            chat = question(row)
+            texts = [tokenizer.render_chat(chat.messages, chat.tools, add_generation_prompt=True, **p) for p in PROMPTS]
+            "".join(texts).encode()  # the tokenizer's own complaint would not name the row
+            return Prompt(row, texts, [tokenizer.encode(text) for text in texts])
+        except UnicodeEncodeError:
+            return BadRow("holds half of a surrogate pair, such as \\ud83d alone, which is no character")
+        except ValueError as error:
+            return BadRow(str(error))
+
+    found = list(read_rows(paths, read, on_bad_line=on_bad_line, log=log))
+    short = [prompt for prompt in found if max(map(len, prompt.ids)) <= max_seq_len]
+    if len(short) < len(found):
+        log(
+            f"{len(found) - len(short):,} of {len(found):,} prompts are left out: longer than --max_seq_len {max_seq_len}."
+        )
+    if not short:
+        raise DataError(f"{', '.join(map(str, paths))}: no prompt of at most --max_seq_len {max_seq_len} tokens")
+    return short
+
+
+class Rollouts:
+    """Micro-batches of answers that the model writes when they are asked for.
+
+    Args:
+        prompts: of `read_prompts`.
+        tokenizer: of the model.
+        rewards: of the answers; all rows are checked.
+        reference: the frozen model, on the device of training; None: no KL.
+        rank, world_size: this process's share.
+        batch_size: prompts in a micro-batch.
+        generations: answers to each, at least 2.
+        max_new_tokens: of an answer.
+        temperature: of sampling, and of all log-probabilities.
+        thinking_ratio: share of the answers' prompts that open a thought.
+        accumulation_steps: micro-batches in an optimizer step.
+        updates: optimizer steps for each rollout.
+        seed: of the order and of sampling.
+
+    Attributes:
+        engine: to be set before the first batch: the DeepSpeed engine of the model under training.
+    """
+
+    needs_model = True  # see `Batches`
+
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        tokenizer: Tokenizer,
+        rewards: Rewards,
+        reference: MiniMind | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        batch_size: int,
+        generations: int,
+        max_new_tokens: int,
+        seed: int,
+        temperature: float = 1.0,
+        thinking_ratio: float = 0.0,
+        accumulation_steps: int = 1,
+        updates: int = 1,
+    ) -> None:
+        self.prompts, self.tokenizer, self.rewards, self.reference = prompts, tokenizer, rewards, reference
+        self.batch_size, self.generations, self.max_new_tokens = batch_size, generations, max_new_tokens
+        self.temperature, self.thinking_ratio, self.seed = temperature, thinking_ratio, seed
+        self.accumulation_steps, self.updates = accumulation_steps, updates
+        self.rank, self.world_size = rank, world_size
+        self.engine: Any = None
+        self._copy: MiniMind | None = None
+        self.batch_tokens = batch_size * generations * (max(len(i) for p in prompts for i in p.ids) + max_new_tokens)
+        rewards.check([prompt.row for prompt in prompts])
+        digest = hashlib.blake2b(json.dumps([p.texts for p in prompts]).encode(), digest_size=8).hexdigest()
+        self._identity = {
+            "kind": "rollouts",
+            "data": digest,
+            "reference": None if reference is None else frozen_fingerprint(reference),
+            **dict(seed=seed, generations=generations, updates=updates, batch_size=batch_size),
+            "accumulation_steps": accumulation_steps,
+        }
+        self._epoch = self._next = self._update = 0  # _next: prompts of this epoch that all ranks have used up
+        self._current: list[RolloutBatch] = []  # the rollout that is in use, between its updates
+
+    # ------------------------------------------------------------------------------------------------- the position
+
+    @property
+    def _step_prompts(self) -> int:
+        """Prompts of all ranks in a rollout."""
+        return self.batch_size * self.accumulation_steps * self.world_size
+
+    def num_batches(self, epoch: int) -> int:
+        """Give the micro-batches that each rank gets in a whole epoch, each rollout counted once for each update."""
+        return -(-len(self.prompts) // self._step_prompts) * self.updates * self.accumulation_steps
+
+    def num_left(self) -> int:
+        """Give the micro-batches that each rank still gets in the current epoch."""
+        rollouts = -(-(len(self.prompts) - self._next) // self._step_prompts)
+        return (rollouts * self.updates - self._update) * self.accumulation_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the position after the last whole optimizer step's batches, and this rank's rollout if it is still in use."""
+        state = {**self._identity, "epoch": self._epoch, "next_prompt": self._next, "update": self._update}
+        if self._update:
+            state["own"] = [dict(vars(batch)) for batch in self._current]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a position, stored by any number of ranks.
+
+        Raises:
+            ValueError: it belongs to other data or other settings.
+        """
+        for name, mine in self._identity.items():
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"cannot resume the data position: {name} was {state.get(name)!r} and is {mine!r} now; "
+                    "give the same data, tokenizer and options, or start a new run"
+                )
+        self._epoch, self._next, self._update = int(state["epoch"]), int(state["next_prompt"]), int(state["update"])
+        self._current = [RolloutBatch(**own) for own in state.get("own", [])]
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        """Give this rank's micro-batches to the end of the epoch, then stop."""
+        epoch = self._epoch
+        while self._epoch == epoch:
+            if not self._current:
+                mine = range(self._next + self.rank, self._next + self._step_prompts, self.world_size)
+                cut = range(0, len(mine), self.batch_size)
+                self._current = [self.roll_out(epoch, mine[i : i + self.batch_size]) for i in cut]
+            batches = self._current
+            yield from batches[:-1]
+            self._update += 1
+            if self._update == self.updates:
+                self._next, self._update, self._current = self._next + self._step_prompts, 0, []
+            if self._next >= len(self.prompts):
+                self._epoch, self._next = epoch + 1, 0
+            yield batches[-1]
+
+    # --------------------------------------------------------------------------------------------------- a rollout
+
+    def roll_out(self, epoch: int, places: Sequence[int]) -> RolloutBatch:
+        """Let the model answer some prompts.
+
+        Args:
+            epoch: decides the order.
+            places: in the epoch's order; those beyond its end begin anew.
+
+        Returns:
+            The answers, rewarded.
+
+        Raises:
+            ValueError: a reward that is none.
+        """
+        key = np.array([self.seed % 2**64, epoch], np.uint64)
+        order = np.argsort(np.random.Philox(key=key).random_raw(len(self.prompts)), kind="stable")
+        chosen, contexts, texts, seeds = [], [], [], []
+        for place in places:
+            prompt = self.prompts[int(order[place % len(order)])]
+            # A number for each answer that ever will be, whatever the batch that it falls into.
+            first = 1 + ((epoch << 32) + place) * (self.generations + 1)
+            opened = int(row_seed(self.seed, first) / 2**63 < self.thinking_ratio)
+            for answer in range(self.generations):
+                chosen.append(prompt)
+                contexts.append(prompt.ids[opened])
+                texts.append(prompt.texts[opened])
+                seeds.append(row_seed(self.seed, first + 1 + answer))
+        begin_s = time.perf_counter()
+        done = complete(
+            self._author(), contexts, Sampling(self.temperature), max_new_tokens=self.max_new_tokens, seed=seeds
+        )
+        seconds = time.perf_counter() - begin_s
+        said = [c.ids for c in done]
+        answers = [self.tokenizer.decode(ids).removesuffix(end_marker(self.tokenizer)) for ids in said]
+        try:
+            totals, each = self.rewards(texts, answers, [p.row for p in chosen])
+        except ValueError as error:
+            if self.rank:  # rank 0 tells its own; what happens here, it never hears of
+                print(f"\nError on rank {self.rank}: {error}", file=sys.stderr, flush=True)
+            raise
+        grouped = torch.tensor(totals, dtype=torch.float64).view(-1, self.generations)
+        lengths = [float(len(ids)) for ids in said]
+        stats = {
+            "reward": sum(totals),
+            "reward_std": grouped.std(-1, correction=0).sum().item() * self.generations,
+            "completion_length": sum(lengths),
+            "finished": float(sum(c.finish_reason == "stop" for c in done)),
+            "rollout_tokens_per_s": len(said) * sum(lengths) / seconds,
+            **{f"reward_{name}": sum(values) for name, values in each.items()},
+        }
+        batch = pack(contexts, said, group_advantages(grouped).flatten().tolist(), stats)
+        return self._add_logprobs(batch)
+
+    def _author(self) -> MiniMind:
+        """The model that writes, with the weights of now: itself, or under ZeRO 3, where it is scattered, a whole copy."""
+        policy: MiniMind = self.engine.module
+        if self.engine.zero_optimization_stage() < 3:
+            return policy
+        with ds.gathered(self.engine), torch.no_grad():
+            if self._copy is None:
+                weight = policy.model.embed_tokens.weight
+                with torch.random.fork_rng(devices=[]):
+                    self._copy = MiniMind(policy.config).to(weight.device, weight.dtype)
+                self._copy.attention = policy.attention
+            for mine, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
+                mine.copy_(theirs)
+        return self._copy
+
+    def _add_logprobs(self, batch: RolloutBatch) -> RolloutBatch:
+        """The passes that the losses compare with; a policy that is updated once is its own old one."""
+        batch = batch.to(self.engine.module.model.embed_tokens.weight.device)
+        if self.updates > 1:
+            # With a graph, which is thrown away: without one a CPU takes other kernels, and the ratio would not be 1.
+            batch.old_logprobs = self.run(self.engine, batch)[0].detach()
+        if self.reference is not None:
+            with torch.no_grad():
+                batch.reference_logprobs = self.run(self.reference, batch)[0]
+        return batch
+
+    def run(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Run a batch, its log-probabilities at the temperature of sampling.
+
+        Args:
+            model: or engine.
+            batch: on its device.
+
+        Returns:
+            (logprobs (T,) float32, the experts' balancing loss).
+        """
+        out = model(
+            batch.input_ids,
+            targets=batch.targets,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            temperature=self.temperature,
+        )
+        return out.logprobs, out.aux_loss
+
+
+def pack(
+    contexts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    advantages: Sequence[float],
+    stats: dict[str, float],
+) -> RolloutBatch:
+    """Prompts and answers end to end, the answers' tokens as targets.
+
+    Args:
+        contexts: token ids of each prompt, at least one.
+        answers: token ids of each answer, at least one.
+        advantages: of each answer.
+        stats: for the batch.
+
+    Returns:
+        A batch without log-probabilities.
+    """
+    ids, targets, weights, per_token, lengths = [], [], [], [], []
+    for context, answer, advantage in zip(contexts, answers, advantages, strict=True):
+        before = len(context) - 1
+        ids += [*context, *answer[:-1]]
+        targets += [IGNORE_INDEX] * before + list(answer)
+        weights += [0.0] * before + [1 / len(answer)] * len(answer)
+        per_token += [0.0] * before + [advantage] * len(answer)
+        lengths.append(before + len(answer))
+    return RolloutBatch(
+        torch.tensor(ids),
+        torch.tensor(targets),
+        torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        max(lengths),
+        num_targets=sum(map(len, answers)),
+        num_docs=len(answers),
+        weights=torch.tensor(weights),
+        advantages=torch.tensor(per_token),
+        stats=stats,
+    )

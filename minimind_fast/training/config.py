@@ -1,0 +1,160 @@
+"""The options of a run: one dataclass, which the command line and the log follow.
+
+Purpose: `TrainConfig` holds what every stage shares; a stage adds its own fields and defaults with `with_defaults`.
+Principle: a field is declared once, with its default and its help.
+Properties: imports no torch; impossible values are errors that name the option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+
+def option(default: Any, text: str, **extra: Any) -> Any:
+    """A dataclass field with a help text for the command line.
+
+    Args:
+        default: the default value (a list or dict is copied for each instance).
+        text: help, one sentence.
+        extra: `choices=(...)`.
+    """
+    metadata = {"help": text, **extra}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """The options that every stage shares; names are MiniMind's where they mean the same."""
+
+    # what
+    preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
+    from_weight: str = option("none", "start from these weights: a folder or a MiniMind .pth; none starts from nothing")
+    data_path: list[str] = option([], "JSONL file(s) to train on; the shipped sample if not given")
+    val_data_path: list[str] = option([], "JSONL file(s) to measure the validation loss on")
+    tokenizer_path: str = option("", "folder with tokenizer.json; the weights' own or the shipped one if not given")
+    save_dir: str = option("out", "where weights, checkpoints and logs go: SAVE_DIR/SAVE_WEIGHT/")
+    save_weight: str = option("", "name of the run's folder; the stage's name if not given")
+    hidden_size: int = option(0, "override the preset's width")
+    num_hidden_layers: int = option(0, "override the preset's depth")
+    use_moe: bool = option(False, "the preset's mixture-of-experts form")
+    norm_topk_prob: bool | None = option(None, "normalise the routing weights (MiniMind3's top-1 form if set)")
+    dropout: float = option(0.0, "dropout in attention and residual branches")
+    # data
+    batch_size: int = option(
+        32, "rows in a micro-batch on each device; a packed batch holds batch_size * max_seq_len tokens"
+    )
+    max_seq_len: int = option(340, "longest document in tokens; longer ones are cut into pieces")
+    accumulation_steps: int = option(8, "micro-batches in an optimizer step")
+    packing: bool = option(True, "pack documents without padding; --no_packing gives MiniMind's padded rows")
+    truncate: bool = option(False, "cut long documents off instead of into pieces")
+    on_bad_line: str = option("error", "what to do with a line that cannot be used", choices=("error", "skip"))
+    cache_dir: str = option("", "where the tokenised data is cached; beside the data if not given")
+    # optimisation
+    epochs: int = option(2, "passes over the data")
+    max_steps: int = option(0, "stop after this many optimizer steps (0: by epochs)")
+    max_minutes: float = option(
+        0.0, "train for at most this many minutes; the learning rate falls with them (0: no limit)"
+    )
+    learning_rate: float = option(5e-4, "peak learning rate")
+    lr_schedule: str = option("minimind", "shape of the learning rate", choices=("minimind", "cosine", "constant"))
+    warmup_steps: int = option(0, "optimizer steps of linear warmup")
+    weight_decay: float = option(0.01, "AdamW weight decay, on matrices only")
+    beta1: float = option(0.9, "AdamW beta1")
+    beta2: float = option(0.95, "AdamW beta2")
+    grad_clip: float = option(1.0, "clip the gradient norm to this (0: no clipping)")
+    seed: int = option(42, "seed of weights, data order and dropout")
+    # how
+    dtype: str = option(
+        "auto",
+        "training precision; 16 bits have fp32 masters; auto: bfloat16, or without it float32 on a CPU, float16 on a GPU",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    kernels: str = option("auto", "Triton kernels: auto, all, none or names such as rms_norm,swiglu")
+    attention: str = option("auto", "attention backend: auto, flash_attn, torch_varlen, sdpa or eager")
+    zero_stage: int = option(
+        -1, "DeepSpeed ZeRO stage 0-3 (-1: 1, or 0 in float32 on one rank)", choices=(-1, 0, 1, 2, 3)
+    )
+    offload: str = option("none", "keep optimizer state in host memory", choices=("none", "cpu"))
+    deepspeed_config: str = option("", "your own DeepSpeed JSON; a clash with an option is an error")
+    gradient_checkpointing: bool = option(False, "recompute each block in the backward pass to save memory")
+    use_compile: bool = option(False, "torch.compile the model (first step takes longer)")
+    cuda_graphs: bool = option(
+        False, "replay forward and backward as CUDA graphs (GPU; for micro-batches below 20k tokens)"
+    )
+    num_threads: int = option(0, "CPU threads of this rank (0: cores shared among the ranks)")
+    # watching and saving
+    log_interval: int = option(10, "optimizer steps between log lines")
+    save_interval: int = option(0, "optimizer steps between checkpoints (0: about every ten minutes, and at the end)")
+    keep_checkpoints: int = option(2, "checkpoints to keep")
+    val_interval: int = option(0, "optimizer steps between validations (0: at each save and at the end)")
+    from_resume: bool = option(False, "go on from the newest checkpoint of this run")
+    max_nonfinite_steps: int = option(
+        5, "stop after this many skipped steps in a row with a loss or gradient that is not finite"
+    )
+    use_wandb: bool = option(False, "also log to Weights & Biases")
+    use_swanlab: bool = option(False, "also log to SwanLab")
+    sample_prompts: list[str] = option([], "prompts to continue at the end of the run")
+    sample_tokens: int = option(60, "tokens to continue each of them by (0: no samples)")
+    # names of the options that were typed, filled in by `parse`
+    given: set[str] = field(default_factory=set, repr=False)
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
+
+    def check(self) -> None:
+        """Refuse values that cannot work, before anything is loaded.
+
+        Raises:
+            ValueError: naming the option and what it may be.
+        """
+        for name in ("batch_size", "max_seq_len", "accumulation_steps", "epochs", "log_interval", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in (
+            "max_steps",
+            "max_minutes",
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "save_interval",
+            "num_threads",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"--learning_rate must be positive, not {self.learning_rate}")
+        if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
+            raise ValueError(f"--beta1 and --beta2 must be in [0, 1), not {self.beta1} and {self.beta2}")
+
+
+Config = TypeVar("Config")
+
+
+def with_defaults(**defaults: Any) -> Callable[[type[Config]], type[Config]]:
+    """A class decorator: a dataclass of a stage's options whose inherited options have other defaults.
+
+    Args:
+        defaults: option=value, for options of the base class.
+    """
+
+    def make(cls: type[Config]) -> type[Config]:
+        inherited = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        annotations = dict(cls.__dict__.get("__annotations__", {}))
+        for name, value in defaults.items():
+            setattr(cls, name, option(value, **_as_option(inherited[name])))
+            annotations[name] = inherited[name].type
+        cls.__annotations__ = annotations
+        return dataclass(cls)
+
+    return make
+
+
+def _as_option(f: dataclasses.Field) -> dict[str, Any]:
+    extra = dict(f.metadata)
+    return {"text": extra.pop("help"), **extra}

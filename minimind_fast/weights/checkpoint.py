@@ -1,0 +1,488 @@
+"""Weights on disk: MiniMind's names outside, fused and stacked tensors inside.
+
+Purpose: `load_pretrained` and `save_pretrained` for MiniMind's Transformers-format folder and its `.pth` files, and for
+    Llama, Qwen3 and Qwen3-MoE folders, whose tensors have the same names (`exchange.py` translates the config).
+Principle: a table says which part of a tensor in memory is which tensor on disk, as views. Writing stores the views,
+    reading copies into them, so that both directions read the same table.
+Properties: a folder appears whole or not at all (written aside, then renamed); files are read without unpickling code;
+    extra, missing or misshapen tensors are an error that lists them; a tied head is stored once; a folder that holds
+    other things than a model is never replaced.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minimind_fast.config import ModelConfig
+from minimind_fast.model import MiniMind
+from minimind_fast.weights.hf import ARCHITECTURES, from_hf_config, generation_config, to_hf_config
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Written by some releases, computed here.
+_BUFFERS = re.compile(r"(freqs_cos|freqs_sin|rotary_emb\.inv_freq|\.mask)$")
+FORMATS = ("minimind", "pth", *ARCHITECTURES)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a model's folder holds, here and as Transformers writes it: all of this may be replaced by a new model.
+_MODEL_FILE = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|[\w.]+\.index\.json|\.DS_Store|chat_template\.jinja|merges\.txt"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def _qkv_sizes(config: ModelConfig) -> list[int]:
+    assert config.head_dim is not None
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return [q, kv, kv]
+
+
+def _expert_names(prefix: str, leaf: str, count: int) -> list[str]:
+    return [f"{prefix}experts.{e}.{leaf}_proj.weight" for e in range(count)]
+
+
+def to_disk_names(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our tensors -> MiniMind's: fused projections are split, experts unstacked.
+
+    Args:
+        state: `model.state_dict()`, or any subset of it (gradients by name work too).
+        config: the model's.
+
+    Returns:
+        {name on disk: tensor}, views where possible.
+    """
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        head, _, leaf = name.rpartition("self_attn.qkv_proj.weight")
+        if head and not leaf:
+            parts = tensor.split(_qkv_sizes(config))
+            out.update({f"{head}self_attn.{x}_proj.weight": part for x, part in zip("qkv", parts, strict=True)})
+        elif name.endswith("mlp.experts.gate_up"):
+            prefix = name.removesuffix("experts.gate_up")
+            gate, up = tensor.chunk(2, dim=1)
+            for leaf, stacked in (("gate", gate), ("up", up)):
+                out.update(zip(_expert_names(prefix, leaf, config.num_experts), stacked, strict=True))
+        elif name.endswith("mlp.experts.down"):
+            prefix = name.removesuffix("experts.down")
+            out.update(zip(_expert_names(prefix, "down", config.num_experts), tensor, strict=True))
+        elif ".mlp.shared." in name:
+            prefix, leaf = name.split("shared.")
+            n = config.num_shared_experts
+            assert n
+            if leaf.startswith("gate_up"):
+                pieces = {"gate": tensor.chunk(2)[0].chunk(n), "up": tensor.chunk(2)[1].chunk(n)}
+            else:
+                pieces = {"down": tensor.chunk(n, dim=1)}
+            for kind, parts in pieces.items():
+                out.update({f"{prefix}shared_experts.{i}.{kind}_proj.weight": p for i, p in enumerate(parts)})
+        elif name.endswith("mlp.gate_up_proj.weight"):
+            prefix = name.removesuffix("gate_up_proj.weight")
+            gate, up = tensor.chunk(2)
+            out.update({f"{prefix}gate_proj.weight": gate, f"{prefix}up_proj.weight": up})
+        else:
+            out[_head_norm_on_disk(name)] = tensor
+    return out
+
+
+def _head_norm_on_disk(name: str) -> str:
+    """q_norm_weight in memory is q_norm.weight on disk; every other name stays."""
+    return re.sub(r"\.([qk])_norm_weight$", r".\1_norm.weight", name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- write
+
+
+def save_pretrained(
+    model: MiniMind,
+    path: str | Path,
+    *,
+    format: str = "minimind",
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    state: dict[str, Tensor] | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write a model so that MiniMind, Transformers or `load_pretrained` can read it.
+
+    Everything is checked before anything is written. A folder that held a model is replaced as a whole.
+
+    Args:
+        model: what to write.
+        path: a folder, or a file for "pth".
+        format: "minimind" (folder with config.json and safetensors), "pth" (MiniMind's own file), or the folder of a
+            Hugging Face "llama", "qwen3" or "qwen3_moe" (with generation_config.json).
+        dtype: float32, bfloat16 or float16 for the weights; None keeps theirs ("pth": float16, as MiniMind writes).
+        tokenizer: an `mm.Tokenizer`; saved beside the weights with its chat template, its fingerprint recorded. In a
+            Hugging Face format its special ids are written for the model's.
+        state: weights in place of `model.state_dict()` (a trainer's float32 masters).
+        max_shard_size: bytes, or text such as "500MB" or "2GiB": larger weights become several files with an index.
+
+    Raises:
+        ValueError: an unknown format, dtype or size, a model that the format cannot hold (with the reason), a value
+            that float16 cannot hold, or a path that holds something other than a model.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"weights are written as float32, bfloat16 or float16, not {dtype}")
+    limit = _shard_bytes(max_shard_size)
+    if format == "pth" and limit is not None:
+        raise ValueError("a .pth is one file: leave max_shard_size out, or write a folder")
+    check_replaceable(path, a_file=format == "pth")
+    raw, extra = _config_files(model.config, format, tokenizer)
+    disk = _for_disk(state or model.state_dict(), model.config, dtype or (torch.float16 if format == "pth" else None))
+    if format == "pth":
+        with written_aside(path) as aside:
+            torch.save(disk, aside)
+        return
+    if model.config.tie_word_embeddings:
+        disk.pop(HEAD, None)
+    raw["dtype"] = str(next(iter(disk.values())).dtype).removeprefix("torch.")
+    if format in ARCHITECTURES:
+        raw["torch_dtype"] = raw["dtype"]  # its name in Transformers 4
+    with written_aside(path) as aside:
+        aside.mkdir(parents=True)
+        _write_weights(disk, aside, limit)
+        for name, content in {"config.json": raw, **extra}.items():
+            _write_json(aside / name, content)
+        if tokenizer is not None:
+            tokenizer.save(aside)
+
+
+def _config_files(config: ModelConfig, format: str, tokenizer: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """config.json in a format, and the other JSON files by name."""
+    extra = {}
+    if format in ARCHITECTURES:
+        if tokenizer is not None:
+            if tokenizer.vocab_size > config.vocab_size:
+                raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+            ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+            config = replace(config, **ids)
+        raw = to_hf_config(config, format)
+        extra["generation_config.json"] = generation_config(config)
+    else:
+        raw = config.to_dict()
+    if tokenizer is not None:
+        raw["minimind_fast"] = {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_size": tokenizer.vocab_size}
+    return raw, extra
+
+
+def _for_disk(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors by MiniMind's names, on the CPU, in their dtype on disk; a tied head shares its memory."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in to_disk_names(state, config).items():
+        if name == HEAD and config.tie_word_embeddings:
+            continue
+        out[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if out[name].dtype == torch.float16 and tensor.dtype != torch.float16:
+            lost = (out[name].isinf() & tensor.detach().cpu().isfinite()).sum()
+            if lost:
+                raise ValueError(f"{name} holds {lost} values beyond float16's 65504; write bfloat16 or float32")
+    if config.tie_word_embeddings:
+        out[HEAD] = out[EMBEDDING]
+    return out
+
+
+def _write_weights(disk: dict[str, Tensor], folder: Path, limit: int | None) -> None:
+    """One safetensors file, or several of at most `limit` bytes of tensors each (a larger tensor has its own)."""
+    shards: list[dict[str, Tensor]] = [{}]
+    sizes = [0]
+    for name, tensor in disk.items():
+        if shards[-1] and limit is not None and sizes[-1] + tensor.nbytes > limit:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = tensor
+        sizes[-1] += tensor.nbytes
+    if len(shards) == 1:
+        save_file(disk, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(shard, file))
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
+
+
+def _shard_bytes(size: int | str | None) -> int | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
+    number = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()) if match else 0
+    if number < 1:
+        raise ValueError(f"max_shard_size must be bytes or text such as 500MB or 2GiB, not {size!r}")
+    return int(number)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_replaceable(path: Path, a_file: bool = False) -> None:
+    """Refuse to put a model in the place of something that is not one.
+
+    Args:
+        path: where a model is to be written.
+        a_file: whether a file is to be written, not a folder.
+
+    Raises:
+        ValueError: a folder there holds other things, or a folder stands where a file is wanted, or the reverse.
+    """
+    if a_file and path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it, such as {path / 'model.pth'}")
+    if not a_file and path.is_file():
+        raise ValueError(f"{path} is a file; name a folder")
+    if not a_file and path.is_dir():
+        others = sorted(p.name for p in path.iterdir() if p.is_dir() or not _MODEL_FILE.fullmatch(p.name))
+        if others:
+            named = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+            raise ValueError(
+                f"{path} holds other things than a model ({named}), which would be lost; name a new folder"
+            )
+
+
+class written_aside:
+    """A path to write to beside the real one, which it replaces when all went well.
+
+    Whatever happens in the block or on the way (an exception, a kill, a full disk), the old file or folder is still
+    whole: under its own name, or for the instant of a folder's swap as `.<name>.old-*` beside it.
+
+    Args:
+        path: the file or folder to replace.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.aside = self.path.with_name(f".{self.path.name}.new-{os.getpid()}-{uuid.uuid4().hex[:6]}")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.aside
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._put()
+        finally:  # nothing is left to remove where all went well
+            _remove(self.aside)
+
+    def _put(self) -> None:
+        sync_to_disk(self.aside)
+        if self.path.is_dir():
+            old = self.path.with_name(f"{_old_prefix(self.path)}{uuid.uuid4().hex[:6]}")
+            os.replace(self.path, old)
+            try:
+                os.replace(self.aside, self.path)
+            except OSError:
+                os.replace(old, self.path)
+                raise
+            _remove(old)
+        else:
+            os.replace(self.aside, self.path)
+
+
+def _old_prefix(path: Path) -> str:
+    return f".{path.name}.old-"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Push a file, or all files of a folder, to the disk."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """The folder that holds the weights: `path` itself, or `path/weights` where `path` is a run's folder.
+
+    Args:
+        path: as a user gives it.
+    """
+    path = Path(path)
+    return path / "weights" if not (path / "config.json").exists() and (path / "weights").is_dir() else path
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Read `config.json` of a folder.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: no such file, not JSON, an unknown model type or field.
+    """
+    file = Path(path) / "config.json"
+    raw = _read_json(file)
+    kind = raw.get("model_type", "minimind")
+    if kind in ARCHITECTURES:
+        generation = file.with_name("generation_config.json")
+        return from_hf_config(raw, str(file), _read_json(generation) if generation.is_file() else None)
+    if kind != "minimind":
+        raise ValueError(f"{file}: model_type {kind!r} cannot be read; known are minimind, {', '.join(ARCHITECTURES)}")
+    return ModelConfig.from_dict(raw, str(file))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return raw
+
+
+def tokenizer_fingerprint(path: str | Path) -> str | None:
+    """The fingerprint of the tokenizer that a folder's weights were trained with, if it says.
+
+    Args:
+        path: a folder written by `save_pretrained`.
+    """
+    return _read_json(Path(path) / "config.json").get("minimind_fast", {}).get("tokenizer_fingerprint")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by their names on disk, of a folder (safetensors or .bin, whole or sharded) or a .pth file.
+
+    Args:
+        path: folder or file.
+
+    Raises:
+        ValueError: nothing to read there, or a file that is not what its name says.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else []
+    for name in () if files else (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (path / name).is_file():
+            files = _shards(path / name) if name.endswith(".json") else [path / name]
+            break
+    if not files:
+        raise ValueError(f"{path}: no {WEIGHTS_FILE}, pytorch_model.bin or .pth file there")
+    out: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            read = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        except Exception as error:  # each reader has its own; the user needs the file's name
+            raise ValueError(f"{file} cannot be read as weights: {error}") from None
+        if not isinstance(read, dict) or not all(isinstance(t, Tensor) for t in read.values()):
+            raise ValueError(f"{file} does not hold tensors by name")
+        out.update(read)
+    return out
+
+
+def _shards(index: Path) -> list[Path]:
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} has no weight_map")
+    shards = sorted({str(name) for name in names.values()})
+    absent = [name for name in shards if Path(name).name != name or not index.with_name(name).is_file()]
+    if absent:
+        raise ValueError(f"{index} names files that are not beside it: {', '.join(absent)}")
+    return [index.with_name(name) for name in shards]
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    config: ModelConfig | None = None,
+) -> MiniMind:
+    """Open a model from a folder, or from MiniMind's own `.pth` with its config.
+
+    Args:
+        path: folder with config.json and weights (model_type minimind, llama, qwen3 or qwen3_moe), or a .pth file.
+        device: where the model goes.
+        dtype: of its parameters; None: as stored (a .pth: float32).
+        config: required for a .pth, which does not say its shape.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: what is wrong with the path, the config or the weights.
+    """
+    path = resolve_folder(path)
+    if not path.exists():
+        old = sorted(path.parent.glob(f"{glob.escape(_old_prefix(path))}*"))  # a kill between the two renames of a swap
+        hint = f"; an interrupted save left the model before it as {old[-1]}: rename that" if old else ""
+        raise ValueError(f"{path}: no such file or folder{hint}")
+    if path.is_file() and config is None:
+        raise ValueError(f"{path} holds weights only; pass config=ModelConfig(...) that says the model's shape")
+    config = config or load_config(path)
+    disk = read_weights(path)
+    stored = next((t.dtype for t in disk.values() if t.is_floating_point()), torch.float32)
+    with torch.random.fork_rng(devices=[]):  # weights drawn and thrown away must not move the caller's generator
+        model = MiniMind(config)
+    load_disk_weights(model, disk, str(path))
+    model.to(device=device, dtype=dtype or (torch.float32 if path.is_file() else stored))
+    return model.eval()
+
+
+def load_disk_weights(model: MiniMind, disk: dict[str, Tensor], where: str) -> None:
+    """Fill a model with tensors by MiniMind's names.
+
+    Args:
+        model: filled in place.
+        disk: tensors by MiniMind's names.
+        where: named in errors.
+
+    Raises:
+        ValueError: missing, extra or misshapen tensors.
+    """
+    config = model.config
+    wanted = to_disk_names(model.state_dict(), config)
+    disk = {name: tensor for name, tensor in disk.items() if not _BUFFERS.search(name)}
+    if config.tie_word_embeddings and HEAD in disk:
+        embedding = disk.setdefault(EMBEDDING, disk[HEAD])
+        if not torch.equal(disk[HEAD], embedding):
+            raise ValueError(
+                f'{where}: {HEAD} and {EMBEDDING} differ, but the config ties them; set "tie_word_embeddings": false there'
+            )
+    elif config.tie_word_embeddings and EMBEDDING in disk:
+        disk[HEAD] = disk[EMBEDDING]
+    missing, extra = sorted(wanted.keys() - disk.keys()), sorted(disk.keys() - wanted.keys())
+    if missing or extra:
+        lines = [f"missing: {', '.join(missing)}"] if missing else []
+        lines += [f"not part of this model: {', '.join(extra)}"] if extra else []
+        raise ValueError(f"{where} does not hold this model; {'; '.join(lines)}")
+    wrong = [
+        f"{name} is {tuple(disk[name].shape)}, expected {tuple(part.shape)}"
+        for name, part in wanted.items()
+        if disk[name].shape != part.shape
+    ]
+    if wrong:
+        raise ValueError(f"{where} does not fit the config: {'; '.join(wrong)}")
+    for name, part in wanted.items():
+        part.copy_(disk[name])  # a view of the parameter in memory

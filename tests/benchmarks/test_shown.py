@@ -1,0 +1,78 @@
+"""What the README shows is made from what was printed and measured: the newcomer's minute, the proof."""
+
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import first_minute  # noqa: E402
+import verify_table  # noqa: E402
+
+OUTPUT = """Installing into .venv
+pip install
+tiny: 5.0M parameters
+326 optimizer steps
+Validation loss at step 0: 8.8
+step  10/326  loss 8.1
+step  20/326  loss 6.3
+step  30/326  loss 5.3
+step 320/326  loss 0.5
+Validation loss at step 325: 0.5
+
+The model continues (239 tokens in 0.2s):
+  one
+  Once upon a time -> there
+Done: 325 steps
+  weights  out
+Next: generate"""
+
+SHOWN = """Installing into .venv
+...
+tiny: 5.0M parameters
+...
+Validation loss at step 0: 8.8
+step  10/326  loss 8.1
+step  20/326  loss 6.3
+...
+step 320/326  loss 0.5
+Validation loss at step 325: 0.5
+
+The model continues (239 tokens in 0.2s):
+...
+  Once upon a time -> there
+Done: 325 steps
+  weights  out
+Next: generate"""
+
+
+def test_the_first_minute_keeps_whole_lines_and_marks_what_is_missing():
+    assert first_minute.shorten(OUTPUT.splitlines()) == SHOWN.splitlines()
+
+
+def test_a_run_that_died_is_shown_as_far_as_it_came():
+    assert first_minute.shorten(["tiny: 5.0M parameters", "error"]) == ["tiny: 5.0M parameters"]
+
+
+def case(op, eager, ours, passed=True, dtype="float16"):
+    result = {"eager_norm_error": eager, "norm_error": ours, "passed": passed}
+    integers = {"eager_norm_error": 0.0, "norm_error": 0.0, "passed": True}
+    return {"op": op, "dtype": dtype, "passed": passed, "results": {"out0": result, "indices": integers}}
+
+
+def test_the_proof_counts_cases_and_results_and_compares_only_errors_above_float32s_own(tmp_path):
+    rows = [
+        case("rope", 1e-3, 1.1e-3),
+        case("rope", 2e-3, 1e-3),
+        case("rope", 1e-8, 9e-8),
+        case("swiglu", 1e-3, 2e-3, False),
+    ]
+    rows += [case("swiglu", 1e-8, 1e-8, dtype="float32")]
+    found = {"device": "a card", "torch": "2", "rows": rows}
+    text = verify_table.table(found)
+    assert "4 of 5 cases pass (a card, torch 2)" in text
+    assert "| rope | float16 | 3 | 6 | 0.80 | 1.10 | pass |" in text
+    assert "| swiglu | float16 | 1 | 2 | 2.00 | 2.00 | **FAIL** |" in text
+    assert "| swiglu | float32 | 1 | 2 | - | - | pass |" in text
+    verify_table.draw(found, tmp_path / "verify.png")
+    assert (tmp_path / "verify.png").stat().st_size > 1000

@@ -1,0 +1,135 @@
+"""Which precision `auto` is, by what a CPU says of itself, and that what it says is true."""
+
+import argparse
+import time
+
+import pytest
+import torch
+
+import minimind_fast as mm
+from minimind_fast import ops
+from minimind_fast.commands import options
+from minimind_fast.config import ModelConfig
+from minimind_fast.data import samples
+from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.model import MiniMind
+from minimind_fast.ops import attention, precision
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import deepspeed_config
+
+AVX2, ZEN4 = {"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True, "avx512_fp16": False}
+SAPPHIRE_RAPIDS = {"avx512_bf16": True, "amx_bf16": True, "avx512_fp16": True}
+GRAVITON = {"architecture": "aarch64", "bf16": True, "fp16_arith": True}
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """Be on a CPU with these flags, and with oneDNN or without."""
+
+    def be(flags, onednn=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("flags", "onednn", "training", "bf16", "fp16"),
+    [
+        (AVX2, True, "float32", torch.float32, torch.float32),
+        (ZEN4, True, "bfloat16", torch.bfloat16, torch.float32),
+        (SAPPHIRE_RAPIDS, True, "bfloat16", torch.bfloat16, torch.float16),
+        (GRAVITON, True, "bfloat16", torch.bfloat16, torch.float16),
+        (GRAVITON, False, "float32", torch.float32, torch.float32),  # a Mac: the flags, but nothing that uses them
+    ],
+    ids=["AVX2", "Zen 4", "Sapphire Rapids", "Graviton", "Mac"],
+)
+def test_auto_is_what_the_cpu_multiplies(cpu, flags, onednn, training, bf16, fp16):
+    cpu(flags, onednn)
+    assert precision.choose("auto") == training
+    assert deepspeed_config(TrainConfig(), 1).get("bf16", {}).get("enabled", False) == (training == "bfloat16")
+    assert precision.as_stored(torch.bfloat16, "cpu") == bf16 and precision.as_stored(torch.float16, "cpu") == fp16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert precision.as_stored(dtype, "cuda") == dtype
+    assert precision.as_stored(torch.float32, "cpu") == torch.float32
+    for asked in ("bfloat16", "float16", "float32"):
+        assert precision.choose(asked) == asked
+
+
+def test_an_older_pytorch_is_asked_by_its_own_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)
+    for here in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda here=here: here)
+        assert precision.choose("auto") == ("bfloat16" if here else "float32")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "training"),
+    [((7, 0), None, "float16"), ((7, 5), None, "float16"), ((8, 0), None, "bfloat16"), ((9, 0), "7.0", "bfloat16")],
+    ids=["V100", "T4", "A100", "AMD"],
+)
+def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability, hip, training):
+    cpu(AVX2)  # which says nothing of the GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(precision, "_card", {})
+    monkeypatch.setattr(attention, "_flash_attn", lambda: ("flash_attn", None))
+    assert precision.choose("auto") == training
+    mixtures = {name for name, how in ops.describe("cuda").items() if how.startswith("reference")}
+    assert mixtures == ({"moe_route", "moe_mlp"} if training == "float16" else set())
+    backend, _ = attention.resolve("auto", "cuda", getattr(torch, training))
+    assert backend == ("sdpa" if training == "float16" else "flash_attn")
+
+
+def times_float32(dtype):
+    """Time of a matmul in a dtype over float32's: the best of many on one thread, as other tests share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best = {torch.float32: float("inf"), dtype: float("inf")}
+    inputs = {d: (torch.randn(128, 512).to(d), torch.randn(512, 512).to(d)) for d in best}
+    for _ in range(25):
+        for d, (x, weight) in inputs.items():
+            begin = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            best[d] = min(best[d], time.perf_counter() - begin)
+    torch.set_num_threads(threads)
+    return best[dtype] / best[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_this_cpu_says_is_true(dtype):
+    """One of three tries must show it: 16 bits are about as fast as float32 or faster where they are said to be multiplied,
+    and slower with AVX2 alone, where they are not. AVX512 without them was not measured."""
+    if precision.multiplies(dtype):
+        assert any(times_float32(dtype) < 1.5 for _ in range(3))
+    elif torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert any(times_float32(dtype) > 2 for _ in range(3))
+
+
+@pytest.fixture
+def half_folder(tmp_path):
+    tokenizer = Tokenizer.load(samples.path("tokenizer"))
+    model = MiniMind(ModelConfig.preset("tiny", num_hidden_layers=1, vocab_size=tokenizer.vocab_size))
+    mm.save_pretrained(model, tmp_path / "half", tokenizer=tokenizer, dtype=torch.float16)
+    return tmp_path / "half"
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "opened"),
+    [
+        (ZEN4, "auto", torch.float32),
+        (SAPPHIRE_RAPIDS, "auto", torch.float16),
+        (ZEN4, "float16", torch.float16),
+        (ZEN4, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_weights_answer_as_stored_or_in_float32(cpu, half_folder, flags, asked, opened):
+    cpu(flags)
+    parser = argparse.ArgumentParser()
+    options.add_model_options(parser)
+    model, _ = options.open_model(parser.parse_args([str(half_folder), "--device", "cpu", "--dtype", asked]))
+    assert {p.dtype for p in model.parameters()} == {opened}

@@ -1,0 +1,305 @@
+"""Our options as a DeepSpeed config, and the learning rate."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from launching import free_port
+
+import minimind_fast as mm
+from minimind_fast.training import losses
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import adopt, deepspeed_config, param_groups
+from minimind_fast.training.log import clock, draw_loss
+from minimind_fast.training.trainer import learning_rate, memory_advice
+
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "gradient_clipping": 0.5}))
+    config = TrainConfig(deepspeed_config=str(file))
+    ds = deepspeed_config(config, 1)
+    assert ds["zero_optimization"]["stage"] == 2 and ds["zero_optimization"]["reduce_bucket_size"] == 5
+    adopt(config, ds)
+    assert config.zero_stage == 2 and config.grad_clip == 0.5
+
+
+@pytest.mark.parametrize(
+    ("theirs", "given", "message"),
+    [
+        ({"zero_optimization": {"stage": 2}}, {"zero_stage": 1}, "zero_optimization.stage = 2 .* --zero_stage"),
+        ({"gradient_clipping": 3.0}, {"grad_clip": 1.0}, "gradient_clipping = 3.0 .* --grad_clip"),
+        ({"optimizer": {"type": "Adam"}}, {}, "remove 'optimizer'; use --learning_rate"),
+    ],
+)
+def test_a_clash_names_both(tmp_path, theirs, given, message):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(theirs))
+    config = TrainConfig(deepspeed_config=str(file), **given)
+    config.given = set(given)
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(config, 1)
+
+
+def test_a_missing_deepspeed_file_is_named():
+    with pytest.raises(ValueError, match="--deepspeed_config nowhere.json"):
+        deepspeed_config(TrainConfig(deepspeed_config="nowhere.json"), 1)
+
+
+def test_offload_needs_a_partitioned_optimizer():
+    with pytest.raises(ValueError, match="--offload cpu needs --zero_stage 1"):
+        deepspeed_config(TrainConfig(offload="cpu", zero_stage=0), 1)
+
+
+def test_norms_do_not_decay():
+    model = mm.MiniMind(mm.ModelConfig.preset("tiny", max_position_embeddings=64))
+    matrices, norms = param_groups(model, 0.1)
+    assert matrices["weight_decay"] == 0.1 and all(p.dim() > 1 for p in matrices["params"])
+    assert norms["weight_decay"] == 0 and all(p.dim() == 1 for p in norms["params"])
+    assert len(matrices["params"]) + len(norms["params"]) == len(list(model.parameters()))
+
+
+def test_learning_rate_is_minimind_form():
+    config = TrainConfig(learning_rate=1.0)
+    assert learning_rate(config, 0, 100) == pytest.approx(1.0)
+    assert learning_rate(config, 50, 100) == pytest.approx(0.55)
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 25, 100) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    config.warmup_steps = 10
+    assert learning_rate(config, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 9, 100) == learning_rate(config, 10, 100) == pytest.approx(1.0)
+    config.lr_schedule = "constant"
+    assert learning_rate(config, 99, 100) == 1.0
+    config.lr_schedule = "cosine"
+    assert learning_rate(config, 100, 100) == pytest.approx(0.0)
+
+
+def test_lm_loss_is_the_weighted_sum():
+    logprobs = torch.tensor([-1.0, 0.0, -3.0], requires_grad=True)
+    assert losses.lm(logprobs).item() == 4.0
+    loss = losses.lm(logprobs, torch.tensor([1.0, 1.0, 10.0]))
+    assert loss.item() == 31.0
+    assert torch.autograd.grad(loss, logprobs)[0].tolist() == [-1.0, -1.0, -10.0]
+
+
+def test_clock():
+    assert [clock(x) for x in (0, 59.4, 61, 3600, 7325)] == ["0s", "59s", "1m01s", "1h00m", "2h02m"]
+
+
+def test_the_curve_is_drawn_from_the_log(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **kw: drawn.update({kw["label"]: (x, y)}) or plot(self, x, y, **kw)
+    )
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "val_loss": 2.5}\n')
+    draw_loss(log, tmp_path / "loss.png", "a run")
+    assert drawn == {"training": ((1, 2), (3.0, 2.0)), "validation": ((2,), (2.5,))}
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_of_memory_says_what_to_lower_with_numbers(tmp_path):
+    config = TrainConfig(batch_size=32, max_seq_len=512, accumulation_steps=4)
+    text = memory_advice(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), config, tmp_path)
+    assert "32 x 512" in text and "--batch_size 16 --accumulation_steps 8" in text and "Tried to allocate 2 GiB" in text
+
+
+# A process of its own, as it becomes a rank: what each (ZeRO stage, dtype) does with a loss that is not finite, and what the
+# sums of two micro-batches are at stage 1 in bf16.
+UNDER_ENGINE = """
+import json, sys
+import torch
+from minimind_fast import engine
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.model import MiniMind
+
+engine.prepare(1)
+from deepspeed.accelerator import get_accelerator
+type(get_accelerator()).is_fp16_supported = lambda self: True  # DeepSpeed refuses float16 on a CPU; the arithmetic works
+type(get_accelerator()).supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
+ids, cu = torch.arange(32), torch.tensor([0, 32], dtype=torch.int32)
+for stage, dtype in json.loads(sys.argv[1]):
+    shape = dict(num_hidden_layers=1, hidden_size=64, vocab_size=256, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = MiniMind(ModelConfig.preset("tiny", **shape))
+    config = TrainConfig(zero_stage=stage, dtype=dtype, batch_size=1, accumulation_steps=2)
+    ran = engine.initialize(model, config, engine.deepspeed_config(config, 1))
+    engine.set_lr(ran, 1e-2)
+    weight, steps, moved = model.model.embed_tokens.weight, [], []
+    for factor in (1.0, float("nan"), 1.0):
+        with engine.gathered(ran):
+            before = weight.detach().clone()
+        for i in range(2):
+            ran.set_gradient_accumulation_boundary(i == 1)
+            out = ran(ids.roll(i), targets=ids, cu_seqlens=cu, max_seqlen=32)
+            ran.backward(-out.logprobs.mean() * factor, scale_wrt_gas=False)
+            if i == 0:
+                ran.step()
+        sums = getattr(ran.optimizer, "fp32_groups_gradients_flat", [torch.zeros(1)])[0].clone()
+        norm, finite = engine.finish_step(ran, 1.0)
+        with engine.gathered(ran):
+            steps.append([finite, not torch.equal(before, weight), bool(weight.isfinite().all())])
+            moved.append([norm, (weight - before).float().abs().mean().item()])
+    rounded = (sums == sums.bfloat16()).float().mean().item()
+    print(json.dumps({"steps": steps, "first": moved[0], "rounded": rounded, "timer": ran.tput_timer.config.enabled}))
+"""
+STAGES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (1, "bfloat16")]
+STAGES += [(1, "float16"), (2, "float16"), (3, "float16")]
+
+
+@pytest.fixture(scope="module")
+def under_engine():
+    command = [sys.executable, "-W", "ignore", "-c", UNDER_ENGINE, json.dumps(STAGES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(STAGES, found, strict=True))
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_step_that_is_not_finite_is_skipped_under_every_stage(under_engine, case):
+    """(said to be finite, weights changed, weights finite), for a step, one that is not finite, and one after it."""
+    assert under_engine[case]["steps"] == [[True, True, True], [False, False, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_first_step_is_that_of_float32(under_engine, case):
+    """(norm of the gradient, how far the embedding moved): a loss scale that is not undone would show in both."""
+    assert under_engine[case]["first"] == pytest.approx(under_engine[0, "float32"]["first"], rel=0.02)
+
+
+def test_float16_is_refused_where_deepspeed_would_lose_gradients(tmp_path):
+    with pytest.raises(ValueError, match="float16 at ZeRO stage 0"):
+        deepspeed_config(TrainConfig(dtype="float16", zero_stage=0), 1)
+    assert deepspeed_config(TrainConfig(dtype="float16"), 1)["zero_optimization"]["stage"] == 1
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}))
+    with pytest.raises(ValueError, match="float16 at ZeRO stage 0"):
+        deepspeed_config(TrainConfig(dtype="float32", deepspeed_config=str(file)), 1)
+
+
+def test_sums_of_micro_batches_stay_in_float32(under_engine):
+    """DeepSpeed's own default rounds them to bf16 on their way to the reduction, on one rank too."""
+    assert under_engine[1, "bfloat16"]["rounded"] < 0.7
+
+
+# One process a rank: how far masters are from the weights that were given, and weights from their rounding.
+MASTERS = """
+import json, sys
+import torch
+from minimind_fast import engine
+from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.model import MiniMind
+
+engine.prepare(1)
+rank, ranks = engine.world()
+from deepspeed.utils import safe_get_full_fp32_param
+for stage in range(4):
+    torch.manual_seed(rank)  # rank 0's weights count
+    shape = dict(num_hidden_layers=1, hidden_size=48, vocab_size=257, max_position_embeddings=64)  # no even parts
+    model = MiniMind(ModelConfig.preset("tiny", **shape))
+    torch.manual_seed(0)
+    given = [p.detach() for p in MiniMind(model.config).parameters()]
+    config = TrainConfig(zero_stage=stage, dtype="bfloat16", batch_size=1, accumulation_steps=1)
+    ran = engine.initialize(model, config, engine.deepspeed_config(config, ranks))
+    if stage:
+        masters = [safe_get_full_fp32_param(p) for p in model.parameters()]
+    else:
+        groups = zip(ran.optimizer.fp16_groups, ran.optimizer.fp32_groups)
+        of = {id(low): high for lows, highs in groups for low, high in zip(lows, highs)}
+        masters = [of[id(p)] for p in model.parameters()]
+    with engine.gathered(ran):
+        weights = [p.detach().clone() for p in model.parameters()]
+    apart = max(float((m.view_as(g) - g).abs().max()) for m, g in zip(masters, given, strict=True))
+    rounded = all(torch.equal(w, g.to(w.dtype)) for w, g in zip(weights, given, strict=True))
+    print(json.dumps([stage, apart, rounded]))
+engine.leave()
+"""
+
+
+def in_a_world(script, ranks):
+    """The script in a process a rank; what each wrote."""
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(free_port())
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    processes = []
+    for rank in range(ranks):
+        env = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=env, text=True, **PIPES))
+    written = []
+    for process in processes:
+        out, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        written.append(out)
+    return written
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_masters_are_the_weights_before_their_rounding(ranks):
+    for out in in_a_world(MASTERS, ranks):
+        found = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
+        assert found == [[stage, 0.0, True] for stage in range(4)]
+
+
+# Collectives that are not waited for are still at work when the script ends, and the group is kept, as DeepSpeed's are.
+LEAVES = """
+import torch
+import torch.distributed as dist
+from minimind_fast import engine
+
+engine.prepare(1)
+kept = dist.new_group()
+for _ in range(300):
+    mine = torch.ones(10_000)
+    dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine, group=kept, async_op=True)
+print("all is written")
+engine.leave()
+"""
+
+
+def test_a_rank_leaves_without_an_abort_and_with_its_output_written():
+    assert in_a_world(LEAVES, 2) == ["all is written\n"] * 2
+
+
+# A mistake of ours, not of the user's.
+FAILS = """
+from minimind_fast import engine, stage
+
+def main():
+    engine.prepare(1)
+    raise KeyError("a fault")
+
+stage.start(main)
+"""
+
+
+def test_a_fault_shows_its_traceback_and_exit_code_1():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FAILS], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1 and "in main" in done.stderr and "KeyError: 'a fault'" in done.stderr
+
+
+def test_no_timer_waits_for_the_gpu(under_engine):
+    assert not any(found["timer"] for found in under_engine.values())
+
+
+def test_a_users_file_decides_the_stage_and_what_follows_from_it(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    ds = deepspeed_config(TrainConfig(dtype="bfloat16", deepspeed_config=str(file)), 2)
+    assert "data_types" not in ds and "communication_data_type" not in ds  # DeepSpeed refuses fp32 sums at stage 0
+    file.write_text(json.dumps({"communication_data_type": "bf16"}))
+    assert (
+        deepspeed_config(TrainConfig(dtype="bfloat16", deepspeed_config=str(file)), 2)["communication_data_type"]
+        == "bf16"
+    )
+    assert deepspeed_config(TrainConfig(dtype="bfloat16"), 2)["communication_data_type"] == "fp32"
+    assert "communication_data_type" not in deepspeed_config(TrainConfig(dtype="bfloat16", zero_stage=2), 2)
