@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["torch._dynamo", "deepspeed", "deepspeed.runtime.engine", "torch.utils.tensorboard", "matplotlib.pyplot"]
-PRELOADED += [f"minimind_fast.{name}" for name in ("stage", "chat", "convert", "cli", "plan", "verify")]
+PRELOADED += [f"minimind_fast.{name}" for name in ("training.setup", "cli", "proof.verify")]
+PRELOADED += [f"minimind_fast.commands.{name}" for name in ("chat", "convert", "plan")]
 
 
 class Forks:

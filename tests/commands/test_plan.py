@@ -19,9 +19,11 @@ from minimind_fast.proof.roofline import CARDS, Card, op_work, shape_of, step_wo
 MEASURE = """
 import ctypes, gc, json, sys
 import torch
-from minimind_fast import engine, stage
-from minimind_fast.config import ModelConfig, TrainConfig
-from minimind_fast.data import Batch
+from minimind_fast.training import engine
+from minimind_fast.training import setup as stage
+from minimind_fast.config import ModelConfig
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
 
 engine.keep_freed_memory = lambda: None

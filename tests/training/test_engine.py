@@ -118,8 +118,9 @@ def test_out_of_memory_says_what_to_lower_with_numbers(tmp_path):
 UNDER_ENGINE = """
 import json, sys
 import torch
-from minimind_fast import engine
-from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.training import engine
+from minimind_fast.config import ModelConfig
+from minimind_fast.training.config import TrainConfig
 from minimind_fast.model import MiniMind
 
 engine.prepare(1)
@@ -196,8 +197,9 @@ def test_sums_of_micro_batches_stay_in_float32(under_engine):
 MASTERS = """
 import json, sys
 import torch
-from minimind_fast import engine
-from minimind_fast.config import ModelConfig, TrainConfig
+from minimind_fast.training import engine
+from minimind_fast.config import ModelConfig
+from minimind_fast.training.config import TrainConfig
 from minimind_fast.model import MiniMind
 
 engine.prepare(1)
@@ -254,7 +256,7 @@ def test_masters_are_the_weights_before_their_rounding(ranks):
 LEAVES = """
 import torch
 import torch.distributed as dist
-from minimind_fast import engine
+from minimind_fast.training import engine
 
 engine.prepare(1)
 kept = dist.new_group()
@@ -272,7 +274,8 @@ def test_a_rank_leaves_without_an_abort_and_with_its_output_written():
 
 # A mistake of ours, not of the user's.
 FAILS = """
-from minimind_fast import engine, stage
+from minimind_fast.training import engine
+from minimind_fast.training import setup as stage
 
 def main():
     engine.prepare(1)

@@ -289,9 +289,10 @@ def test_a_mixture_needs_both_its_kernels(monkeypatch):
 UNDER_ENGINE = """
 import json, sys
 import pytest, torch
-from minimind_fast import engine, graphs, stage
-from minimind_fast.config import TrainConfig
-from minimind_fast.data import Batch
+from minimind_fast.training import engine, graphs
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.data.packing import Batch
 from test_graphs import make, pack, stand_for_cuda
 
 engine.prepare(1)

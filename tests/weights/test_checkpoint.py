@@ -388,7 +388,7 @@ def test_a_failed_save_leaves_the_old_folder_whole(moment, tmp_path, monkeypatch
 KILLED = """
 import os, signal, sys, torch
 import minimind_fast as mm
-from minimind_fast import checkpoint
+from minimind_fast.weights import checkpoint
 model = mm.load_pretrained(sys.argv[1])
 model.model.norm.weight.data += 1
 real = os.replace
