@@ -12,7 +12,6 @@ Properties: any teacher that `load_pretrained` reads, of any size, with the stud
 Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; MiniMind's train_distillation for defaults.
 """
 
-import time
 from typing import Any
 
 import torch
@@ -21,16 +20,13 @@ from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.data.packing import Batch
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind, Teacher
-from minimind_fast.ops import precision
-from minimind_fast.training import losses
-from minimind_fast.training import setup as stage
+from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
-from minimind_fast.training.trainer import LossFunction, StepLoss
+from minimind_fast.training.losses import LossFunction, StepLoss
+from minimind_fast.training.run import Run, Stage
 from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
 
-# What suits the sample chats, where the option was not given.
-SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, warmup_steps=10, max_minutes=1.5)
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
 
@@ -55,16 +51,32 @@ class DistillConfig(TrainConfig):
         super().check()
         if not 0 <= self.alpha <= 1 or self.temperature <= 0:
             raise ValueError("--alpha must be in [0, 1] and --temperature above 0")
-        if not self.packing:
-            raise ValueError("distillation has no --no_packing")
+        if not self.packing or self.loss:
+            raise ValueError("distillation has no --no_packing and no --loss")
 
 
-def load_teacher(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer, device: torch.device) -> MiniMind:
+def with_teachers_tokenizer(config: DistillConfig) -> DistillConfig:
+    """A student from nothing has the teacher's tokenizer."""
+    if config.from_weight != "none" or config.tokenizer_path:
+        return config
+    return config.settle("the teacher's own", tokenizer_path=str(resolve_folder(config.teacher_path)))
+
+
+STAGE = Stage(
+    "distill",
+    sample="sft.jsonl",
+    suits=dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, warmup_steps=10, max_minutes=1.5),
+    needs={"from_weight": "deepspeed train/pretrain.py", "teacher_path": "deepspeed train/dpo.py"},
+    also=with_teachers_tokenizer,
+)
+
+
+def load_teacher(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenizer) -> MiniMind:
     """The teacher, frozen, whose ids mean what the student's do."""
-    path = resolve_folder(config.teacher_path)
+    path = resolve_folder(run.config.teacher_path)
     if not path.is_dir():
         raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
-    teacher = load_pretrained(path, device=device, dtype=precision.of(config.dtype)).requires_grad_(False)
+    teacher = load_pretrained(path, device=ranks.device(), dtype=run.dtype).requires_grad_(False)
     theirs = tokenizer_fingerprint(path)
     if theirs is None and (path / "tokenizer.json").is_file():  # written by another program
         theirs = Tokenizer.load(path).fingerprint
@@ -78,13 +90,13 @@ def load_teacher(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer,
             f"the teacher {path} knows {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "
             "choose a teacher with at least as many"
         )
-    teacher.attention = config.attention
+    teacher.attention = run.config.attention
     return teacher
 
 
-def make_loss(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer, device: torch.device) -> LossFunction:
+def make_loss(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenizer) -> LossFunction:
     """The loss of a micro-batch; the teacher lives in it, and not in the student."""
-    teacher = load_teacher(config, student, tokenizer, device)
+    config, teacher = run.config, load_teacher(run, student, tokenizer)
 
     def loss(model: Any, batch: Batch) -> StepLoss:
         where = dict(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
@@ -94,25 +106,18 @@ def make_loss(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer, de
         out = model(batch.input_ids, targets=batch.targets, teacher=view, **where)
         total = losses.distill(out.logprobs, out.kl, config.alpha, config.temperature)
         metrics = {"nll": losses.lm(out.logprobs.detach()), "kl": out.kl.detach().sum()}
-        return StepLoss(total, out.aux_loss if model.module.config.use_moe else None, metrics)
+        return StepLoss(total, out.aux_loss if model.config.use_moe else None, metrics)
 
     return loss
 
 
-def main() -> None:
-    began = time.perf_counter()
-    config = parse(
-        DistillConfig, description="Teach a MiniMind what another model thinks, on {'conversations': [...]}."
-    )
-    stage.use_sample(config, "sft.jsonl", SAMPLE_DEFAULTS)
-    stage.find_weights(config, "deepspeed train/pretrain.py")
-    stage.find_weights(config, "deepspeed train/dpo.py", "teacher_path")
-    if config.from_weight == "none" and not config.tokenizer_path:
-        config.tokenizer_path = str(resolve_folder(config.teacher_path))
-    trainer = stage.train(config, "distill", ChatEncoder, make_loss=lambda *parts: make_loss(config, *parts))
-    then = f"Next: minimind-fast chat {trainer.weights_folder}   or: deepspeed train/reason.py --from_weight distill"
-    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+def main(argv: list[str] | None = None) -> None:
+    text = "Teach a MiniMind what another model thinks, on {'conversations': [...]}."
+    run = setup.begin(parse(DistillConfig, argv, text), STAGE)
+    trainer = setup.train(run, ChatEncoder, make_loss=lambda *parts: make_loss(run, *parts))
+    then = f"Next: minimind-fast chat {run.weights}   or: deepspeed train/reason.py --from_weight distill"
+    setup.report(trainer, QUESTIONS, then)
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

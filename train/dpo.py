@@ -13,21 +13,24 @@ Source: Rafailov et al., Direct Preference Optimization, 2023; MiniMind's train_
 """
 
 import copy
-import time
 from typing import Any
 
 from minimind_fast.data.pairs import PairBatch, answer_lengths, answer_logprobs, open_pairs
 from minimind_fast.model import MiniMind
-from minimind_fast.ops import precision
-from minimind_fast.training import losses
-from minimind_fast.training import setup as stage
+from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.log import draw_loss
-from minimind_fast.training.trainer import LossFunction, StepLoss, Trainer
+from minimind_fast.training.losses import LossFunction, StepLoss
+from minimind_fast.training.run import Stage
+from minimind_fast.training.trainer import Hooks
 
-# What suits the sample pairs, where the option was not given.
-SAMPLE_DEFAULTS = dict(learning_rate=1e-5, max_seq_len=256, epochs=4, warmup_steps=5, log_interval=5, max_minutes=1.0)
+STAGE = Stage(
+    "dpo",
+    sample="dpo.jsonl",
+    suits=dict(learning_rate=1e-5, max_seq_len=256, epochs=4, warmup_steps=5, log_interval=5, max_minutes=1.0),
+    needs={"from_weight": "deepspeed train/sft.py"},
+)
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
 
@@ -52,8 +55,8 @@ class DPOConfig(TrainConfig):
             raise ValueError("--beta must be above 0, and --label_smoothing in [0, 0.5)")
         if self.dpo_loss == "ipo" and self.label_smoothing:
             raise ValueError("--label_smoothing is for --dpo_loss sigmoid; IPO has none")
-        if not self.packing:
-            raise ValueError("DPO has no --no_packing: the two of a pair are packed together")
+        if not self.packing or self.loss:
+            raise ValueError("DPO has no --no_packing (the two of a pair are packed together) and no --loss")
 
 
 def make_loss(config: DPOConfig, beside: MiniMind | None) -> LossFunction:
@@ -69,41 +72,36 @@ def make_loss(config: DPOConfig, beside: MiniMind | None) -> LossFunction:
         each, margin = losses.dpo(chosen, rejected, old_chosen, old_rejected, *how)
         metrics = {"reward_margin": margin.sum(), "accuracy": (margin > 0).float().sum()}
         metrics |= {"chosen_logprob": chosen.sum(), "rejected_logprob": rejected.sum()}
-        return StepLoss(each.sum(), out.aux_loss if policy.module.config.use_moe else None, metrics)
+        return StepLoss(each.sum(), out.aux_loss if policy.config.use_moe else None, metrics)
 
     return loss
 
 
-def main() -> None:
-    began = time.perf_counter()
-    config = parse(
-        DPOConfig, description="Teach a MiniMind preferences, on {'chosen': [...], 'rejected': [...]} JSONL."
-    )
-    stage.use_sample(config, "dpo.jsonl", SAMPLE_DEFAULTS)
-    stage.find_weights(config, "deepspeed train/sft.py")
-    device = stage.begin(config)
-    tokenizer = stage.load_tokenizer(config)
-    model = stage.load_model(config, tokenizer)
-    reference = copy.deepcopy(model).requires_grad_(False).to(precision.of(config.dtype)).eval()
+def main(argv: list[str] | None = None) -> None:
+    text = "Teach a MiniMind preferences, on {'chosen': [...], 'rejected': [...]} JSONL."
+    run = setup.begin(parse(DPOConfig, argv, text), STAGE)
+    config, device = run.config, ranks.device()
+    tokenizer = setup.load_tokenizer(config)
+    model = setup.load_model(config, tokenizer)
+    reference = copy.deepcopy(model).requires_grad_(False).to(run.dtype).eval()
     reference.attention = config.attention
     cached = config.reference == "cached"
     parts = (tokenizer, reference, device, cached)
     data = open_pairs(config, config.data_path, *parts, training=True)
     val_data = None
     if config.val_data_path:
-        val_data = stage.one_pass(open_pairs(config, config.val_data_path, *parts, training=False))
+        val_data = setup.one_pass(open_pairs(config, config.val_data_path, *parts, training=False))
     beside = None if cached else reference.to(device)
     del parts, reference  # cached: its numbers are all that is needed of it
 
-    loss, per_pair = make_loss(config, beside), lambda batch: batch.num_pairs
-    trainer = Trainer(config, "dpo", model, tokenizer, data, loss, device, val_data, count=per_pair)
+    hooks = Hooks(val_data, count=lambda batch: batch.num_pairs)
+    trainer = setup.make_trainer(run, model, tokenizer, data, make_loss(config, beside), hooks)
     trainer.run()
     if trainer.rank == 0:
         curves = {"loss": "loss", "accuracy": "accuracy", "reward_margin": "reward margin"}
-        draw_loss(trainer.folder / "log.jsonl", trainer.folder / "loss.png", "DPO", curves, "mean over pairs")
-    then = f"Next: minimind-fast chat {trainer.weights_folder}   or: deepspeed train/distill.py"
-    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+        draw_loss(run.folder / "log.jsonl", run.folder / "loss.png", "DPO", curves, "mean over pairs")
+    setup.report(trainer, QUESTIONS, f"Next: minimind-fast chat {run.weights}   or: deepspeed train/distill.py")
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

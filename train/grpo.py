@@ -11,34 +11,38 @@ Source: Shao et al., DeepSeekMath, 2024; MiniMind's train_grpo for defaults.
 """
 
 import copy
-import time
 from typing import Any
 
 import torch
 
-from minimind_fast.ops import precision
+from minimind_fast.data.chats import PROMPTS
 from minimind_fast.rl.rewards import ModelReward, Rewards
 from minimind_fast.rl.rollout import RolloutBatch, Rollouts, read_prompts
-from minimind_fast.training import engine, losses
-from minimind_fast.training import setup as stage
+from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.log import draw_loss
-from minimind_fast.training.trainer import StepLoss, Trainer
+from minimind_fast.training.losses import StepLoss
+from minimind_fast.training.run import Stage
+from minimind_fast.training.trainer import Hooks
 
-# What suits the sample sums, where the option was not given.
-SAMPLE_DEFAULTS = dict(
-    batch_size=8,
-    num_generations=8,
-    max_gen_len=64,
-    reward=["correct", "tagged"],  # a model this small learns the form first
-    thinking_ratio=1.0,
-    beta=0.02,
-    learning_rate=1.5e-4,
-    lr_schedule="constant",
-    warmup_steps=5,
-    epochs=5,
-    max_minutes=1.5,
+STAGE = Stage(
+    "grpo",
+    sample="grpo.jsonl",
+    suits=dict(
+        batch_size=8,
+        num_generations=8,
+        max_gen_len=64,
+        reward=["correct", "tagged"],  # a model this small learns the form first
+        thinking_ratio=1.0,
+        beta=0.02,
+        learning_rate=1.5e-4,
+        lr_schedule="constant",
+        warmup_steps=5,
+        epochs=5,
+        max_minutes=1.5,
+    ),
+    needs={"from_weight": "deepspeed train/reason.py"},
 )
 QUESTIONS = ["What is 2 + 3?", "7加2等于多少？"]
 
@@ -79,8 +83,10 @@ class GRPOConfig(TrainConfig):
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0, not {self.temperature}: equal answers teach nothing")
-        if self.dropout or not self.packing or self.val_data_path:
-            raise ValueError("GRPO has no --dropout (the ratio compares two passes), --no_packing or --val_data_path")
+        if self.dropout or not self.packing or self.val_data_path or self.loss:
+            raise ValueError(
+                "GRPO has no --dropout (the ratio compares two passes), --no_packing, --val_data_path or --loss"
+            )
 
 
 def policy_loss(config: GRPOConfig, data: Rollouts, policy: Any, batch: RolloutBatch) -> StepLoss:
@@ -98,31 +104,26 @@ def policy_loss(config: GRPOConfig, data: Rollouts, policy: Any, batch: RolloutB
         kl = losses.k3(logprobs, batch.reference_logprobs)
         metrics["kl"] = (kl * batch.weights).sum()
         each = each + config.beta * kl
-    return StepLoss((each * batch.weights).sum(), aux if policy.module.config.use_moe else None, metrics)
+    return StepLoss((each * batch.weights).sum(), aux if policy.config.use_moe else None, metrics)
 
 
-def main() -> None:
-    began = time.perf_counter()
-    config = parse(GRPOConfig, description="Let a MiniMind learn from rewards, on {'conversations': [...]} prompts.")
-    stage.use_sample(config, "grpo.jsonl", SAMPLE_DEFAULTS)
-    stage.find_weights(config, "deepspeed train/reason.py")
-    device, dtype = stage.begin(config), precision.of(config.dtype)
-    rank, world_size = engine.world()
-    tokenizer = stage.load_tokenizer(config)
-    model = stage.load_model(config, tokenizer)
+def main(argv: list[str] | None = None) -> None:
+    text = "Let a MiniMind learn from rewards, on {'conversations': [...]} prompts."
+    run = setup.begin(parse(GRPOConfig, argv, text), STAGE)
+    config, device = run.config, ranks.device()
+    tokenizer = setup.load_tokenizer(config)
+    model = setup.load_model(config, tokenizer)
     reference = None
     if config.beta:
-        reference = copy.deepcopy(model).requires_grad_(False).to(device, dtype).eval()
+        reference = copy.deepcopy(model).requires_grad_(False).to(device, run.dtype).eval()
         reference.attention = config.attention
-    judge = ModelReward(config.reward_model_path, device, dtype) if config.reward_model_path else None
-    log = print if rank == 0 else lambda _text: None
+    judge = ModelReward(config.reward_model_path, device, run.dtype) if config.reward_model_path else None
     data = Rollouts(
-        read_prompts(config.data_path, tokenizer, config.max_seq_len, config.on_bad_line, log),
+        read_prompts(config.data_path, tokenizer, config.max_seq_len, config.on_bad_line, ranks.say),
         tokenizer,
         Rewards(config.reward, judge),
         reference,
-        rank,
-        world_size,
+        *ranks.world(),
         batch_size=config.batch_size,
         generations=config.num_generations,
         max_new_tokens=config.max_gen_len,
@@ -136,15 +137,15 @@ def main() -> None:
     def loss(policy: Any, batch: Any) -> StepLoss:
         return policy_loss(config, data, policy, batch)
 
-    trainer = Trainer(config, "grpo", model, tokenizer, data, loss, device, count=lambda batch: batch.num_docs)
-    data.engine = trainer.engine
+    hooks = Hooks(count=lambda batch: batch.num_docs)
+    trainer = setup.make_trainer(run, model, tokenizer, data.written_by, loss, hooks)
     trainer.run()
-    if rank == 0:
+    if trainer.rank == 0:
         curves = {"reward": "reward", **{f"reward_{name}": name for name in data.rewards.names}}
-        draw_loss(trainer.folder / "log.jsonl", trainer.folder / "reward.png", "grpo", curves, "mean over the answers")
-    then = f"Rewards: {trainer.folder / 'reward.png'}.   Next: minimind-fast chat {trainer.weights_folder} --thinking"
-    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then, stage.PROMPTS[1])
+        draw_loss(run.folder / "log.jsonl", run.folder / "reward.png", "grpo", curves, "mean over the answers")
+    then = f"Rewards: {run.folder / 'reward.png'}.   Next: minimind-fast chat {run.weights} --thinking"
+    setup.report(trainer, QUESTIONS, then, PROMPTS[1])
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

@@ -7,18 +7,21 @@ Properties: adapters are left in SAVE_DIR/SAVE_WEIGHT/adapter/ in PEFT's format;
     of their own, SAVE_DIR/SAVE_WEIGHT/weights/, unless --no_merge is given. The base is never written to.
 """
 
-import time
-
 from minimind_fast.data.chats import ChatEncoder
-from minimind_fast.training import setup as stage
+from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
-from minimind_fast.training.trainer import Trainer
+from minimind_fast.training.run import Run, Stage
 from minimind_fast.weights import lora
 from minimind_fast.weights.checkpoint import save_pretrained
 
-# What suits the sample chats, where the option was not given.
-SAMPLE_DEFAULTS = dict(learning_rate=1e-2, batch_size=4, max_seq_len=256, epochs=20, max_minutes=1.5)
+STAGE = Stage(
+    "lora",
+    sample="lora_identity.jsonl",
+    suits=dict(learning_rate=1e-2, batch_size=4, max_seq_len=256, epochs=20, max_minutes=1.5),
+    needs={"from_weight": "deepspeed train/sft.py"},
+)
 QUESTIONS = ["Who are you?", "你是谁？", "What is 2 + 3?"]
 
 
@@ -44,38 +47,32 @@ class LoRAConfig(TrainConfig):
     merge: bool = option(True, "also write the model with its adapters merged, at the end")
 
 
-def write_merged(config: LoRAConfig, trainer: Trainer) -> None:
+def write_merged(run: Run[LoRAConfig], tokenizer: Tokenizer) -> None:
     """The base and the adapters on disk as one model, in float32: bfloat16 would round small changes away."""
-    model = stage.load_model(config, trainer.tokenizer)
-    lora.load_adapters(model, trainer.folder / "adapter")
+    model = setup.load_model(run.config, tokenizer)
+    lora.load_adapters(model, run.folder / "adapter")
     lora.merge(model)
-    save_pretrained(model, trainer.weights_folder, tokenizer=trainer.tokenizer)
+    save_pretrained(model, run.weights, tokenizer=tokenizer)
 
 
-def main() -> None:
-    began = time.perf_counter()
-    config = parse(LoRAConfig, description="Train LoRA adapters for a MiniMind on {'conversations': [...]} JSONL.")
-    stage.use_sample(config, "lora_identity.jsonl", SAMPLE_DEFAULTS)
-    stage.find_weights(config, "deepspeed train/sft.py")
+def main(argv: list[str] | None = None) -> None:
+    text = "Train LoRA adapters for a MiniMind on {'conversations': [...]} JSONL."
+    run = setup.begin(parse(LoRAConfig, argv, text), STAGE)
+    config, adapter = run.config, run.folder / "adapter"
     spec = lora.LoRA(config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets))
-    trainer = stage.train(
-        config,
-        "lora",
+    trainer = setup.train(
+        run,
         ChatEncoder,
         adapt=lambda model: lora.apply(model, spec),
-        save_weights=lambda model, folder: lora.save_adapters(
-            lora.adapters(model), spec, folder / "adapter", base=config.from_weight
-        ),
+        save_weights=lambda model, _: lora.save_adapters(lora.adapters(model), spec, adapter, base=config.from_weight),
     )
-    adapter = trainer.folder / "adapter"
     if config.merge and trainer.rank == 0:
-        write_merged(config, trainer)
-    then = f"The adapters alone are in {adapter}. Next: minimind-fast chat {trainer.weights_folder}"
+        write_merged(run, trainer.tokenizer)
+    then = f"The adapters alone are in {adapter}. Next: minimind-fast chat {run.weights}"
     if not config.merge:
-        trainer.weights_folder, config.sample_tokens = adapter, 0
         then = f"Next: minimind-fast lora merge {config.from_weight} {adapter} OUT"
-    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+    setup.report(trainer, QUESTIONS, then, weights=None if config.merge else adapter)
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

@@ -7,28 +7,28 @@ Principle: next-token prediction. Documents are packed end to end, none sees ano
 Properties: what stages share (tokenizer, model, data, the loss) is in `training/setup.py`, the loop in `trainer.py`.
 """
 
-import time
-
 from minimind_fast.data.cache import encode_pretrain
-from minimind_fast.training import setup as stage
+from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.run import Stage
 
-# What suits the sample corpus, where the option was not given.
-SAMPLE_DEFAULTS = dict(
-    batch_size=8, accumulation_steps=1, max_seq_len=256, learning_rate=2e-3, warmup_steps=20, max_minutes=1.75
+STAGE = Stage(
+    "pretrain",
+    sample="pretrain.jsonl",
+    sample_val="pretrain_val.jsonl",
+    suits=dict(
+        batch_size=8, accumulation_steps=1, max_seq_len=256, learning_rate=2e-3, warmup_steps=20, max_minutes=1.75
+    ),
 )
 PROMPTS = ["从前有个孩子叫", "离太阳最近的行星是", "Once upon a time", "The capital of France is", "问：2加3等于多少？"]
 
 
-def main() -> None:
-    began = time.perf_counter()
-    config = parse(TrainConfig, description="Pretrain a MiniMind on {'text': ...} JSONL.")
-    stage.use_sample(config, "pretrain.jsonl", SAMPLE_DEFAULTS, val="pretrain_val.jsonl")
-    trainer = stage.train(config, "pretrain", lambda _tokenizer: encode_pretrain)
-    then = f"Next: minimind-fast generate {trainer.weights_folder} --prompt 'Once upon a time'"
-    stage.report(trainer, time.perf_counter() - began, PROMPTS, then, chat=None)
+def main(argv: list[str] | None = None) -> None:
+    run = setup.begin(parse(TrainConfig, argv, "Pretrain a MiniMind on {'text': ...} JSONL."), STAGE)
+    trainer = setup.train(run, lambda _tokenizer: encode_pretrain)
+    setup.report(trainer, PROMPTS, f"Next: minimind-fast generate {run.weights} --prompt 'Once upon a time'", chat=None)
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

@@ -10,15 +10,18 @@ Properties: exactly the tags' tokens, in answers only, however the tokenizer spl
 Source: MiniMind2's train_distill_reason.
 """
 
-import time
-
 from minimind_fast.data.chats import PROMPTS, ChatEncoder
-from minimind_fast.training import setup as stage
+from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.run import Stage
 
-# What suits the sample chats, where the option was not given.
-SAMPLE_DEFAULTS = dict(learning_rate=5e-4, max_seq_len=256, epochs=4, max_minutes=1.5)
+STAGE = Stage(
+    "reason",
+    sample="reason.jsonl",
+    suits=dict(learning_rate=5e-4, max_seq_len=256, epochs=4, max_minutes=1.5),
+    needs={"from_weight": "deepspeed train/sft.py"},
+)
 QUESTIONS = ["What is 12 + 23?", "7加21等于多少？"]
 
 
@@ -37,17 +40,13 @@ class ReasonConfig(TrainConfig):
     tag_weight: int = option(10, "weight of the tokens of <think>, </think>, <answer>, </answer> in answers")
 
 
-def main() -> None:
-    began = time.perf_counter()
-    config = parse(
-        ReasonConfig, description="Teach a MiniMind to think before it answers, on {'conversations': [...]}."
-    )
-    stage.use_sample(config, "reason.jsonl", SAMPLE_DEFAULTS)
-    stage.find_weights(config, "deepspeed train/sft.py")
-    trainer = stage.train(config, "reason", lambda tokenizer: ChatEncoder(tokenizer, config.tag_weight))
-    then = f"Next: minimind-fast chat {trainer.weights_folder} --thinking"
-    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then, PROMPTS[1])  # a thought is opened first
+def main(argv: list[str] | None = None) -> None:
+    text = "Teach a MiniMind to think before it answers, on {'conversations': [...]}."
+    run = setup.begin(parse(ReasonConfig, argv, text), STAGE)
+    trainer = setup.train(run, lambda tokenizer: ChatEncoder(tokenizer, run.config.tag_weight))
+    then = f"Next: minimind-fast chat {run.weights} --thinking"
+    setup.report(trainer, QUESTIONS, then, PROMPTS[1])  # a thought is opened first
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

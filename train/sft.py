@@ -7,15 +7,18 @@ Principle: next-token prediction of the answers only; each turn of the assistant
 Properties: chats that are longer than --max_seq_len are cut off; one whose answers lie beyond it is left out and counted.
 """
 
-import time
-
 from minimind_fast.data.chats import ChatEncoder
-from minimind_fast.training import setup as stage
+from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, with_defaults
+from minimind_fast.training.run import Stage
 
-# What suits the sample chats, where the option was not given.
-SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, epochs=6, warmup_steps=10, max_minutes=2.0)
+STAGE = Stage(
+    "sft",
+    sample="sft.jsonl",
+    suits=dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, epochs=6, warmup_steps=10, max_minutes=2.0),
+    needs={"from_weight": "deepspeed train/pretrain.py"},
+)
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
 
@@ -32,15 +35,11 @@ class SFTConfig(TrainConfig):
     """MiniMind's defaults of this stage."""
 
 
-def main() -> None:
-    began = time.perf_counter()
-    config = parse(SFTConfig, description="Teach a MiniMind to answer, on {'conversations': [...]} JSONL.")
-    stage.use_sample(config, "sft.jsonl", SAMPLE_DEFAULTS)
-    stage.find_weights(config, "deepspeed train/pretrain.py")
-    trainer = stage.train(config, "sft", ChatEncoder)
-    then = f"Next: minimind-fast chat {trainer.weights_folder}   or: deepspeed train/lora.py"
-    stage.report(trainer, time.perf_counter() - began, QUESTIONS, then)
+def main(argv: list[str] | None = None) -> None:
+    run = setup.begin(parse(SFTConfig, argv, "Teach a MiniMind to answer, on {'conversations': [...]} JSONL."), STAGE)
+    trainer = setup.train(run, ChatEncoder)
+    setup.report(trainer, QUESTIONS, f"Next: minimind-fast chat {run.weights}   or: deepspeed train/lora.py")
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

@@ -29,7 +29,7 @@ from minimind_fast.data.chats import Chat, ChatEncoder, Layout, lay_out, read_ch
 from minimind_fast.data.packing import IGNORE_INDEX, Batch, PackedBatches
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind, ModelOutput
-from minimind_fast.training import engine
+from minimind_fast.training import ranks
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.resume import frozen_fingerprint
 from minimind_fast.weights.checkpoint import written_aside
@@ -296,8 +296,7 @@ def open_pairs(
     Raises:
         DataError: naming file and line.
     """
-    rank, world_size = engine.world()
-    log = print if rank == 0 else lambda _text: None
+    (rank, world_size), log = ranks.world(), ranks.say
     folder, encode = config.cache_dir or None, PairEncoder(tokenizer)
     cache = build_cache(paths, tokenizer, cache_dir=folder, encode=encode, on_bad_line=config.on_bad_line, log=log)
     size = {"batch_size": config.batch_size, "max_seq_len": config.max_seq_len, "seed": config.seed}

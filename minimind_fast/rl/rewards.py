@@ -15,18 +15,16 @@ Source: MiniMind's train_grpo for the first three.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from minimind_fast import plugins
 from minimind_fast.commands.evaluate import score
 from minimind_fast.data.cache import BadRow
 from minimind_fast.data.chats import Chat, read_chat
@@ -348,27 +346,6 @@ def find(name: str) -> Reward:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    where, colon, function = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(f"--reward {name}: no such reward; built in are {', '.join(BUILT_IN)}, else FILE.py:FUNCTION")
-    try:
-        found = getattr(_module(where), function)
-    except AttributeError:
-        raise ValueError(f"--reward {name}: {where} has no {function}") from None
-    except Exception as error:  # whatever the user's file raises while it is read
-        raise ValueError(f"--reward {name}: {where} cannot be imported: {error!r}") from error
-    if not callable(found):
-        raise ValueError(f"--reward {name}: {function} is no function")
-    return cast(Reward, found)
-
-
-def _module(where: str) -> Any:
-    if not where.endswith(".py"):
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))  # at the end: a user's file never hides an installed module
-        return importlib.import_module(where)
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(where).stem}", where)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return cast(Reward, plugins.load("--reward", name))

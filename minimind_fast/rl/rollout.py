@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling, row_seed
 from minimind_fast.model import MiniMind
 from minimind_fast.rl.rewards import Rewards, question
-from minimind_fast.training import engine as ds
 from minimind_fast.training.losses import group_advantages
 from minimind_fast.training.resume import frozen_fingerprint
 
@@ -135,8 +134,7 @@ class Rollouts:
         updates: optimizer steps for each rollout.
         seed: of the order and of sampling.
 
-    Attributes:
-        engine: to be set before the first batch: the DeepSpeed engine of the model under training.
+    `written_by` says which model, before the first batch.
     """
 
     needs_model = True  # see `Batches`
@@ -178,6 +176,15 @@ class Rollouts:
         }
         self._epoch = self._next = self._update = 0  # _next: prompts of this epoch that all ranks have used up
         self._current: list[RolloutBatch] = []  # the rollout that is in use, between its updates
+
+    def written_by(self, engine: Any) -> Self:
+        """Let a model write the answers.
+
+        Args:
+            engine: around the model under training.
+        """
+        self.engine = engine
+        return self
 
     # ------------------------------------------------------------------------------------------------- the position
 
@@ -291,9 +298,9 @@ class Rollouts:
     def _author(self) -> MiniMind:
         """The model that writes, with the weights of now: itself, or under ZeRO 3, where it is scattered, a whole copy."""
         policy: MiniMind = self.engine.module
-        if self.engine.zero_optimization_stage() < 3:
+        if self.engine.zero_stage < 3:
             return policy
-        with ds.gathered(self.engine), torch.no_grad():
+        with self.engine.gathered(), torch.no_grad():
             if self._copy is None:
                 weight = policy.model.embed_tokens.weight
                 with torch.random.fork_rng(devices=[]):

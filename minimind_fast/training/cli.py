@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from minimind_fast.training.config import Config, TrainConfig
+from minimind_fast.training.config import Config
 
 
 def _to_bool(text: str) -> bool:
@@ -52,13 +52,9 @@ def parse(cls: type[Config], argv: list[str] | None = None, description: str = "
     file = typed.pop("config", None)
     values = {**_read_defaults(parser, file, set(fields)), **typed} if file else typed
     try:
-        config = cls(**values)
-        if isinstance(config, TrainConfig):
-            config.given = set(values)
-            config.check()
+        return cls(**values)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    return config
 
 
 def _add(parser: argparse.ArgumentParser, name: str, hint: Any, f: dataclasses.Field) -> None:

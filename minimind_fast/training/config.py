@@ -1,16 +1,19 @@
-"""The options of a run: one dataclass, which the command line and the log follow.
+"""The options of a run: one frozen dataclass, which the command line and the log follow.
 
 Purpose: `TrainConfig` holds what every stage shares; a stage adds its own fields and defaults with `with_defaults`.
-Principle: a field is declared once, with its default and its help.
-Properties: imports no torch; impossible values are errors that name the option.
+Principle: a field is declared once, with its default and its help. A config remembers which options were given and why the
+    others have their values, whether it was made by `parse` or in Python: `why("preset")`.
+Properties: imports no torch; nothing is assigned after construction: `settle` and `suggest` make another config. Impossible
+    values are errors that name the option.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, dataclass_transform
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:
@@ -27,9 +30,13 @@ def option(default: Any, text: str, **extra: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The options that every stage shares; names are MiniMind's where they mean the same."""
+    """The options that every stage shares; names are MiniMind's where they mean the same.
+
+    Raises:
+        ValueError: a value that cannot work; the message names the option.
+    """
 
     # what
     preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
@@ -67,6 +74,7 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.95, "AdamW beta2")
     grad_clip: float = option(1.0, "clip the gradient norm to this (0: no clipping)")
+    loss: str = option("", "your own objective of the next token: MODULE:FUNCTION or FILE.py:FUNCTION")
     seed: int = option(42, "seed of weights, data order and dropout")
     # how
     dtype: str = option(
@@ -100,12 +108,69 @@ class TrainConfig:
     use_swanlab: bool = option(False, "also log to SwanLab")
     sample_prompts: list[str] = option([], "prompts to continue at the end of the run")
     sample_tokens: int = option(60, "tokens to continue each of them by (0: no samples)")
-    # names of the options that were typed, filled in by `parse`
-    given: set[str] = field(default_factory=set, repr=False)
+
+    def __new__(cls, **values: Any) -> Self:
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", frozenset(values))
+        object.__setattr__(self, "_reasons", {})
+        return self
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that the user gave."""
+        return self._given  # type: ignore[attr-defined]
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Option -> why it has another value than its default or the given one."""
+        return self._reasons  # type: ignore[attr-defined]
+
+    def why(self, name: str) -> str:
+        """Why an option has its value.
+
+        Args:
+            name: of the option.
+
+        Returns:
+            "given", "default", or the reason of whoever settled it.
+        """
+        return self.reasons.get(name, "given" if name in self.given else "default")
+
+    def settle(self, reason: str, **values: Any) -> Self:
+        """The same config with these values.
+
+        Args:
+            reason: for `why`.
+            values: option=value.
+
+        Raises:
+            ValueError: a value that cannot work.
+        """
+        unknown = set(values) - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+        made = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(made, name, value)
+        object.__setattr__(made, "_reasons", {**self.reasons, **dict.fromkeys(values, reason)})
+        made.check()
+        return made
+
+    def suggest(self, reason: str, **values: Any) -> Self:
+        """The same, only for options that were not given.
+
+        Args:
+            reason: for `why`.
+            values: option=value.
+        """
+        return self.settle(reason, **{name: value for name, value in values.items() if name not in self.given})
 
     def options(self) -> dict[str, Any]:
         """The options by name, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def check(self) -> None:
         """Refuse values that cannot work, before anything is loaded.
@@ -136,6 +201,7 @@ class TrainConfig:
 Config = TypeVar("Config")
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 def with_defaults(**defaults: Any) -> Callable[[type[Config]], type[Config]]:
     """A class decorator: a dataclass of a stage's options whose inherited options have other defaults.
 
@@ -150,7 +216,7 @@ def with_defaults(**defaults: Any) -> Callable[[type[Config]], type[Config]]:
             setattr(cls, name, option(value, **_as_option(inherited[name])))
             annotations[name] = inherited[name].type
         cls.__annotations__ = annotations
-        return dataclass(cls)
+        return dataclass(frozen=True, kw_only=True)(cls)
 
     return make
 

@@ -1,7 +1,8 @@
-"""What a run shows and writes while it goes.
+"""What a run counts, shows and writes while it goes.
 
-Purpose: a progress bar or plain lines, a JSONL log, TensorBoard files, wandb or SwanLab if asked, a picture of the loss.
-Principle: one dict of numbers a log step; every sink gets the same dict. Only rank 0 has one.
+Purpose: sums between two log lines (`Window`); a progress bar or lines, a JSONL log, TensorBoard files, wandb or SwanLab
+    if asked (`Progress`); a picture of the loss.
+Principle: tensors stay on their device until the log line. One dict of numbers a log step; every sink gets the same dict.
 Properties: on a terminal a bar with the latest numbers, elsewhere one line a log step; MFU is told with the peak that it
     is a share of. Nothing here touches the model.
 """
@@ -17,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from minimind_fast.data.packing import Batch
+from minimind_fast.model import MiniMind, MoE
+from minimind_fast.training.losses import StepLoss
 
 # Dense bf16 peaks without sparsity, TFLOP/s, by what a device calls itself; vendors' data sheets.
 PEAK_TFLOPS = {
@@ -212,6 +218,71 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ValueError(f"--use_{name} needs the package: pip install {name}") from None
+
+
+class Window:
+    """Sums between two log lines; tensors stay on the device until `totals`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.tokens, self.pairs = 0, 0  # positions through the model, and pairs of them that attend
+        self.counted = self.steps = self.useful_tokens = 0.0
+        self.skipped, self.has_aux = 0, False
+
+    def add_work(self, batch: Batch) -> None:
+        if batch.cu_seqlens is None:
+            rows, length = batch.input_ids.shape
+            self.pairs += rows * length * (length + 1) // 2
+        else:
+            n = batch.cu_seqlens.diff().long()
+            self.pairs += int((n * (n + 1) // 2).sum())
+        self.tokens += batch.input_ids.numel()
+
+    def add_loss(self, out: StepLoss, share: float) -> None:
+        self._add("loss", out.total)
+        if out.aux is not None:
+            self.has_aux = True
+            self._add("aux", out.aux * share)
+        for name, value in out.metrics.items():
+            self._add(name, value)
+        self.steps += share
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def totals(self, model: MiniMind, device: torch.device) -> tuple[list[str], Tensor]:
+        """(names, values) with loss, aux and flops always among them, in the same order on every rank."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        known = {"loss": zero, "aux": zero, **self.sums, "flops": zero + model.flops(self.tokens, self.pairs)}
+        names = sorted(known)
+        return names, torch.stack([known[n] for n in names])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def expert_load(model: MiniMind) -> dict[str, Any]:
+    """Expert load of the last micro-batch: max/mean by layer, router entropy, experts that got nothing."""
+    layers = [m for m in model.modules() if isinstance(m, MoE) and m.last_counts is not None]
+    if not layers:
+        return {}
+    counts = torch.stack([m.last_counts for m in layers if m.last_counts is not None]).double().cpu()
+    scores = torch.stack([m.last_scores for m in layers if m.last_scores is not None])
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    imbalance = share.max(-1).values * counts.shape[-1]
+    return {
+        "expert_imbalance": imbalance.mean().item(),
+        "router_entropy": -torch.special.xlogy(scores, scores).sum(-1).mean().item(),
+        "dead_experts": int((counts == 0).sum()),
+        "expert_load": [[round(x, 4) for x in row] for row in share.tolist()],
+    }
 
 
 def draw_loss(

@@ -10,9 +10,31 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass
+class StepLoss:
+    """What a stage's loss function returns for one micro-batch.
+
+    Attributes:
+        total: () sum over counted units (tokens, pairs); the trainer divides by their number in the global batch.
+        aux: () added as a mean over micro-batches, or None.
+        metrics: further sums over counted units, for the log.
+    """
+
+    total: Tensor
+    aux: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+LossFunction = Callable[[Any, Any], StepLoss]  # (Engine or MiniMind, batch of the stage's own kind)
 
 
 def lm(logprobs: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -11,13 +11,12 @@ Properties: frozen weights are not stored again: they come from where they came 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_fast.training import engine as ds
+from minimind_fast.data.packing import Batches
+from minimind_fast.training.engine import Engine, to_universal
+from minimind_fast.training.ranks import together, world
+from minimind_fast.training.run import Run
 from minimind_fast.weights.checkpoint import sync_to_disk, written_aside
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step_(\d+)$")
-# ds_to_universal asks for this mark at stages 1 and 2.
-_CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -69,15 +69,11 @@ def frozen_fingerprint(model: torch.nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-def _partly_frozen(engine: Any) -> bool:
-    return any(not p.requires_grad for p in engine.module.parameters())
-
-
-def save(engine: Any, folder: Path, state: dict[str, Any], keep: int, own: Any = None) -> Path:
+def save(engine: Engine, folder: Path, state: dict[str, Any], keep: int, own: Any = None) -> Path:
     """Write a checkpoint; all ranks call it.
 
     Args:
-        engine: the DeepSpeed engine.
+        engine: of the run.
         folder: of the run's checkpoints.
         state: JSON-serialisable, with "step".
         keep: how many checkpoints stay.
@@ -89,26 +85,20 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int, own: Any =
     Raises:
         OSError: the disk is full or not writable; the older checkpoints are untouched.
     """
-    rank, world_size = ds.world()
+    rank, world_size = world()
     final = folder / f"step_{state['step']:08d}"
     aside = folder / f".new-{final.name}"
-    with _together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
+    with together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob(".new-*"):
                 shutil.rmtree(old, ignore_errors=True)
-    with _together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
-        engine.save_checkpoint(
-            str(folder),
-            tag=aside.name,
-            client_state=dict(_CLIENT_STATE),
-            save_latest=False,
-            exclude_frozen_parameters=_partly_frozen(engine),
-        )
+    with together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
+        engine.save(folder, aside.name)
         torch.save({**_generators(), "own": own}, aside / f"generators_rank_{rank:05d}.pt")
         if rank == 0:
             (aside / STATE_FILE).write_text(json.dumps({**state, "world_size": world_size}, indent=1), encoding="utf-8")
-    with _together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
+    with together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
         if rank == 0:
             sync_to_disk(aside)
             shutil.rmtree(final, ignore_errors=True)
@@ -118,79 +108,100 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int, own: Any =
     return final
 
 
-@contextlib.contextmanager
-def _together(what: str) -> Iterator[None]:
-    """Either all ranks leave the block well, or all raise: nobody waits for a rank that failed."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        problem = error
-    failed = torch.tensor([float(problem is not None)], device=_collective_device())
-    dist.all_reduce(failed)
-    if problem is not None:
-        raise OSError(f"{what}: {problem}; older checkpoints are untouched") from problem
-    if failed.item():
-        raise OSError(f"{what}: another rank failed; older checkpoints are untouched")
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        step: optimizer steps done.
+        useful_tokens: trained on so far.
+        seconds: of training so far.
+    """
+
+    step: int = 0
+    useful_tokens: int = 0
+    seconds: float = 0.0
 
 
-def _collective_device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
-
-
-def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Put a checkpoint into an engine and this rank's random generators; all ranks call it.
+def find(run: Run, frozen: str | None) -> Path | None:
+    """The checkpoint that --from_resume goes on from.
 
     Args:
-        engine: a fresh engine, made with "load_universal" set as `needs_universal` says.
-        checkpoint: one of `checkpoints`.
+        run: settled.
+        frozen: `frozen_fingerprint` of its model.
 
     Returns:
-        The state that `save` was given; with as many ranks as then, its data holds this rank's "own".
+        The newest, or None without --from_resume.
+
+    Raises:
+        ValueError: there is none, or it is of another precision, ZeRO stage or base.
     """
-    rank, world_size = ds.world()
+    config = run.config
+    if not config.from_resume:
+        return None
+    found = checkpoints(run.checkpoints)
+    if not found:
+        raise ValueError(f"--from_resume: no checkpoint in {run.checkpoints}; leave it out to start anew")
+    checkpoint, before = found[-1], read_state(found[-1])
+    for option in ("dtype", "zero_stage"):
+        if before[option] != getattr(config, option):
+            raise ValueError(
+                f"--from_resume: {checkpoint} was written with --{option} {before[option]}, this run has "
+                f"{getattr(config, option)}: give the same"
+            )
+    if before.get("frozen") != frozen:
+        raise ValueError(
+            f"--from_resume: the frozen weights ({config.from_weight}) are not those that this run began with; give "
+            "the same --from_weight and the same targets, or leave --from_resume out to start anew"
+        )
+    return checkpoint
+
+
+def load(engine: Engine, checkpoint: Path, data: Batches) -> Start:
+    """Put a checkpoint into an engine, the data and this rank's random generators; all ranks call it.
+
+    Args:
+        engine: fresh, made with `universal` as `needs_universal` says.
+        checkpoint: of `find`.
+        data: fresh.
+
+    Returns:
+        Where the run goes on.
+    """
+    rank, ranks = world()
     state = read_state(checkpoint)
-    tag = checkpoint.name
-    if needs_universal(checkpoint, world_size, engine.zero_optimization_stage()):
+    tag, rewritten = checkpoint.name, needs_universal(checkpoint, ranks)
+    if rewritten:
         tag = f".universal-{checkpoint.name}"
         target = checkpoint.with_name(tag)
-        with _together(f"{checkpoint} could not be rewritten for {world_size} ranks"):
+        with together(f"{checkpoint} could not be rewritten for {ranks} ranks"):
             if rank == 0 and not target.is_dir():
                 with written_aside(target) as aside:
-                    ds.to_universal(checkpoint, aside)
-    saved_lr = [(g["lr"], g["weight_decay"]) for g in engine.optimizer.param_groups]
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=tag, load_module_strict=not _partly_frozen(engine))
-    if path is None:
-        raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load there")
-    for group, (lr, weight_decay) in zip(engine.optimizer.param_groups, saved_lr, strict=True):
-        group.update(
-            lr=lr, weight_decay=weight_decay
-        )  # stage 3's universal format gives every group those of the first
-    if state["world_size"] == world_size:
+                    to_universal(checkpoint, aside)
+    engine.load(checkpoint.parent, tag)
+    if state["world_size"] == ranks:
         saved = torch.load(checkpoint / f"generators_rank_{rank:05d}.pt", "cpu", weights_only=True)
         _restore(saved)
         if saved.get("own") is not None:
             state["data"]["own"] = saved["own"]
     dist.barrier()
-    if rank == 0 and tag != checkpoint.name:
+    if rank == 0 and rewritten:
         shutil.rmtree(checkpoint.with_name(tag), ignore_errors=True)
-    return state
+    data.load_state_dict(state["data"])
+    return Start(state["step"], state["useful_tokens"], state["seconds"])
 
 
-def needs_universal(checkpoint: Path, world_size: int, stage: int) -> bool:
+def needs_universal(checkpoint: Path, ranks: int) -> bool:
     """Whether a checkpoint was written by another number of ranks in a form that depends on it.
 
     Args:
         checkpoint: one of `checkpoints`.
-        world_size: ranks now.
-        stage: ZeRO stage now.
+        ranks: now.
     """
     state = read_state(checkpoint)
-    if state["zero_stage"] != stage:
-        raise ValueError(
-            f"{checkpoint} was written with --zero_stage {state['zero_stage']}, this run has {stage}: give the same stage"
-        )
-    return stage > 0 and state["world_size"] != world_size  # at stage 0 every rank holds, and reads, everything
+    return (
+        state["zero_stage"] > 0 and state["world_size"] != ranks
+    )  # at stage 0 every rank holds, and reads, everything
 
 
 def _generators() -> dict[str, Any]:

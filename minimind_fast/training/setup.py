@@ -1,13 +1,15 @@
-"""What the scripts in `train/` share around the Trainer: where the model, the tokenizer and the data come from.
+"""From a stage's script to a running Trainer: every part is made here, in the order in which one needs the other.
 
-Purpose: each stage script says only what is its own.
+Purpose: `begin` settles the options and makes the process a rank; `train` does the rest of a stage that learns from the next
+    token; other stages call the parts themselves.
 Principle: weights that are given decide the model and its tokenizer; else a preset and the shipped tokenizer do. The
     tokenizer's fingerprint travels with the weights, and another tokenizer is refused by name.
-Properties: user errors end in one sentence on rank 0, without a traceback.
+Properties: a script runs the package of its own checkout. User errors end in one sentence on rank 0, without a traceback.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -17,33 +19,42 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_fast import IGNORE_INDEX, ops
-from minimind_fast.config import ModelConfig
+import minimind_fast
+from minimind_fast import ops, plugins
+from minimind_fast.config import IGNORE_INDEX, ModelConfig
 from minimind_fast.data import samples
 from minimind_fast.data.cache import Encoder, build_cache
 from minimind_fast.data.chats import PROMPTS
-from minimind_fast.data.packing import Batch, Batches, PackedBatches, PaddedBatches
+from minimind_fast.data.packing import Batch, Batches, PackedBatches, PaddedBatches, Prefetcher
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
-from minimind_fast.training import engine, losses
+from minimind_fast.ops.attention import resolve as resolve_attention
+from minimind_fast.ops.cpu.attention import leave_out_of_compilation
+from minimind_fast.training import graphs, losses, ranks, resume, words
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.trainer import LossFunction, StepLoss, Trainer, TrainingStopped, finished
-from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
+from minimind_fast.training.engine import Engine
+from minimind_fast.training.losses import LossFunction, StepLoss
+from minimind_fast.training.run import Run, Stage, resolve
+from minimind_fast.training.trainer import Hooks, Trainer, TrainingStopped
+from minimind_fast.weights.checkpoint import load_config, load_pretrained, resolve_folder, tokenizer_fingerprint
+
+Options = TypeVar("Options", bound=TrainConfig)
 
 
-def start(main: Callable[[], None]) -> None:
+def start(main: Callable[[], Any]) -> None:
     """Run a stage's main function; a user's error becomes a sentence and exit code 1.
 
     Args:
         main: the script's function without arguments.
     """
+    _with_own_package(Path(main.__code__.co_filename).resolve())
     code = 0
     try:
         main()
@@ -54,71 +65,40 @@ def start(main: Callable[[], None]) -> None:
     except Exception:
         traceback.print_exc()
         code = 1
-    engine.leave(code)
+    ranks.leave(code)
     if code:
         sys.exit(code)
 
 
-def begin(config: TrainConfig) -> torch.device:
-    """Become a rank, choose kernels and precision, seed every generator.
-
-    Args:
-        config: num_threads, kernels, dtype (no longer "auto" afterwards), seed.
-
-    Returns:
-        This rank's device.
-    """
-    ops.use(config.kernels)
-    config.dtype = precision.choose(config.dtype)
-    device = engine.prepare(config.num_threads)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
-        seed(config.seed)
-    return device
-
-
-def use_sample(config: TrainConfig, name: str, suitable: dict[str, Any], val: str = "") -> None:
-    """Without --data_path: train on a shipped sample, with the smallest model and what suits it where nothing was given.
-
-    Args:
-        config: changed in place.
-        name: file of the samples.
-        suitable: values of options.
-        val: file of the samples for validation, if --val_data_path is not given either.
-    """
-    if config.data_path:
+def _with_own_package(script: Path) -> None:
+    """Start again if Python found another checkout's package than the script's own: the environment is editable there."""
+    root = script.parents[1]
+    own, found = root / "minimind_fast" / "__init__.py", Path(minimind_fast.__file__)
+    if not own.is_file() or own.samefile(found):
         return
-    config.data_path = [str(samples.path(name))]
-    if val and not config.val_data_path:
-        config.val_data_path = [str(samples.path(val))]
-    for option, value in {"preset": "tiny", **suitable}.items():
-        if option not in config.given:
-            setattr(config, option, value)
+    path = os.environ.get("PYTHONPATH", "")
+    if str(root) in path.split(os.pathsep):
+        sys.exit(f"Error: {script} belongs to {root}, but Python takes the package in {found.parent}: install {root}")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def find_weights(config: TrainConfig, before: str, option: str = "from_weight") -> None:
-    """Make --from_weight (or an option like it) a path: it may also name a run in --save_dir, as MiniMind's does.
+def begin(options: Options, stage: Stage) -> Run[Options]:
+    """Become a rank, settle the options, choose kernels, seed every generator.
 
     Args:
-        config: changed in place.
-        before: the command that makes the weights which are the default.
-        option: which one.
+        options: as given.
+        stage: of the script.
 
     Raises:
-        ValueError: they are not there; the message says what to run first.
+        ValueError: options that cannot work together.
     """
-    name = getattr(config, option)
-    may_be_none = option == "from_weight"
-    if name == "none" and may_be_none or Path(name).exists():
-        return
-    run = Path(config.save_dir) / name
-    if not run.exists():
-        hint = "" if option in config.given else f" This stage goes on from trained weights: run `{before}` first."
-        advice = " or a MiniMind .pth; none starts from nothing." if may_be_none else "."
-        raise ValueError(
-            f"--{option} {name}: no such file or folder, and no run of that name in {config.save_dir}.{hint} "
-            f"Give a folder with weights{advice}"
-        )
-    setattr(config, option, str(run))
+    ranks.prepare(options.num_threads)
+    run = resolve(options, stage, ranks.world()[1])
+    ops.use(run.config.kernels)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
+        seed(run.config.seed)
+    return run
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -158,17 +138,14 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     Raises:
         ValueError: the tokenizer has more ids than the model has rows.
     """
-    if config.preset == "auto":
-        config.preset = "minimind3" if torch.cuda.is_available() else "tiny"
     if config.from_weight != "none":
-        path = Path(config.from_weight)
+        path = resolve_folder(config.from_weight)
         if path.is_file() and "preset" not in config.given:
             raise ValueError(f"{path} does not say its model's shape: add --preset minimind2-small (or another)")
         shape = preset_config(config, tokenizer) if path.is_file() else None
+        if path.is_dir():
+            shape = dataclasses.replace(load_config(path), dropout=config.dropout)
         model = load_pretrained(path, config=shape, dtype=torch.float32)
-        model.config.dropout = config.dropout
-        if "preset" not in config.given:
-            config.preset = path.name
     else:
         model = MiniMind(preset_config(config, tokenizer))
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -213,10 +190,14 @@ def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encod
     Raises:
         DataError: naming file and line.
     """
-    rank, world_size = engine.world()
-    log = print if rank == 0 else lambda _text: None
+    rank, world_size = ranks.world()
     cache = build_cache(
-        paths, tokenizer, cache_dir=config.cache_dir or None, encode=encode, on_bad_line=config.on_bad_line, log=log
+        paths,
+        tokenizer,
+        cache_dir=config.cache_dir or None,
+        encode=encode,
+        on_bad_line=config.on_bad_line,
+        log=ranks.say,
     )
     if not config.packing:
         return PaddedBatches(
@@ -233,7 +214,7 @@ def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encod
         shuffle=training,
     )
     if batches.num_without_targets:
-        log(
+        ranks.say(
             f"{batches.num_without_targets:,} of {batches.num_pieces + batches.num_without_targets:,} documents are left "
             f"out: no token to learn within --max_seq_len {config.max_seq_len}."
         )
@@ -279,63 +260,154 @@ def next_token_loss(model: Any, batch: Batch) -> StepLoss:
         grad_weights=(counted.float() if batch.weights is None else batch.weights) * math.frexp(batch.factor)[0],
     )
     metrics = {} if batch.weights is None else {"nll": losses.lm(out.logprobs.detach())}
-    aux = out.aux_loss if model.module.config.use_moe else None
+    aux = out.aux_loss if model.config.use_moe else None
     return StepLoss(losses.lm(out.logprobs, batch.weights), aux, metrics)
 
 
+def own_loss(config: TrainConfig) -> LossFunction:
+    """The loss of --loss, or that of the next token.
+
+    Args:
+        config: loss.
+
+    Raises:
+        ValueError: --loss names no function.
+    """
+    if not config.loss:
+        return next_token_loss
+    function = plugins.load("--loss", config.loss)
+
+    def loss(model: Any, batch: Batch) -> StepLoss:
+        # Without grad_weights: nobody knows beforehand what the function makes of the log-probabilities.
+        out = model(batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        total = function(out, batch)
+        aux = out.aux_loss if model.config.use_moe else None
+        return total if isinstance(total, StepLoss) else StepLoss(total, aux, {"nll": losses.lm(out.logprobs.detach())})
+
+    return loss
+
+
+def make_engine(run: Run, model: MiniMind, device: torch.device, universal: bool = False) -> Engine:
+    """The model on its device, compiled or captured if asked for, under DeepSpeed.
+
+    Args:
+        run: settled.
+        model: on the CPU.
+        device: of this rank.
+        universal: as for `Engine`.
+
+    Raises:
+        ValueError: a kernel, an attention backend or CUDA graphs that cannot run here.
+    """
+    config = run.config
+    model.attention = config.attention
+    model.model.gradient_checkpointing = config.gradient_checkpointing
+    model.to(device).train()
+    ops.describe(device.type)  # a kernel asked for by name that cannot run is told before the first step
+    backend, _ = resolve_attention(config.attention, device.type, run.dtype)
+    if config.cuda_graphs:
+        graphs.check(config, model, device, backend)
+    if config.use_compile:
+        if backend == "sdpa":
+            leave_out_of_compilation()
+        model.model.compile(dynamic=True)
+    engine = Engine(model, config, run.deepspeed, universal)
+    if config.cuda_graphs:
+        graphs.install(model)
+    return engine
+
+
+def make_trainer(
+    run: Run,
+    model: MiniMind,
+    tokenizer: Tokenizer,
+    data: Batches | Callable[[Engine], Batches],
+    loss: LossFunction,
+    hooks: Hooks | None = None,
+) -> Trainer:
+    """A Trainer at the run's beginning, or where --from_resume goes on.
+
+    Args:
+        run: settled.
+        model: on the CPU; every rank gets rank 0's weights.
+        tokenizer: saved with the weights.
+        data: training batches of this rank, or what makes them from the engine.
+        loss: (engine, batch) -> StepLoss.
+        hooks: of the stage.
+
+    Raises:
+        ValueError: a checkpoint that does not fit the run.
+    """
+    device, frozen = ranks.device(), resume.frozen_fingerprint(model)
+    checkpoint = resume.find(run, frozen)
+    engine = make_engine(run, model, device, checkpoint is not None and resume.needs_universal(checkpoint, run.ranks))
+    if callable(data):
+        data = data(engine)
+    elif device.type == "cuda":  # on a CPU a loader beside the model would take its cores
+        data = Prefetcher(data)
+    torch.manual_seed(run.config.seed + ranks.world()[0])  # dropout differs between ranks
+    begins = resume.Start() if checkpoint is None else resume.load(engine, checkpoint, data)
+    return Trainer(run, engine, tokenizer, data, loss, device, hooks, begins, frozen)
+
+
 def train(
-    config: TrainConfig,
-    name: str,
+    run: Run,
     make_encoder: Callable[[Tokenizer], Encoder],
     adapt: Callable[[MiniMind], Any] | None = None,
     save_weights: Callable[[MiniMind, Path], None] | None = None,
-    make_loss: Callable[[MiniMind, Tokenizer, torch.device], LossFunction] | None = None,
+    make_loss: Callable[[MiniMind, Tokenizer], LossFunction] | None = None,
 ) -> Trainer:
     """The whole of a stage that learns from the next token: tokenizer, model, data, training.
 
     Args:
-        config: the options, from_weight found.
-        name: of the stage.
+        run: settled.
         make_encoder: gives the stage's own way from rows to documents.
         adapt: changes the loaded model.
-        save_weights: as for `Trainer`.
-        make_loss: gives the stage's own loss; `next_token_loss` if None.
+        save_weights: as for `Hooks`.
+        make_loss: gives the stage's own loss; None: --loss, or that of the next token.
 
     Returns:
         The trainer, its run over.
     """
-    device = begin(config)
+    config = run.config
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     if adapt is not None:
         adapt(model)
-    loss = next_token_loss if make_loss is None else make_loss(model, tokenizer, device)
+    loss = own_loss(config) if make_loss is None else make_loss(model, tokenizer)
     encode = make_encoder(tokenizer)
     data = open_data(config, config.data_path, tokenizer, encode, training=True)
     val_data = None
     if config.val_data_path:
         val_data = one_pass(open_data(config, config.val_data_path, tokenizer, encode, training=False))
-    trainer = Trainer(config, name, model, tokenizer, data, loss, device, val_data, save_weights=save_weights)
+    trainer = make_trainer(run, model, tokenizer, data, loss, Hooks(val_data, save_weights=save_weights))
     trainer.run()
     return trainer
 
 
 def report(
-    trainer: Trainer, seconds: float, prompts: list[str], then: str, chat: dict[str, Any] | None = PROMPTS[0]
+    trainer: Trainer,
+    prompts: list[str],
+    then: str,
+    chat: dict[str, Any] | None = PROMPTS[0],
+    weights: Path | None = None,
 ) -> None:
     """The end of a stage, on rank 0: what the weights on disk say, where everything is, what to do now.
 
     Args:
         trainer: its run over.
-        seconds: since the start.
         prompts: if --sample_prompts is not given.
         then: the last line.
         chat: as for `show_samples`.
+        weights: a whole model, if the run left one elsewhere than usual.
     """
-    config = trainer.config
+    run = trainer.plan
     if trainer.rank == 0:
-        show_samples(trainer.weights_folder, config.sample_prompts or prompts, config.sample_tokens, chat)
-        print(finished(trainer, seconds))
+        folder = weights or run.weights
+        if (folder / "config.json").is_file():
+            show_samples(folder, run.config.sample_prompts or prompts, run.config.sample_tokens, chat)
+        seconds = time.perf_counter() - run.began
+        print(words.finished(run, trainer.step, trainer.useful_tokens, seconds))
         print(then)
         if shutil.which("minimind-fast") is None:
             print(f"(to have that command: source {os.path.relpath(sys.prefix)}/bin/activate)")

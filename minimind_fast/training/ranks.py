@@ -1,0 +1,116 @@
+"""The ranks of a run: how a process becomes one, whoever started it, and how it leaves.
+
+Purpose: `prepare()` before anything else, `world()`, `leave()`; the same under `deepspeed`, `torchrun` and plain `python`.
+Principle: the launchers say who is who by environment variables; without them the process is a world of one.
+Properties: no environment variable has to be set by hand; whatever happens, no rank waits for one that failed (`together`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from minimind_fast.ops.cpu.allocator import keep_freed_memory
+
+
+def prepare(num_threads: int = 0) -> torch.device:
+    """Make this process a rank, whoever started it.
+
+    Args:
+        num_threads: CPU threads of this rank; 0 shares the cores among the ranks of this machine.
+
+    Returns:
+        The rank's device.
+    """
+    if "RANK" not in os.environ:  # plain `python train/pretrain.py`
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        one = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(one, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // here))
+        keep_freed_memory()
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\..*` is deprecated")
+    warnings.filterwarnings("ignore", message=r".*barrier\(\).*device")
+    if gpu:
+        torch.cuda.set_device(device())
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device() if gpu else None)
+    return device()
+
+
+def device() -> torch.device:
+    """This rank's own."""
+    gpu = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size)."""
+    return dist.get_rank(), dist.get_world_size()
+
+
+def say(text: str) -> None:
+    """Print on rank 0.
+
+    Args:
+        text: a line.
+    """
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def leave(code: int = 0) -> None:
+    """Leave the world; one of several ranks ends here, with all its output written.
+
+    A gloo thread may still hold the last collective's tensors, which DeepSpeed's groups keep alive. If it frees them
+    while the interpreter shuts down, the process aborts ("terminate called without an active exception").
+
+    Args:
+        code: exit code of the process.
+
+    Source: https://github.com/pytorch/pytorch/issues/190489.
+    """
+    if not dist.is_initialized():
+        return
+    several = dist.get_world_size() > 1
+    dist.destroy_process_group()
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Either all ranks leave the block well, or all raise: nobody waits for a rank that failed.
+
+    Args:
+        what: opens the error, such as "the checkpoint could not be written".
+
+    Raises:
+        OSError: on every rank, when one failed.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        problem = error
+    failed = torch.tensor([float(problem is not None)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(failed)
+    if problem is not None:
+        raise OSError(f"{what}: {problem}; older checkpoints are untouched") from problem
+    if failed.item():
+        raise OSError(f"{what}: another rank failed; older checkpoints are untouched")

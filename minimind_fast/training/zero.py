@@ -1,0 +1,157 @@
+"""Our options as a DeepSpeed config, and the user's own file laid over it.
+
+Purpose: `deepspeed_config(options, ranks)`; `decided` gives back what a user's file decided, as options.
+Principle: options make the config; a user's file wins where an option was not given, and a clash with one that was given is
+    an error that names both.
+Properties: no tensors, no process group: the same dict for the same options.
+
+Source: DeepSpeed 0.19's config; ZeRO: Rajbhandari et al., 2020.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_fast.ops import precision
+from minimind_fast.training.config import TrainConfig
+
+# Elements of a bucket of gradients: 25 MB in bf16, as in PyTorch's DDP. DeepSpeed's own 500M are never filled by a MiniMind,
+# but allocated, and twice with overlap. At stages 2 and 3 sending one bucket overlaps with making the next.
+REDUCE_BUCKET = 12_500_000
+
+
+def choose_zero_stage(config: TrainConfig, world_size: int) -> int:
+    """The stage asked for, or 1; plain fp32 on one rank takes 0, as there is nothing to partition.
+
+    Stage 1 with bf16 is DeepSpeed's BF16 optimizer, which accumulates gradients in fp32 (stage 0 keeps them in bf16).
+    Stages 0 and 1 send gradients once an optimizer step, 2 and 3 once a micro-batch; a MiniMind fits every card, so
+    that the memory which 2 and 3 save is not worth their traffic.
+
+    Args:
+        config: zero_stage, dtype, offload.
+        world_size: number of ranks.
+    """
+    if config.zero_stage >= 0:
+        return config.zero_stage
+    plain = precision.choose(config.dtype) == "float32" and config.offload == "none"
+    return 0 if plain and world_size == 1 else 1
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Our options as a DeepSpeed config, the user's own file laid over it.
+
+    Args:
+        config: the run's options.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: a clash between the file and an option (both are named), or a combination that cannot be.
+    """
+    dtype = precision.choose(config.dtype)
+    stage = choose_zero_stage(config, world_size)
+    if config.offload == "cpu" and stage == 0:
+        raise ValueError("--offload cpu needs --zero_stage 1, 2 or 3: stage 0 has no partitioned optimizer to move")
+    made: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_clipping": config.grad_clip,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": REDUCE_BUCKET,
+        },
+        "timers": {"throughput": {"enabled": False}},  # on by default, it waits for the GPU at every micro-batch
+        "checkpoint": {"load_universal": False},
+    }
+    if config.offload == "cpu":
+        made["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if dtype == "bfloat16":
+        # At stage 1 a gradient is added to its fp32 sum as soon as it is there, and freed.
+        made["bf16"] = {"enabled": True, "immediate_grad_update": True}
+    elif dtype == "float16":
+        made["fp16"] = {"enabled": True, "initial_scale_power": 12}
+    if config.deepspeed_config:
+        _overlay(made, _read(config.deepspeed_config), config.deepspeed_config, config.given)
+    stage = made["zero_optimization"]["stage"]
+    dtype = dtype_of(made)
+    if dtype == "float16" and stage == 0:
+        raise ValueError(  # it divides by the loss's scale without having multiplied by it
+            "float16 at ZeRO stage 0: DeepSpeed loses small gradients there; give --zero_stage 1, 2 or 3, or leave it out"
+        )
+    if dtype == "bfloat16" and stage > 0:
+        made.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        if stage == 1:  # else the fp32 sums are rounded to bf16 before they are reduced
+            made.setdefault("communication_data_type", "fp32")
+    return made
+
+
+# DeepSpeed's key -> the option of ours that says the same.
+_OPTION_OF = {
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "gradient_clipping": "grad_clip",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer": "offload",
+    "bf16.enabled": "dtype",
+    "fp16.enabled": "dtype",
+    "optimizer": "learning_rate, --weight_decay, --beta1, --beta2",
+    "scheduler": "lr_schedule, --warmup_steps",
+}
+_OURS_ONLY = ("optimizer", "scheduler", "train_batch_size")
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--deepspeed_config {file}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"--deepspeed_config {file}: must hold a JSON object")
+    return raw
+
+
+def _overlay(made: dict[str, Any], theirs: dict[str, Any], file: str, given: frozenset[str], path: str = "") -> None:
+    for key, value in theirs.items():
+        name = f"{path}{key}"
+        option = _OPTION_OF.get(name)
+        if name in _OURS_ONLY:
+            say = f"use --{option}" if option else "it follows from --batch_size, --accumulation_steps and the ranks"
+            raise ValueError(f"--deepspeed_config {file}: remove {name!r}; {say}")
+        if option in given and made.get(key) != value:
+            raise ValueError(f"{name} = {value!r} in {file} clashes with --{option}: give one of the two")
+        if isinstance(value, dict) and isinstance(made.get(key), dict):
+            _overlay(made[key], value, file, given, f"{name}.")
+        else:
+            made[key] = value
+
+
+def decided(ds: dict[str, Any]) -> dict[str, Any]:
+    """The options that a DeepSpeed config settles.
+
+    Args:
+        ds: of `deepspeed_config`.
+
+    Returns:
+        option -> value: batch_size, accumulation_steps, grad_clip, zero_stage, dtype.
+    """
+    return {
+        "batch_size": ds["train_micro_batch_size_per_gpu"],
+        "accumulation_steps": ds["gradient_accumulation_steps"],
+        "grad_clip": ds["gradient_clipping"],
+        "zero_stage": ds["zero_optimization"]["stage"],
+        "dtype": dtype_of(ds),
+    }
+
+
+def dtype_of(ds: dict[str, Any]) -> str:
+    half = [name for key, name in (("bf16", "bfloat16"), ("fp16", "float16")) if ds.get(key, {}).get("enabled")]
+    return half[0] if half else "float32"
