@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.11",  # tensors, autograd, the reference implementation
     "triton>=3.6; platform_system == 'Linux'",  # the kernels (also interpreted and cross-compiled where there is no GPU)
-    "deepspeed>=0.19.8",  # ZeRO, the launcher and the training engine
+    "deepspeed>=0.19.8,<0.20",  # ZeRO, the launcher and the training engine
     "tokenizers>=0.21",  # byte-level BPE in Rust, the format of MiniMind's own tokenizer.json
     "numpy>=1.26",  # the memory-mapped token cache
     "safetensors>=0.4",  # weights on disk

@@ -19,15 +19,16 @@ from minimind_fast.proof.roofline import CARDS, Card, op_work, shape_of, step_wo
 MEASURE = """
 import ctypes, gc, json, sys
 import torch
-from minimind_fast.training import engine
-from minimind_fast.training import setup as stage
 from minimind_fast.config import ModelConfig
-from minimind_fast.training.config import TrainConfig
 from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
+from minimind_fast.training import ranks, setup
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import Engine
+from minimind_fast.training.zero import deepspeed_config
 
-engine.keep_freed_memory = lambda: None
-engine.prepare(1)
+ranks.keep_freed_memory = lambda: None
+ranks.prepare(1)
 
 def resident(key):
     with open("/proc/self/status") as lines:
@@ -39,21 +40,19 @@ def peak(preset, changes, zero_stage, dtype, tokens, document):
     before = resident("VmRSS")
     config = TrainConfig(zero_stage=zero_stage, dtype=dtype, accumulation_steps=1, batch_size=1)
     model = MiniMind(ModelConfig.preset(preset, **changes))
-    ran = engine.initialize(model, config, engine.deepspeed_config(config, 1))
-    engine.set_lr(ran, 1e-4)
+    engine = Engine(model, config, deepspeed_config(config, 1))
     ids = torch.randint(0, model.config.vocab_size, (tokens,))
     cu = torch.arange(0, tokens + 1, document, dtype=torch.int32)
     for _ in range(2):  # the first makes the optimizer's state
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")
-        ran.set_gradient_accumulation_boundary(True)
-        out = stage.next_token_loss(ran, Batch(ids, ids, cu, document, tokens, tokens // document))
+        out = setup.next_token_loss(engine, Batch(ids, ids, cu, document, tokens, tokens // document))
         loss = out.total / tokens
-        ran.backward(loss if out.aux is None else loss + out.aux, scale_wrt_gas=False)
+        engine.backward(loss if out.aux is None else loss + out.aux)
         del out, loss
-        engine.finish_step(ran, 1.0)
+        engine.step(1e-4)
     found = resident("VmHWM") - before
-    ran.destroy()
+    engine._ds.destroy()
     return found
 
 tiny = {"num_hidden_layers": 1, "vocab_size": 256}

@@ -105,11 +105,6 @@ def used_mib():
     return (info.field4 + info.field7) / 2**20  # mapped blocks, and the heap's
 
 
-class Whole(Engine):
-    def zero_optimization_stage(self):
-        return 0
-
-
 def test_grpo_takes_no_more_memory_from_step_to_step():
     """Each step has another number of tokens. oneDNN kept 0.5 MiB for each matmul of a new shape: 10 MiB a step."""
     model = make("minimind3").train()
@@ -117,7 +112,7 @@ def test_grpo_takes_no_more_memory_from_step_to_step():
     prompts = [Prompt({}, ["", ""], [list(range(9, 269 + n))] * 2) for n in range(12)]
     rewards = Rewards(["length"])
     data = Rollouts(prompts, tokenizer, rewards, batch_size=1, generations=2, max_new_tokens=6, seed=3)
-    data.engine = Whole(model)
+    data.written_by(Engine(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     used, lengths = [], set()
     for batch in data:

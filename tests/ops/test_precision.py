@@ -15,7 +15,7 @@ from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import attention, precision
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import deepspeed_config
+from minimind_fast.training.zero import deepspeed_config
 
 AVX2, ZEN4 = {"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True, "avx512_fp16": False}
 SAPPHIRE_RAPIDS = {"avx512_bf16": True, "amx_bf16": True, "avx512_fp16": True}

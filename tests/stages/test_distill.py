@@ -14,8 +14,7 @@ from minimind_fast.data.packing import Batch
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.ops import precision
 from minimind_fast.training.resume import checkpoints
-
-CPU = torch.device("cpu")
+from minimind_fast.training.run import resolve
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,11 @@ def teacher(tokenizer, tmp_path_factory):
     return folder
 
 
-def config(distill, teacher, **changes):
-    return distill.DistillConfig(teacher_path=str(teacher), dtype="float32", **changes)
+def settled(distill, teacher, **changes):
+    options = distill.DistillConfig(
+        **{"teacher_path": str(teacher), "from_weight": "none", "dtype": "float32"} | changes
+    )
+    return resolve(options, distill.STAGE)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "minimind2-moe"])
@@ -53,7 +55,7 @@ def config(distill, teacher, **changes):
 def test_the_loss_and_its_gradients_are_those_of_whole_logits(distill, teacher, tokenizer, preset, alpha):
     """Two packed chats. The oracle runs each alone, both models' logits whole."""
     student = make_model(32, preset=preset).train()
-    loss = distill.make_loss(config(distill, teacher, alpha=alpha, temperature=2.0), student, tokenizer, CPU)
+    loss = distill.make_loss(settled(distill, teacher, alpha=alpha, temperature=2.0), student, tokenizer)
     documents = [(torch.randint(3, 6400, (n,)), begin) for n, begin in ((9, 4), (6, 2))]
     targets = []
     for ids, begin in documents:
@@ -90,9 +92,7 @@ def test_the_teacher_is_frozen_in_the_students_precision_and_no_part_of_it(disti
     student = make_model(32)
     before = [name for name, _ in student.named_modules()]
     for dtype in ("auto", "bfloat16"):
-        got = distill.load_teacher(
-            distill.DistillConfig(teacher_path=str(teacher), dtype=dtype), student, tokenizer, CPU
-        )
+        got = distill.load_teacher(settled(distill, teacher, dtype=dtype), student, tokenizer)
         assert not got.training and not any(p.requires_grad for p in got.parameters())
         assert {p.dtype for p in got.parameters()} == {precision.of(dtype)}
     assert [name for name, _ in student.named_modules()] == before
@@ -102,22 +102,22 @@ def test_a_teacher_that_speaks_another_language_is_refused(distill, teacher, tok
     student = make_model(32)
     mm.save_pretrained(make_model(32, vocab_size=6399), tmp_path / "small")
     with pytest.raises(ValueError, match="knows 6399 ids and the student 6400"):
-        distill.load_teacher(config(distill, tmp_path / "small"), student, tokenizer, CPU)
+        distill.load_teacher(settled(distill, tmp_path / "small"), student, tokenizer)
     mm.save_pretrained(make_model(32), tmp_path / "foreign")
     for file in ("tokenizer.json", "tokenizer_config.json"):  # another program's folder: it names no fingerprint
         text = (samples.path("tokenizer") / file).read_text(encoding="utf-8")
         (tmp_path / "foreign" / file).write_text(text, encoding="utf-8")
-    distill.load_teacher(config(distill, tmp_path / "foreign"), student, tokenizer, CPU)
+    distill.load_teacher(settled(distill, tmp_path / "foreign"), student, tokenizer)
     raw = json.loads((tmp_path / "foreign" / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = raw["model"]["vocab"]
     first, second = sorted(vocab, key=vocab.get)[100:102]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(ValueError, match="their ids mean other words"):
-        distill.load_teacher(config(distill, tmp_path / "foreign"), student, tokenizer, CPU)
+        distill.load_teacher(settled(distill, tmp_path / "foreign"), student, tokenizer)
     mm.save_pretrained(make_model(32), tmp_path / "teacher.pth", format="pth")
     with pytest.raises(ValueError, match="is a file: give a folder"):
-        distill.load_teacher(config(distill, tmp_path / "teacher.pth"), student, tokenizer, CPU)
+        distill.load_teacher(settled(distill, tmp_path / "teacher.pth"), student, tokenizer)
 
 
 def test_the_command_makes_a_new_student_that_nears_its_teacher(teacher, tmp_path):

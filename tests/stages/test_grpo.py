@@ -53,17 +53,11 @@ def work(tmp_path_factory, tokenizer):
     return folder
 
 
-class Whole(Engine):
-    def zero_optimization_stage(self):
-        return 0
-
-
 def rollouts(model, work, tokenizer, **changes):
     options = dict(batch_size=2, generations=3, max_new_tokens=9, seed=1, temperature=0.8, thinking_ratio=0.5) | changes
     prompts = read_prompts([work / "prompts.jsonl"], tokenizer, 64)
     made = Rollouts(prompts, tokenizer, Rewards([f"{work / 'mine.py'}:letters"]), **options)
-    made.engine = Whole(model)
-    return made
+    return made.written_by(Engine(model))
 
 
 @pytest.fixture
@@ -266,12 +260,12 @@ def test_a_model_learns_what_is_rewarded(work, tokenizer):
 # Several runs one after another in the same processes, which saves most of the time of a launch.
 DRIVER = f"""
 import json, runpy, sys
-from minimind_fast.training import engine
+from minimind_fast.training import ranks
 main = runpy.run_path({str(ROOT / "train" / "grpo.py")!r})["main"]
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["grpo.py", *arguments]
     main()
-engine.leave()
+ranks.leave()
 """
 SAME = ("loss", "reward", "reward_letters", "reward_std", "kl", "clip_fraction", "completion_length", "finished")
 

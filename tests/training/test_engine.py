@@ -1,4 +1,4 @@
-"""Our options as a DeepSpeed config, and the learning rate."""
+"""Our options as a DeepSpeed config, what the engine makes of them, and the learning rate."""
 
 import json
 import math
@@ -13,9 +13,12 @@ from launching import free_port
 import minimind_fast as mm
 from minimind_fast.training import losses
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import adopt, deepspeed_config, param_groups
+from minimind_fast.training.engine import param_groups
 from minimind_fast.training.log import clock, draw_loss
-from minimind_fast.training.trainer import learning_rate, memory_advice
+from minimind_fast.training.run import Stage, resolve
+from minimind_fast.training.trainer import learning_rate
+from minimind_fast.training.words import memory_advice
+from minimind_fast.training.zero import deepspeed_config
 
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -26,8 +29,9 @@ def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
     config = TrainConfig(deepspeed_config=str(file))
     ds = deepspeed_config(config, 1)
     assert ds["zero_optimization"]["stage"] == 2 and ds["zero_optimization"]["reduce_bucket_size"] == 5
-    adopt(config, ds)
-    assert config.zero_stage == 2 and config.grad_clip == 0.5
+    run = resolve(config, Stage("x"))
+    assert run.config.zero_stage == 2 and run.config.grad_clip == 0.5 and run.deepspeed == ds
+    assert run.config.why("zero_stage") == f"in {file}" and config.zero_stage == -1
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,6 @@ def test_a_clash_names_both(tmp_path, theirs, given, message):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(theirs))
     config = TrainConfig(deepspeed_config=str(file), **given)
-    config.given = set(given)
     with pytest.raises(ValueError, match=message):
         deepspeed_config(config, 1)
 
@@ -71,13 +74,11 @@ def test_learning_rate_is_minimind_form():
     assert learning_rate(config, 50, 100) == pytest.approx(0.55)
     assert learning_rate(config, 100, 100) == pytest.approx(0.1)
     assert learning_rate(config, 25, 100) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
-    config.warmup_steps = 10
+    config = TrainConfig(learning_rate=1.0, warmup_steps=10)
     assert learning_rate(config, 0, 100) == pytest.approx(0.1)
     assert learning_rate(config, 9, 100) == learning_rate(config, 10, 100) == pytest.approx(1.0)
-    config.lr_schedule = "constant"
-    assert learning_rate(config, 99, 100) == 1.0
-    config.lr_schedule = "cosine"
-    assert learning_rate(config, 100, 100) == pytest.approx(0.0)
+    assert learning_rate(TrainConfig(learning_rate=1.0, lr_schedule="constant"), 99, 100) == 1.0
+    assert learning_rate(TrainConfig(learning_rate=1.0, lr_schedule="cosine"), 100, 100) == pytest.approx(0.0)
 
 
 def test_lm_loss_is_the_weighted_sum():
@@ -118,12 +119,14 @@ def test_out_of_memory_says_what_to_lower_with_numbers(tmp_path):
 UNDER_ENGINE = """
 import json, sys
 import torch
-from minimind_fast.training import engine
 from minimind_fast.config import ModelConfig
-from minimind_fast.training.config import TrainConfig
 from minimind_fast.model import MiniMind
+from minimind_fast.training import ranks
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import Engine
+from minimind_fast.training.zero import deepspeed_config
 
-engine.prepare(1)
+ranks.prepare(1)
 from deepspeed.accelerator import get_accelerator
 type(get_accelerator()).is_fp16_supported = lambda self: True  # DeepSpeed refuses float16 on a CPU; the arithmetic works
 type(get_accelerator()).supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
@@ -133,25 +136,21 @@ for stage, dtype in json.loads(sys.argv[1]):
     torch.manual_seed(0)
     model = MiniMind(ModelConfig.preset("tiny", **shape))
     config = TrainConfig(zero_stage=stage, dtype=dtype, batch_size=1, accumulation_steps=2)
-    ran = engine.initialize(model, config, engine.deepspeed_config(config, 1))
-    engine.set_lr(ran, 1e-2)
+    engine = Engine(model, config, deepspeed_config(config, 1))
     weight, steps, moved = model.model.embed_tokens.weight, [], []
     for factor in (1.0, float("nan"), 1.0):
-        with engine.gathered(ran):
+        with engine.gathered():
             before = weight.detach().clone()
         for i in range(2):
-            ran.set_gradient_accumulation_boundary(i == 1)
-            out = ran(ids.roll(i), targets=ids, cu_seqlens=cu, max_seqlen=32)
-            ran.backward(-out.logprobs.mean() * factor, scale_wrt_gas=False)
-            if i == 0:
-                ran.step()
-        sums = getattr(ran.optimizer, "fp32_groups_gradients_flat", [torch.zeros(1)])[0].clone()
-        norm, finite = engine.finish_step(ran, 1.0)
-        with engine.gathered(ran):
+            out = engine(ids.roll(i), targets=ids, cu_seqlens=cu, max_seqlen=32)
+            engine.backward(-out.logprobs.mean() * factor, last=i == 1)
+        sums = getattr(engine._ds.optimizer, "fp32_groups_gradients_flat", [torch.zeros(1)])[0].clone()
+        norm, finite = engine.step(1e-2)
+        with engine.gathered():
             steps.append([finite, not torch.equal(before, weight), bool(weight.isfinite().all())])
             moved.append([norm, (weight - before).float().abs().mean().item()])
     rounded = (sums == sums.bfloat16()).float().mean().item()
-    print(json.dumps({"steps": steps, "first": moved[0], "rounded": rounded, "timer": ran.tput_timer.config.enabled}))
+    print(json.dumps({"steps": steps, "first": moved[0], "rounded": rounded, "timer": engine._ds.tput_timer.config.enabled}))
 """
 STAGES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (1, "bfloat16")]
 STAGES += [(1, "float16"), (2, "float16"), (3, "float16")]
@@ -197,13 +196,15 @@ def test_sums_of_micro_batches_stay_in_float32(under_engine):
 MASTERS = """
 import json, sys
 import torch
-from minimind_fast.training import engine
 from minimind_fast.config import ModelConfig
-from minimind_fast.training.config import TrainConfig
 from minimind_fast.model import MiniMind
+from minimind_fast.training import ranks
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import Engine
+from minimind_fast.training.zero import deepspeed_config
 
-engine.prepare(1)
-rank, ranks = engine.world()
+ranks.prepare(1)
+rank, size = ranks.world()
 from deepspeed.utils import safe_get_full_fp32_param
 for stage in range(4):
     torch.manual_seed(rank)  # rank 0's weights count
@@ -212,19 +213,19 @@ for stage in range(4):
     torch.manual_seed(0)
     given = [p.detach() for p in MiniMind(model.config).parameters()]
     config = TrainConfig(zero_stage=stage, dtype="bfloat16", batch_size=1, accumulation_steps=1)
-    ran = engine.initialize(model, config, engine.deepspeed_config(config, ranks))
+    engine = Engine(model, config, deepspeed_config(config, size))
     if stage:
         masters = [safe_get_full_fp32_param(p) for p in model.parameters()]
     else:
-        groups = zip(ran.optimizer.fp16_groups, ran.optimizer.fp32_groups)
+        groups = zip(engine._ds.optimizer.fp16_groups, engine._ds.optimizer.fp32_groups)
         of = {id(low): high for lows, highs in groups for low, high in zip(lows, highs)}
         masters = [of[id(p)] for p in model.parameters()]
-    with engine.gathered(ran):
+    with engine.gathered():
         weights = [p.detach().clone() for p in model.parameters()]
     apart = max(float((m.view_as(g) - g).abs().max()) for m, g in zip(masters, given, strict=True))
     rounded = all(torch.equal(w, g.to(w.dtype)) for w, g in zip(weights, given, strict=True))
     print(json.dumps([stage, apart, rounded]))
-engine.leave()
+ranks.leave()
 """
 
 
@@ -256,15 +257,15 @@ def test_masters_are_the_weights_before_their_rounding(ranks):
 LEAVES = """
 import torch
 import torch.distributed as dist
-from minimind_fast.training import engine
+from minimind_fast.training import ranks
 
-engine.prepare(1)
+ranks.prepare(1)
 kept = dist.new_group()
 for _ in range(300):
     mine = torch.ones(10_000)
     dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine, group=kept, async_op=True)
 print("all is written")
-engine.leave()
+ranks.leave()
 """
 
 
@@ -274,14 +275,13 @@ def test_a_rank_leaves_without_an_abort_and_with_its_output_written():
 
 # A mistake of ours, not of the user's.
 FAILS = """
-from minimind_fast.training import engine
-from minimind_fast.training import setup as stage
+from minimind_fast.training import ranks, setup
 
 def main():
-    engine.prepare(1)
+    ranks.prepare(1)
     raise KeyError("a fault")
 
-stage.start(main)
+setup.start(main)
 """
 
 

@@ -1,6 +1,7 @@
 """--cuda_graphs: replays give what plain passes give. Without a GPU, running again stands for replaying."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -289,13 +290,14 @@ def test_a_mixture_needs_both_its_kernels(monkeypatch):
 UNDER_ENGINE = """
 import json, sys
 import pytest, torch
-from minimind_fast.training import engine, graphs
-from minimind_fast.training import setup as stage
-from minimind_fast.training.config import TrainConfig
 from minimind_fast.data.packing import Batch
+from minimind_fast.training import graphs, ranks, setup
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import Engine
+from minimind_fast.training.zero import deepspeed_config
 from test_graphs import make, pack, stand_for_cuda
 
-engine.prepare(1)
+ranks.prepare(1)
 captures = stand_for_cuda(pytest.MonkeyPatch())
 for zero, dtype in json.loads(sys.argv[1]):
     weights = []
@@ -304,20 +306,16 @@ for zero, dtype in json.loads(sys.argv[1]):
         model = make("minimind3", getattr(torch, dtype))
         model.float()
         config = TrainConfig(zero_stage=zero, dtype=dtype, batch_size=1, accumulation_steps=2)
-        ran = engine.initialize(model, config, engine.deepspeed_config(config, 1))
+        engine = Engine(model, config, deepspeed_config(config, 1))
         if graphed:
             graphs.install(model)
-        engine.set_lr(ran, 1e-2)
         for step in range(3):
             for i in range(2):
                 how = pack([100, 60, 96], 2 * step + i)
                 batch = Batch(how["input_ids"], how["targets"], how["cu_seqlens"], 100, 200, 3, factor=1 / 300)
-                ran.set_gradient_accumulation_boundary(i == 1)
-                out = stage.next_token_loss(ran, batch)
-                ran.backward(out.total * batch.factor, scale_wrt_gas=False)
-                if i == 0:
-                    ran.step()
-            engine.finish_step(ran, 1.0)
+                out = setup.next_token_loss(engine, batch)
+                engine.backward(out.total * batch.factor, last=i == 1)
+            engine.step(1e-2)
         weights.append(torch.cat([p.detach().float().flatten() for p in model.parameters()]))
     print(json.dumps([torch.equal(*weights), len(captures), (weights[0] - weights[1]).abs().max().item()]))
 """
@@ -326,7 +324,9 @@ STAGES = [(0, "float32"), (1, "float32"), (2, "float32"), (0, "bfloat16"), (1, "
 
 def test_under_deepspeed_a_run_of_replays_ends_with_the_same_weights():
     command = [sys.executable, "-W", "ignore", "-c", UNDER_ENGINE, json.dumps(STAGES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[1])
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [f[:2] for f in found] == [[True, 2]] * len(STAGES), found

@@ -1,0 +1,98 @@
+"""A run is settled once: what was given stays, what was chosen has a reason, and nothing is assigned afterwards."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from launching import load_script
+
+from minimind_fast.data import samples
+from minimind_fast.ops import precision
+from minimind_fast.training.cli import parse
+from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.run import Run, Stage, resolve
+
+SAMPLE = Stage("pretrain", "pretrain.jsonl", "pretrain_val.jsonl", suits=dict(batch_size=8, max_minutes=1.75, epochs=3))
+
+
+@pytest.mark.parametrize("made", ["in Python", "by the command line"])
+def test_what_is_given_stays_and_what_is_chosen_has_a_reason(made):
+    given = dict(preset="minimind3", batch_size=4, max_minutes=30.0)
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    config = TrainConfig(**given) if made == "in Python" else parse(TrainConfig, words)
+    assert config.given == set(given)
+    run = resolve(config, SAMPLE)
+    assert {name: getattr(run.config, name) for name in given} == given
+    assert {run.config.why(name) for name in given} == {"given"}
+    assert run.config.epochs == 3 and run.config.why("epochs") == "suits the shipped sample"
+    assert run.config.data_path == [str(samples.path("pretrain.jsonl"))]
+    assert run.config.val_data_path == [str(samples.path("pretrain_val.jsonl"))]
+    assert run.config.why("seed") == "default" and config.epochs == 2
+
+
+def test_a_default_that_is_typed_counts_as_given():
+    assert resolve(TrainConfig(epochs=2), SAMPLE).config.epochs == 2
+
+
+def test_own_data_leaves_the_samples_choices_out():
+    run = resolve(TrainConfig(data_path=["mine.jsonl"], dtype="float32"), SAMPLE)
+    assert (run.config.batch_size, run.config.epochs, run.config.val_data_path) == (32, 2, [])
+    assert run.config.preset == ("minimind3" if torch.cuda.is_available() else "tiny")
+
+
+def test_nothing_is_left_open_and_nothing_can_be_assigned():
+    run = resolve(TrainConfig(), SAMPLE)
+    assert run.config.dtype == precision.choose("auto") and run.config.zero_stage in (0, 1)
+    assert run.dtype == getattr(torch, run.config.dtype)
+    for thing, name in ((run, "stage"), (run.config, "batch_size"), (run.config, "new")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, name, 3)
+
+
+def test_the_run_is_written_beside_itself(tmp_path):
+    run = resolve(TrainConfig(save_dir=str(tmp_path), seed=5), SAMPLE)
+    run.folder.mkdir()
+    run.write()
+    told = json.loads((tmp_path / "pretrain" / "run.json").read_text(encoding="utf-8"))
+    assert told["options"]["seed"] == {"value": 5, "why": "given"}
+    assert told["options"]["batch_size"] == {"value": 8, "why": "suits the shipped sample"}
+    assert {name: told["options"][name]["value"] for name in run.config.options()} == run.config.options()
+    assert told["deepspeed"] == run.deepspeed and told["stage"] == "pretrain" and told["ranks"] == 1
+
+
+def test_weights_are_found_by_the_name_of_a_run(tmp_path):
+    stage = Stage("sft", needs={"from_weight": "deepspeed train/pretrain.py"})
+
+    @with_defaults(from_weight="pretrain")
+    class Config(TrainConfig):
+        extra: int = option(1, "one more")
+
+    with pytest.raises(ValueError, match="no run of that name .* run `deepspeed train/pretrain.py` first"):
+        resolve(Config(save_dir=str(tmp_path)), stage)
+    with pytest.raises(ValueError, match="no run of that name in") as raised:
+        resolve(Config(save_dir=str(tmp_path), from_weight="typo"), stage)
+    assert "first" not in str(raised.value)
+    (tmp_path / "pretrain").mkdir()
+    run = resolve(Config(save_dir=str(tmp_path), extra=4), stage)
+    assert run.config.from_weight == str(tmp_path / "pretrain") and run.config.extra == 4
+    assert run.config.why("from_weight") == f"the run pretrain in {tmp_path}"
+
+
+def test_impossible_values_are_refused_in_python_too():
+    with pytest.raises(ValueError, match="--batch_size must be at least 1"):
+        TrainConfig(batch_size=0)
+    with pytest.raises(ValueError, match="--batch_size must be at least 1"):
+        TrainConfig().settle("a reason", batch_size=0)
+    with pytest.raises(ValueError, match="no such option: bach_size"):
+        TrainConfig().settle("a reason", bach_size=3)
+    with pytest.raises(TypeError, match="bach_size"):
+        TrainConfig(bach_size=3)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "lora", "dpo", "distill", "reason", "grpo"])
+def test_every_stage_suits_its_sample_with_options_that_it_has(name):
+    script = load_script(name)
+    known = {f.name for c in vars(script).values() if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)}
+    assert set(script.STAGE.suits) <= known and samples.path(script.STAGE.sample).is_file()
+    assert isinstance(script.STAGE, Stage) and issubclass(Run, object) and script.STAGE.name == name
