@@ -32,7 +32,7 @@ from minimind_fast.model import MiniMind, ModelOutput
 from minimind_fast.training import ranks
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.resume import frozen_fingerprint
-from minimind_fast.weights.checkpoint import written_aside
+from minimind_fast.weights.files import written_aside
 
 SIDES = ("chosen", "rejected")
 

@@ -28,7 +28,7 @@ from minimind_fast.data.packing import Batches
 from minimind_fast.training.engine import Engine, to_universal
 from minimind_fast.training.ranks import together, world
 from minimind_fast.training.run import Run
-from minimind_fast.weights.checkpoint import sync_to_disk, written_aside
+from minimind_fast.weights.files import sync_to_disk, written_aside
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step_(\d+)$")

@@ -34,7 +34,8 @@ from minimind_fast.training.log import Progress, Window, draw_loss, expert_load,
 from minimind_fast.training.losses import LossFunction
 from minimind_fast.training.ranks import world
 from minimind_fast.training.run import Run
-from minimind_fast.weights.checkpoint import check_replaceable, save_pretrained
+from minimind_fast.weights.checkpoint import save_pretrained
+from minimind_fast.weights.files import check_replaceable
 
 SAVE_EVERY_S = 600  # with --save_interval 0
 SECOND_SIGNAL_S = 2.0  # a launcher passes Ctrl-C on as SIGTERM at once; a later second signal means "now"

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minimind_fast.model import INIT_STD, MLP, Attention, MiniMind
-from minimind_fast.weights.checkpoint import check_replaceable, written_aside
+from minimind_fast.weights.files import check_replaceable, written_aside
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = TARGETS[:4]
