@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from minimind_fast.data.bpe import train_bpe
 from minimind_fast.data.packing import DataError, read_texts
-from minimind_fast.data.tokenizer import Tokenizer, train_bpe
+from minimind_fast.data.tokenizer import Tokenizer
 
 HOLD_OUT_EVERY = 100
 MAX_HELD_OUT = 2000

@@ -1,6 +1,6 @@
-"""Text to token ids and back: load or train a byte-level BPE, render a chat, stream decoded text.
+"""Text to token ids and back: load a byte-level BPE, render a chat, stream decoded text.
 
-Purpose: one `Tokenizer` for both MiniMind generations and for tokenizers trained here. It gives the ids and the chat
+Purpose: one `Tokenizer` for both MiniMind generations and for those trained here (`bpe.py`). It gives the ids and the chat
 text that Transformers gives for the same folder, without needing Transformers.
 
 Principle: the Rust library `tokenizers` does the BPE; the folder's own Jinja template lays out a chat. Byte-level BPE
@@ -18,18 +18,15 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from jinja2 import TemplateError
+from tokenizers import decoders
+
+from minimind_fast.data.template import environment, plain, with_reasoning
 
 # MiniMind3's ids 0-35: the first 21 are control tokens that `skip_special_tokens` leaves out of decoded text, the other
 # 15 are ordinary text to a reader (a tool call, a thought) and only kept whole by the tokenizer.
@@ -45,67 +42,6 @@ TEXT_TOKENS = (
     *(f"<|buffer{i}|>" for i in range(1, 10)),
 )  # fmt: skip
 NUM_BYTES = 256
-
-# The chat layout of tokenizers trained here: ChatML, as MiniMind3 reads it. Each assistant turn opens with its thought,
-# empty when there is none, so that the generation prompt (thought open or closed and empty) is always a trained prefix.
-CHAT_TEMPLATE = r"""
-{%- macro text(message) -%}
-    {{- message.content if message.content is string else '' -}}
-{%- endmacro -%}
-{%- macro open_turn(role) -%}
-    {{- '<|im_start|>' ~ role ~ '\n' -}}
-{%- endmacro -%}
-{%- set end_turn = '<|im_end|>\n' -%}
-{%- set leading_system = messages[0].role == 'system' -%}
-
-{%- if tools -%}
-    {{- open_turn('system') -}}
-    {%- if leading_system and text(messages[0]) -%}{{- text(messages[0]) ~ '\n\n' -}}{%- endif -%}
-    {{- 'You can call these functions, one JSON description per line:\n<tools>\n' -}}
-    {%- for tool in tools -%}{{- tool | tojson ~ '\n' -}}{%- endfor -%}
-    {{- '</tools>\n\nTo call one, write its name and arguments as JSON in this form:\n' -}}
-    {{- '<tool_call>\n{"name": "function", "arguments": {"argument": "value"}}\n</tool_call>' ~ end_turn -}}
-{%- elif leading_system -%}
-    {{- open_turn('system') ~ text(messages[0]) ~ end_turn -}}
-{%- endif -%}
-
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {%- if not loop.first -%}{{- open_turn('system') ~ text(message) ~ end_turn -}}{%- endif -%}
-    {%- elif message.role == 'user' -%}
-        {{- open_turn('user') ~ text(message) ~ end_turn -}}
-    {%- elif message.role == 'tool' -%}
-        {{- '\n' if loop.previtem and loop.previtem.role == 'tool' else open_turn('user') -}}
-        {{- '<tool_response>\n' ~ text(message) ~ '\n</tool_response>' -}}
-        {%- if loop.last or loop.nextitem.role != 'tool' -%}{{- end_turn -}}{%- endif -%}
-    {%- elif message.role == 'assistant' -%}
-        {%- set turn = namespace(thought='', answer=text(message)) -%}
-        {%- if message.reasoning_content is string -%}
-            {%- set turn.thought = message.reasoning_content -%}
-        {%- elif '</think>' in turn.answer -%}
-            {%- set parts = turn.answer.split('</think>', 1) -%}
-            {%- set turn.thought = parts[0].split('<think>')[-1] -%}
-            {%- set turn.answer = parts[1] -%}
-        {%- endif -%}
-        {%- set turn.answer = turn.answer.lstrip('\n') -%}
-        {{- open_turn('assistant') ~ '<think>\n' ~ turn.thought.strip('\n') ~ '\n</think>\n\n' ~ turn.answer -}}
-        {%- for item in message.tool_calls or [] -%}
-            {%- set call = item.function or item -%}
-            {%- if turn.answer or not loop.first -%}{{- '\n' -}}{%- endif -%}
-            {{- '<tool_call>\n{"name": ' ~ call.name | tojson ~ ', "arguments": ' -}}
-            {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
-            {{- '}\n</tool_call>' -}}
-        {%- endfor -%}
-        {{- end_turn -}}
-    {%- else -%}
-        {{- raise_exception('unknown role ' ~ message.role ~ ': use system, user, assistant or tool') -}}
-    {%- endif -%}
-{%- endfor -%}
-
-{%- if add_generation_prompt -%}
-    {{- open_turn('assistant') ~ ('<think>\n' if open_thinking or enable_thinking else '<think>\n\n</think>\n\n') -}}
-{%- endif -%}
-"""
 
 
 class Tokenizer:
@@ -257,13 +193,13 @@ class Tokenizer:
         if not all(isinstance(message, Mapping) for message in messages):
             raise ValueError('each chat message must be an object such as {"role": "user", "content": "..."}')
         variables = {name: token for name in self.config if (token := _token_text(name, self.config[name])) is not None}
-        variables.update(_plain(template_kwargs))
+        variables.update(plain(template_kwargs))
         template = self._template(with_tools=tools is not None)
-        chat = [_with_reasoning({k: v for k, v in message.items() if v is not None}) for message in messages]
+        chat = [with_reasoning({k: v for k, v in message.items() if v is not None}) for message in messages]
         try:
             return template.render(
-                messages=_plain(chat),
-                tools=_plain(tools),
+                messages=plain(chat),
+                tools=plain(tools),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **variables,
@@ -281,7 +217,7 @@ class Tokenizer:
             raise ValueError(f"{self.source} has no chat template: add `chat_template` to its tokenizer_config.json")
         if source not in self._templates:
             try:
-                self._templates[source] = _template_environment().from_string(source)
+                self._templates[source] = environment().from_string(source)
             except TemplateError as error:
                 raise ValueError(f"{self.source}: its chat template is not valid Jinja: {error}") from error
         return self._templates[source]
@@ -325,130 +261,12 @@ class StreamDecoder:
         return rest
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int = 6400, show_progress: bool = False, split_digits: bool = True
-) -> Tokenizer:
-    """Train a byte-level BPE with MiniMind3's special tokens at ids 0-35 and our ChatML template.
-
-    Args:
-        texts: the corpus, read once; memory grows with the number of different words, not with the text.
-        vocab_size: entries in all, the 36 special tokens and the 256 bytes included.
-        show_progress: show the Rust library's progress bars.
-        split_digits: each digit is a token of its own, so that every number is read the same way; else frequent numbers
-            become tokens, up to rows of 64 zeros.
-
-    Raises:
-        ValueError: the size does not fit, or the texts have too few repeated pieces for it.
-
-    Source: Sennrich et al. 2016 (BPE); GPT-2 (byte level). Token names and ids are MiniMind3's.
-    """
-    special = [*CONTROL_TOKENS, *TEXT_TOKENS]
-    if vocab_size < len(special) + NUM_BYTES:
-        raise ValueError(f"vocab_size {vocab_size} is too small: {len(special)} special tokens and {NUM_BYTES} bytes")
-    backend = tokenizers.Tokenizer(models.BPE())
-    byte_level = backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=show_progress,
-    )
-    if split_digits:  # only while learning: when no merge holds a digit, a digit is a token without this rule too
-        digit = pre_tokenizers.Split(tokenizers.Regex("[0-9]"), "isolated")
-        # In this order: digits cut off first would leave the line breaks before "1." as a word of their own.
-        backend.pre_tokenizer = pre_tokenizers.Sequence([byte_level, digit])
-    backend.train_from_iterator(texts, trainer=trainer)
-    backend.pre_tokenizer = byte_level
-    # The trainer marks all of them as control tokens; thoughts and tool calls must stay in decoded text.
-    state = json.loads(backend.to_str())
-    for token in state["added_tokens"]:
-        token["special"] = token["content"] in CONTROL_TOKENS
-    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    size = backend.get_vocab_size(with_added_tokens=True)
-    if size != vocab_size:
-        raise ValueError(f"the texts give only {size} of {vocab_size} tokens: give more text or a smaller vocab_size")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 32768,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    return Tokenizer(backend, config, source="the trained tokenizer")
-
-
-class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: marks the model's own text for others; it changes no character."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
-
-
-class _PlainNamespace(Namespace):
-    """Jinja's namespace without names that start with an underscore, which lead to Python's internals."""
-
-    def __setitem__(self, name: Any, value: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a chat template may not store {name!r} in a namespace")
-        super().__setitem__(name, value)
-
-
-def _template_environment() -> ImmutableSandboxedEnvironment:
-    """The Jinja set-up that Transformers' chat templates are written for."""
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter escapes <, > and & for HTML, which would spoil tool schemas.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["namespace"] = _PlainNamespace
-    return environment
-
-
 def _token_text(name: str, value: Any) -> str | None:
     """The text of a config entry such as bos_token, which templates see as a variable; None for other entries."""
     if not name.endswith("_token"):
         return None
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
-
-
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Offer a thought under the name that templates read, whichever of its usual names the caller used."""
-    for name in ("reasoning_content", "thinking", "reasoning"):
-        if message.get(name) is not None:
-            return {"thinking": message[name], **message, "reasoning_content": message[name]}
-    return message
-
-
-def _plain(value: Any) -> Any:
-    """Rebuild a value from JSON's own types: objects with methods have no place inside a sandbox."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    return f"<{type(value).__name__}>"
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minimind_fast as mm
+from minimind_fast.data.bpe import train_bpe
 from minimind_fast.data.cache import TokenCache
 from minimind_fast.data.packing import (
     IGNORE_INDEX,
@@ -29,7 +30,7 @@ from minimind_fast.data.packing import (
     build_cache,
     cut_pieces,
 )
-from minimind_fast.data.tokenizer import Tokenizer, train_bpe
+from minimind_fast.data.tokenizer import Tokenizer
 
 PAD, EOS = 0, 2
 

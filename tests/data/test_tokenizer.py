@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from minimind_fast.data.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS, TEXT_TOKENS, StreamDecoder, Tokenizer, train_bpe
+from minimind_fast.data.bpe import CHAT_TEMPLATE, train_bpe
+from minimind_fast.data.tokenizer import CONTROL_TOKENS, TEXT_TOKENS, StreamDecoder, Tokenizer
 
 GENERATIONS = ("minimind2", "minimind3")
 AWKWARD = [

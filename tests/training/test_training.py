@@ -12,7 +12,7 @@ import torch
 from launching import ROOT, TINY, finish, free_port, read_log, run, start, wait_for_step, write_corpus
 
 import minimind_fast as mm
-from minimind_fast.data.tokenizer import train_bpe
+from minimind_fast.data.bpe import train_bpe
 from minimind_fast.training.resume import checkpoints
 
 

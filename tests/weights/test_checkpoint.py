@@ -15,6 +15,7 @@ import minimind_fast as mm
 from minimind_fast.config import ModelConfig
 from minimind_fast.data import samples
 from minimind_fast.weights import checkpoint
+from minimind_fast.weights import files as disk
 from minimind_fast.weights.checkpoint import (
     read_weights,
     resolve_folder,
@@ -374,10 +375,10 @@ def test_a_failed_save_leaves_the_old_folder_whole(moment, tmp_path, monkeypatch
             calls.append(a)
             return fail() if len(calls) == 2 else real(a, b)
 
-        monkeypatch.setattr(checkpoint.os, "replace", second_fails)
+        monkeypatch.setattr(disk.os, "replace", second_fails)
     else:
         name = {"weights": "save_file", "json": "_write_json", "sync": "sync_to_disk"}[moment]
-        monkeypatch.setattr(checkpoint, name, fail)
+        monkeypatch.setattr(disk if moment == "sync" else checkpoint, name, fail)
     with pytest.raises(OSError, match="No space left"):
         mm.save_pretrained(new, tmp_path / "m")
     monkeypatch.undo()
@@ -389,6 +390,7 @@ KILLED = """
 import os, signal, sys, torch
 import minimind_fast as mm
 from minimind_fast.weights import checkpoint
+from minimind_fast.weights import files as disk
 model = mm.load_pretrained(sys.argv[1])
 model.model.norm.weight.data += 1
 real = os.replace
@@ -396,7 +398,7 @@ def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "writing":
     checkpoint._write_json = kill
 else:
-    checkpoint.os.replace = lambda a, b: (real(a, b), kill())  # after the first of the two renames
+    disk.os.replace = lambda a, b: (real(a, b), kill())  # after the first of the two renames
 mm.save_pretrained(model, sys.argv[1])
 """
 
