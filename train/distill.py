@@ -22,12 +22,14 @@ from minimind_fast.data.packing import Batch
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind, Teacher
 from minimind_fast.ops import precision
+from minimind_fast.ops.documents import run
 from minimind_fast.training import losses
 from minimind_fast.training import setup as stage
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.trainer import LossFunction, StepLoss
-from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
+from minimind_fast.weights.checkpoint import resolve_folder, tokenizer_fingerprint
+from minimind_fast.weights.frozen import frozen
 
 # What suits the sample chats, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, warmup_steps=10, max_minutes=1.5)
@@ -64,7 +66,7 @@ def load_teacher(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer,
     path = resolve_folder(config.teacher_path)
     if not path.is_dir():
         raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
-    teacher = load_pretrained(path, device=device, dtype=precision.of(config.dtype)).requires_grad_(False)
+    teacher = frozen(path, device, precision.of(config.dtype))
     theirs = tokenizer_fingerprint(path)
     if theirs is None and (path / "tokenizer.json").is_file():  # written by another program
         theirs = Tokenizer.load(path).fingerprint
@@ -78,7 +80,6 @@ def load_teacher(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer,
             f"the teacher {path} knows {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "
             "choose a teacher with at least as many"
         )
-    teacher.attention = config.attention
     return teacher
 
 
@@ -87,11 +88,10 @@ def make_loss(config: DistillConfig, student: MiniMind, tokenizer: Tokenizer, de
     teacher = load_teacher(config, student, tokenizer, device)
 
     def loss(model: Any, batch: Batch) -> StepLoss:
-        where = dict(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
         with torch.no_grad():  # not inference_mode, whose tensors autograd may not keep
-            hidden = teacher(batch.input_ids, return_hidden=True, **where).hidden
+            hidden = run(teacher, batch, return_hidden=True).hidden
         view = Teacher(hidden, teacher.lm_head.weight, config.temperature)
-        out = model(batch.input_ids, targets=batch.targets, teacher=view, **where)
+        out = run(model, batch, targets=batch.targets, teacher=view)
         total = losses.distill(out.logprobs, out.kl, config.alpha, config.temperature)
         metrics = {"nll": losses.lm(out.logprobs.detach()), "kl": out.kl.detach().sum()}
         return StepLoss(total, out.aux_loss if model.module.config.use_moe else None, metrics)

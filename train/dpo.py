@@ -12,19 +12,20 @@ Properties: log-probabilities are sums over an answer's tokens; --average_logpro
 Source: Rafailov et al., Direct Preference Optimization, 2023; MiniMind's train_dpo for defaults.
 """
 
-import copy
 import time
 from typing import Any
 
-from minimind_fast.data.pairs import PairBatch, answer_lengths, answer_logprobs, open_pairs
+from minimind_fast.data.pairs import PairBatch
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
+from minimind_fast.rl.preferences import answer_lengths, answer_logprobs, open_pairs
 from minimind_fast.training import losses
 from minimind_fast.training import setup as stage
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.log import draw_loss
 from minimind_fast.training.trainer import LossFunction, StepLoss, Trainer
+from minimind_fast.weights.frozen import frozen
 
 # What suits the sample pairs, where the option was not given.
 SAMPLE_DEFAULTS = dict(learning_rate=1e-5, max_seq_len=256, epochs=4, warmup_steps=5, log_interval=5, max_minutes=1.0)
@@ -84,8 +85,7 @@ def main() -> None:
     device = stage.begin(config)
     tokenizer = stage.load_tokenizer(config)
     model = stage.load_model(config, tokenizer)
-    reference = copy.deepcopy(model).requires_grad_(False).to(precision.of(config.dtype)).eval()
-    reference.attention = config.attention
+    reference = frozen(model, dtype=precision.of(config.dtype))
     cached = config.reference == "cached"
     parts = (tokenizer, reference, device, cached)
     data = open_pairs(config, config.data_path, *parts, training=True)

@@ -10,7 +10,6 @@ Properties: each answer weighs the same, however long. Rollouts and log-probabil
 Source: Shao et al., DeepSeekMath, 2024; MiniMind's train_grpo for defaults.
 """
 
-import copy
 import time
 from typing import Any
 
@@ -25,6 +24,7 @@ from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.log import draw_loss
 from minimind_fast.training.trainer import StepLoss, Trainer
+from minimind_fast.weights.frozen import frozen
 
 # What suits the sample sums, where the option was not given.
 SAMPLE_DEFAULTS = dict(
@@ -110,10 +110,7 @@ def main() -> None:
     rank, world_size = engine.world()
     tokenizer = stage.load_tokenizer(config)
     model = stage.load_model(config, tokenizer)
-    reference = None
-    if config.beta:
-        reference = copy.deepcopy(model).requires_grad_(False).to(device, dtype).eval()
-        reference.attention = config.attention
+    reference = frozen(model, device, dtype) if config.beta else None
     judge = ModelReward(config.reward_model_path, device, dtype) if config.reward_model_path else None
     log = print if rank == 0 else lambda _text: None
     data = Rollouts(

@@ -32,6 +32,8 @@ from minimind_fast.data.packing import Batch, Batches, PackedBatches, PaddedBatc
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
+from minimind_fast.ops.attention import use as use_attention
+from minimind_fast.ops.documents import run
 from minimind_fast.training import engine, losses
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.trainer import LossFunction, StepLoss, Trainer, TrainingStopped, finished
@@ -63,12 +65,13 @@ def begin(config: TrainConfig) -> torch.device:
     """Become a rank, choose kernels and precision, seed every generator.
 
     Args:
-        config: num_threads, kernels, dtype (no longer "auto" afterwards), seed.
+        config: num_threads, kernels, attention, dtype (no longer "auto" afterwards), seed.
 
     Returns:
         This rank's device.
     """
     ops.use(config.kernels)
+    use_attention(config.attention)
     config.dtype = precision.choose(config.dtype)
     device = engine.prepare(config.num_threads)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
@@ -268,11 +271,10 @@ def next_token_loss(model: Any, batch: Batch) -> StepLoss:
     counted = batch.targets != IGNORE_INDEX
     # Padded rows: what follows the last target is padding, which must not count in the experts' balance.
     valid = counted.flip(-1).cumsum(-1).flip(-1) > 0 if batch.cu_seqlens is None else None
-    out = model(
-        batch.input_ids,
+    out = run(
+        model,
+        batch,
         targets=batch.targets,
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
         valid=valid,
         # Known before the pass, which saves the head a matmul. What is left for backward to multiply by is then a power
         # of two, so that 16-bit gradients are not rounded a second time.

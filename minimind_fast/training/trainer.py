@@ -30,8 +30,7 @@ from minimind_fast.data.packing import Batch, Batches, Prefetcher
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind, MoE
 from minimind_fast.ops import precision
-from minimind_fast.ops.attention import resolve
-from minimind_fast.ops.cpu import attention as attention_rows
+from minimind_fast.ops.attention import chosen, leave_out_of_compilation
 from minimind_fast.training import engine as ds
 from minimind_fast.training import graphs, resume
 from minimind_fast.training.config import TrainConfig
@@ -152,17 +151,15 @@ class Trainer:
             self.ds_config["checkpoint"]["load_universal"] = resume.needs_universal(
                 checkpoint, self.world_size, config.zero_stage
             )
-        model.attention = config.attention
         model.model.gradient_checkpointing = config.gradient_checkpointing
         self.model = model.to(device)
         self.kernels = ops.describe(device.type)
-        self.attention = resolve(config.attention, device.type, self.dtype)
+        self.attention = chosen(device.type, self.dtype)
         self.model.train()
         if config.cuda_graphs:
             graphs.check(config, self.model, device, self.attention[0])
         if config.use_compile:
-            if self.attention[0] == "sdpa":
-                attention_rows.leave_out_of_compilation()
+            leave_out_of_compilation(self.attention[0])
             self.model.model.compile(dynamic=True)
         self.engine = ds.initialize(self.model, config, self.ds_config)
         if config.cuda_graphs:
