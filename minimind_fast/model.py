@@ -417,7 +417,7 @@ class MiniMind(nn.Module):
     def _documents(self, input_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Documents:
         dtype = self.model.embed_tokens.weight.dtype
         if input_ids.dim() == 2 and cu_seqlens is None:
-            return Documents.of_rows(*input_ids.shape, input_ids.device, dtype)
+            return Documents.of_rows(input_ids.shape[0], input_ids.shape[1], input_ids.device, dtype)
         if input_ids.dim() == 1 and cu_seqlens is not None:
             return Documents.of(cu_seqlens, input_ids.numel(), dtype, max_seqlen)
         raise ValueError(f"input_ids must be (B, T), or (T,) with cu_seqlens; got {tuple(input_ids.shape)}")
