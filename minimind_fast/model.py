@@ -6,8 +6,8 @@ Principle: everything runs on one packed stream of T tokens. Rows (B, T) are a s
     pair, so that no addition stands alone. How a token attends is decided by a context object: packed training here,
     a KV cache in `infer/decode.py`.
 Properties: q, k, v are one matmul, gate and up another, experts are stacked; `weights/checkpoint.py` translates to
-    MiniMind's names on disk. The head's matmul and the cross-entropy are one op inside the head's own forward, so that whole logits
-    are never stored and ZeRO-3 gathers the head's weight as it does for any module.
+    MiniMind's names on disk. The head's matmul and the cross-entropy are one op inside the head's own forward: whole
+    logits are never stored, and ZeRO-3 gathers the head's weight as it does for any module.
 
 Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E experts, V vocab.
 """

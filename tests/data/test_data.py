@@ -326,8 +326,8 @@ def test_a_killed_build_leaves_no_cache_and_is_cleared(tmp_path, tokenizer):
 
 MEMORY_SCRIPT = """
 import resource, sys
-from minimind_fast.data import build_cache
-from minimind_fast.tokenizer import Tokenizer
+from minimind_fast.data.cache import build_cache
+from minimind_fast.data.tokenizer import Tokenizer
 tokenizer = Tokenizer.load(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 cache = build_cache(sys.argv[1], tokenizer, log=lambda _: None)

@@ -266,7 +266,7 @@ def test_a_model_learns_what_is_rewarded(work, tokenizer):
 # Several runs one after another in the same processes, which saves most of the time of a launch.
 DRIVER = f"""
 import json, runpy, sys
-from minimind_fast import engine
+from minimind_fast.training import engine
 main = runpy.run_path({str(ROOT / "train" / "grpo.py")!r})["main"]
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["grpo.py", *arguments]
