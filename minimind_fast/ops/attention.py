@@ -141,7 +141,9 @@ class use:
 
 
 def chosen(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that `use` has chosen for such tensors, and why; resolved at the first call.
+    """The backend that `use` has chosen for such tensors, and why.
+
+    The first call for a device and dtype imports packages. What is compiled later only looks the answer up.
 
     Args:
         device_type: "cuda" or "cpu".

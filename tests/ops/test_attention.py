@@ -161,6 +161,21 @@ def test_the_choice_is_the_whole_process_s_and_ends_with_its_block(monkeypatch):
     assert chosen("cpu", q.dtype) == ("sdpa", "no GPU")
 
 
+def test_a_compiled_function_looks_the_choice_up(monkeypatch):
+    """No import and no cache that a compiler looks through: the graph is whole, for a GPU's backend too."""
+    module = sys.modules[attention.__module__]
+    monkeypatch.setattr(module, "before_ampere", lambda: False)
+    monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(module, "_found", {"flash_attn": None, "torch_varlen": (None, {}, True)})
+    want = chosen("cuda", torch.bfloat16)
+    assert want == ("torch_varlen", "flash-attn is not installed")
+    monkeypatch.setattr(module, "resolve", None)
+    torch._dynamo.reset()
+    ask = torch.compile(lambda x: x + len(chosen("cuda", torch.bfloat16)[0]), backend="eager", fullgraph=True)
+    assert ask(torch.zeros(())) == len(want[0])
+    torch._dynamo.reset()
+
+
 def test_a_backend_is_resolved_once(monkeypatch):
     q, k, v, cu = packed([3, 4])
     asked = []
