@@ -9,14 +9,18 @@ from stand_ins import Engine
 import minimind_fast as mm
 from minimind_fast.data import samples
 from minimind_fast.data.batches import Batch
+from minimind_fast.data.pairs import PairBatch
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.decode import Decoder
+from minimind_fast.infer.score import score
 from minimind_fast.model import Teacher
 from minimind_fast.ops import documents
 from minimind_fast.ops.cpu import shapes as cpu_shapes
 from minimind_fast.ops.documents import round_up, run, size_for
+from minimind_fast.rl.preferences import answer_logprobs
 from minimind_fast.rl.rewards import Rewards
 from minimind_fast.rl.rollout import Prompt, Rollouts
+from minimind_fast.training import setup as stage
 
 SHAPE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=6400)
 
@@ -71,6 +75,27 @@ def test_a_filled_pack_gives_what_the_pack_gives(monkeypatch, preset, lengths):
     for got, want in zip(filled, plain, strict=True):
         assert got.shape == want.shape
         torch.testing.assert_close(got, want)  # bf16: another height of a matmul may round the other way
+
+
+@pytest.mark.parametrize("kind", ["next token", "pairs", "score", "rollout"])
+def test_whoever_passes_a_pack_through_a_model_fills_it(kind):
+    model = make("minimind3")
+    ids, targets, cu = pack([5, 30, 2, 4])
+    seen = []
+    model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    batch = PairBatch(ids, targets, cu, 30, len(ids), 4, pairs=torch.arange(2), factor=0.1)
+    if kind == "next token":
+        stage.next_token_loss(Engine(model), batch)
+    elif kind == "pairs":
+        answer_logprobs(Engine(model), batch)
+    elif kind == "score":
+        score(model, [(ids[:30].tolist(), ids[30:].tolist())])
+    else:
+        prompts = [Prompt({}, ["", ""], [[5, 6]] * 2)]
+        tokenizer = Tokenizer.load(samples.path("tokenizer"))
+        how = dict(batch_size=1, generations=2, max_new_tokens=6, seed=3)
+        Rollouts(prompts, tokenizer, Rewards(["length"]), **how).run(model, batch)
+    assert seen == [48], "41 or 40 tokens are brought to 48"
 
 
 def test_only_16_bit_weights_of_a_dense_model_on_a_cpu_ask_for_filler():
