@@ -204,7 +204,6 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
     torch.manual_seed(0)
     engine.prepare(torch.get_num_threads())
     model = MiniMind(config).to(suite.device)
-    model.attention = "auto"
     batch = _batch(suite, config, kind, tokens, dense_rows, seed=0)
     length = int(kind) if dense_rows else batch.input_ids.numel()
     small = _batch(suite, config, kind, min(tokens, CHECKED_TOKENS), dense_rows, seed=1)

@@ -4,10 +4,10 @@ Purpose: tokens in, logits or per-token log-probabilities of the targets out.
 Principle: everything runs on one packed stream of T tokens. Rows (B, T) are a stream of B equal documents. Each block
     takes the residual stream h and the last branch's output, adds and normalises them in one op, and returns the same
     pair, so that no addition stands alone. How a token attends is decided by a context object: packed training here,
-    a KV cache in `generate.py`.
-Properties: q, k, v are one matmul, gate and up another, experts are stacked; `checkpoint.py` translates to MiniMind's
-    names on disk. The head's matmul and the cross-entropy are one op inside the head's own forward, so that whole logits
-    are never stored and ZeRO-3 gathers the head's weight as it does for any module.
+    a KV cache in `infer/decode.py`.
+Properties: q, k, v are one matmul, gate and up another, experts are stacked; `weights/checkpoint.py` translates to
+    MiniMind's names on disk. The head's matmul and the cross-entropy are one op inside the head's own forward: whole
+    logits are never stored, and ZeRO-3 gathers the head's weight as it does for any module.
 
 Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E experts, V vocab.
 """
@@ -15,7 +15,7 @@ Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_d
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind_fast import ops
-from minimind_fast.config import ModelConfig
-from minimind_fast.ops.attention import resolve
-from minimind_fast.ops.cpu import shapes as cpu_shapes
-from minimind_fast.ops.cpu.attention import Rectangles
+from minimind_fast.config import IGNORE_INDEX, ModelConfig
+from minimind_fast.ops.documents import Documents
 
 INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)
 
@@ -54,17 +52,14 @@ class AttentionContext(Protocol):
 
 
 class Packed(NamedTuple):
-    """Causal attention within each document of a packed stream."""
+    """Causal attention within each document of a pack."""
 
-    cu_seqlens: Tensor
-    max_seqlen: int
-    backend: str = "auto"
+    documents: Documents
     dropout: float = 0.0
-    rectangles: Rectangles | None = None
 
     def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        how = (self.backend, self.dropout, self.rectangles)
-        return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, *how)
+        """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
+        return self.documents.attend(q, k, v, self.dropout)
 
 
 def rope_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -323,7 +318,7 @@ class Head(nn.Module):
         logprobs, entropy = result if return_entropy else (result, None)
         kl = None
         if teacher is not None:
-            mask = targets != ops.IGNORE_INDEX
+            mask = targets != IGNORE_INDEX
             kl = ops.linear_kl(
                 hidden, self.weight, teacher.hidden, teacher.weight, mask, teacher.temperature, teacher.reverse
             )
@@ -351,7 +346,6 @@ class MiniMind(nn.Module):
         self.config = config
         self.model = Body(config)
         self.lm_head = Head(config)
-        self.attention = "auto"
         self.reset_parameters()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -376,6 +370,7 @@ class MiniMind(nn.Module):
         return_hidden: bool = False,
         teacher: Teacher | None = None,
         grad_weights: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> ModelOutput:
         """Logits, or log-probabilities of targets.
 
@@ -392,6 +387,7 @@ class MiniMind(nn.Module):
             teacher: also the KL divergence to this teacher.
             grad_weights: the targets' shape, float32: the loss is one number times the sum of these times the
                 log-probabilities, and nothing else is made of them. The head then computes its gradients at once.
+            documents: in the place of cu_seqlens and max_seqlen, where they are known already.
 
         Returns:
             ModelOutput, its tensors in input_ids' shape.
@@ -400,54 +396,31 @@ class MiniMind(nn.Module):
             ValueError: shapes that do not fit, or a document longer than max_position_embeddings.
         """
         shape = input_ids.shape
-        if input_ids.dim() == 2 and cu_seqlens is None:
-            rows, length = shape
-            cu_seqlens = torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length
-            positions = torch.arange(length, device=input_ids.device).repeat(rows)
-            max_seqlen = length
-        elif input_ids.dim() == 1 and cu_seqlens is not None:
-            positions = packed_positions(cu_seqlens, input_ids.numel())
-            max_seqlen = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
-        else:
-            raise ValueError(f"input_ids must be (B, T), or (T,) with cu_seqlens; got {tuple(shape)}")
-        if max_seqlen > self.config.max_position_embeddings:
-            raise ValueError(
-                f"a document of {max_seqlen} tokens exceeds max_position_embeddings ({self.config.max_position_embeddings})"
-            )
+        if documents is None:
+            documents = self._documents(input_ids, cu_seqlens, max_seqlen)
+        longest, limit = documents.max_seqlen, self.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(f"a document of {longest} tokens exceeds max_position_embeddings ({limit})")
         if targets is not None and targets.shape != shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have input_ids' shape {tuple(shape)}")
-        extra = cpu_shapes.extra(input_ids.numel(), self.model.embed_tokens.weight, bool(self.config.use_moe))
-        if extra and input_ids.dim() == 1:
-            how = dict(temperature=temperature, return_entropy=return_entropy, return_hidden=return_hidden)
-            return self._filled(extra, input_ids, targets, cu_seqlens, max_seqlen, teacher, grad_weights, **how)
-        dropout = self.config.dropout if self.training else 0.0
-        backend, _ = resolve(self.attention, input_ids.device.type, self.model.embed_tokens.weight.dtype)
-        rectangles = Rectangles(cu_seqlens.tolist(), input_ids.device) if backend == "sdpa" else None
-        context = Packed(cu_seqlens, max_seqlen, backend, dropout, rectangles)
+        context = Packed(documents, self.config.dropout if self.training else 0.0)
         flat_valid = None if valid is None else valid.flatten()
-        hidden, aux_loss = self.model(input_ids.flatten(), positions, context, cu_seqlens, flat_valid)
+        hidden, aux_loss = self.model(
+            input_ids.flatten(), documents.positions, context, documents.cu_seqlens, flat_valid
+        )
         hidden = hidden.view(*shape, -1)
         if return_hidden and targets is None:
             return ModelOutput(hidden=hidden, aux_loss=aux_loss)
         out = self.lm_head(hidden, targets, temperature, return_entropy, teacher, grad_weights)
         return out._replace(aux_loss=aux_loss, hidden=hidden if return_hidden else None)
 
-    def _filled(
-        self, extra: int, ids: Tensor, targets: Tensor | None, cu_seqlens: Tensor, longest: int,
-        teacher: Teacher | None, grad_weights: Tensor | None, **how: Any,
-    ) -> ModelOutput:  # fmt: skip
-        """A pack with `extra` ignored tokens behind it, which no result shows."""
-        total, more = ids.numel(), cpu_shapes.fill
-        out = self.forward(
-            more(ids, extra),
-            None if targets is None else more(targets, extra, ops.IGNORE_INDEX),
-            cpu_shapes.fill_documents(cu_seqlens, total + extra, longest),
-            longest,
-            teacher=None if teacher is None else teacher._replace(hidden=more(teacher.hidden, extra)),
-            grad_weights=None if grad_weights is None else more(grad_weights, extra),
-            **how,
-        )
-        return ModelOutput(*(x[:total] if x is not None and x.dim() else x for x in out))
+    def _documents(self, input_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Documents:
+        dtype = self.model.embed_tokens.weight.dtype
+        if input_ids.dim() == 2 and cu_seqlens is None:
+            return Documents.of_rows(input_ids.shape[0], input_ids.shape[1], input_ids.device, dtype)
+        if input_ids.dim() == 1 and cu_seqlens is not None:
+            return Documents.of(cu_seqlens, input_ids.numel(), dtype, max_seqlen)
+        raise ValueError(f"input_ids must be (B, T), or (T,) with cu_seqlens; got {tuple(input_ids.shape)}")
 
     def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
         """Continue each row; see `minimind_fast.infer.generate.generate` for the options.
@@ -502,18 +475,3 @@ class MiniMind(nn.Module):
 def _size(p: Tensor) -> int:
     """Elements of a parameter, also where ZeRO-3 keeps only a part of it here."""
     return getattr(p, "ds_numel", p.numel())
-
-
-def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Position of each token within its document.
-
-    Args:
-        cu_seqlens: (documents + 1,) int32.
-        total: T, the number of tokens.
-
-    Returns:
-        (T,) int64. No host synchronisation.
-    """
-    where = torch.arange(total, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), where, right=True)
-    return where - cu_seqlens.long()[document]

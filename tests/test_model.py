@@ -5,7 +5,8 @@ import torch
 
 import minimind_fast as mm
 from minimind_fast.config import ModelConfig
-from minimind_fast.model import MoE, packed_positions, rope_tables
+from minimind_fast.model import MoE, rope_tables
+from minimind_fast.ops.attention import leave_out_of_compilation, use
 from minimind_fast.ops.cpu import attention as attention_rows
 
 SHAPES = {
@@ -104,7 +105,7 @@ def test_compiled_layers_share_their_code_and_a_new_pack_needs_none(monkeypatch)
     from torch._dynamo.testing import CompileCounter  # loads Triton
 
     monkeypatch.setattr(attention_rows, "attend_rows", attention_rows.attend_rows)  # so that it is put back
-    attention_rows.leave_out_of_compilation()
+    leave_out_of_compilation("sdpa")
     model, counter = tiny("dense3", num_hidden_layers=12).train(), CompileCounter()
     torch._dynamo.reset()
     model.model.compile(dynamic=True, backend=counter)
@@ -113,6 +114,24 @@ def test_compiled_layers_share_their_code_and_a_new_pack_needs_none(monkeypatch)
         model(ids, targets=targets, cu_seqlens=cu).logprobs.sum().backward()
         assert 0 < counter.frame_count < 12
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_model_is_one_graph(whole):
+    """Nothing breaks it: neither the choice of a backend nor what is worked out of a pack's bounds."""
+    torch._dynamo.reset()
+    model = tiny("dense3").train()
+    ids, targets, cu = pack(documents([10, 31]))
+    with use("eager"):
+        want = model(ids, targets, cu, 30).logprobs
+        if whole:
+            model.compile(backend="aot_eager", fullgraph=True)
+        else:
+            model.model.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+        got = model(ids, targets, cu, 30).logprobs
+        got.sum().backward()
+    torch._dynamo.reset()
+    torch.testing.assert_close(got, want)
 
 
 def test_dropout_only_when_training():
@@ -165,8 +184,3 @@ def test_wrong_shapes_end_in_a_sentence():
         model(torch.zeros(1, 129, dtype=torch.long))
     with pytest.raises(ValueError, match="must have input_ids' shape"):
         model(torch.zeros(1, 5, dtype=torch.long), targets=torch.zeros(1, 4, dtype=torch.long))
-
-
-def test_packed_positions():
-    cu = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
-    assert packed_positions(cu, 5).tolist() == [0, 1, 2, 0, 1]

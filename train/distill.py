@@ -20,12 +20,14 @@ from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.data.packing import Batch
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind, Teacher
+from minimind_fast.ops.documents import run as run_packed
 from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Run, Stage
-from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
+from minimind_fast.weights.checkpoint import resolve_folder, tokenizer_fingerprint
+from minimind_fast.weights.frozen import frozen
 
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
@@ -76,7 +78,7 @@ def load_teacher(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenize
     path = resolve_folder(run.config.teacher_path)
     if not path.is_dir():
         raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
-    teacher = load_pretrained(path, device=ranks.device(), dtype=run.dtype).requires_grad_(False)
+    teacher = frozen(path, ranks.device(), run.dtype)
     theirs = tokenizer_fingerprint(path)
     if theirs is None and (path / "tokenizer.json").is_file():  # written by another program
         theirs = Tokenizer.load(path).fingerprint
@@ -90,7 +92,6 @@ def load_teacher(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenize
             f"the teacher {path} knows {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "
             "choose a teacher with at least as many"
         )
-    teacher.attention = run.config.attention
     return teacher
 
 
@@ -99,11 +100,10 @@ def make_loss(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenizer) 
     config, teacher = run.config, load_teacher(run, student, tokenizer)
 
     def loss(model: Any, batch: Batch) -> StepLoss:
-        where = dict(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
         with torch.no_grad():  # not inference_mode, whose tensors autograd may not keep
-            hidden = teacher(batch.input_ids, return_hidden=True, **where).hidden
+            hidden = run_packed(teacher, batch, return_hidden=True).hidden
         view = Teacher(hidden, teacher.lm_head.weight, config.temperature)
-        out = model(batch.input_ids, targets=batch.targets, teacher=view, **where)
+        out = run_packed(model, batch, targets=batch.targets, teacher=view)
         total = losses.distill(out.logprobs, out.kl, config.alpha, config.temperature)
         metrics = {"nll": losses.lm(out.logprobs.detach()), "kl": out.kl.detach().sum()}
         return StepLoss(total, out.aux_loss if model.config.use_moe else None, metrics)

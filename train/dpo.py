@@ -12,11 +12,11 @@ Properties: log-probabilities are sums over an answer's tokens; --average_logpro
 Source: Rafailov et al., Direct Preference Optimization, 2023; MiniMind's train_dpo for defaults.
 """
 
-import copy
 from typing import Any
 
-from minimind_fast.data.pairs import PairBatch, answer_lengths, answer_logprobs, open_pairs
+from minimind_fast.data.pairs import PairBatch
 from minimind_fast.model import MiniMind
+from minimind_fast.rl.preferences import answer_lengths, answer_logprobs, open_pairs
 from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
@@ -24,6 +24,7 @@ from minimind_fast.training.log import draw_loss
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Stage
 from minimind_fast.training.trainer import Hooks
+from minimind_fast.weights.frozen import frozen
 
 STAGE = Stage(
     "dpo",
@@ -83,8 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     config, device = run.config, ranks.device()
     tokenizer = setup.load_tokenizer(config)
     model = setup.load_model(config, tokenizer)
-    reference = copy.deepcopy(model).requires_grad_(False).to(run.dtype).eval()
-    reference.attention = config.attention
+    reference = frozen(model, dtype=run.dtype)
     cached = config.reference == "cached"
     parts = (tokenizer, reference, device, cached)
     data = open_pairs(config, config.data_path, *parts, training=True)

@@ -10,7 +10,6 @@ Properties: each answer weighs the same, however long. Rollouts and log-probabil
 Source: Shao et al., DeepSeekMath, 2024; MiniMind's train_grpo for defaults.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from minimind_fast.training.log import draw_loss
 from minimind_fast.training.losses import StepLoss
 from minimind_fast.training.run import Stage
 from minimind_fast.training.trainer import Hooks
+from minimind_fast.weights.frozen import frozen
 
 STAGE = Stage(
     "grpo",
@@ -113,10 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     config, device = run.config, ranks.device()
     tokenizer = setup.load_tokenizer(config)
     model = setup.load_model(config, tokenizer)
-    reference = None
-    if config.beta:
-        reference = copy.deepcopy(model).requires_grad_(False).to(device, run.dtype).eval()
-        reference.attention = config.attention
+    reference = frozen(model, device, run.dtype) if config.beta else None
     judge = ModelReward(config.reward_model_path, device, run.dtype) if config.reward_model_path else None
     data = Rollouts(
         read_prompts(config.data_path, tokenizer, config.max_seq_len, config.on_bad_line, ranks.say),

@@ -22,12 +22,13 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 import torch
 
+from minimind_fast.config import IGNORE_INDEX
+from minimind_fast.data.batches import Batch, Batches, Position
 from minimind_fast.data.cache import (
     BadRow,
     DataError,
@@ -42,68 +43,16 @@ from minimind_fast.data.cache import (
 )
 
 __all__ = [
-    "IGNORE_INDEX", "BadRow", "Batch", "Batches", "DataError", "Document", "Encoder", "PackedBatches", "PaddedBatches",
+    "BadRow", "Batch", "Batches", "DataError", "Document", "Encoder", "PackedBatches", "PaddedBatches",
     "Prefetcher", "PretrainEncoder", "TokenCache", "build_cache", "cut_pieces", "encode_pretrain", "read_texts",
     "string_field",
 ]  # fmt: skip
 
-IGNORE_INDEX = -100
 # Pieces that may be pulled forward to fill a gap. On pretrain_real.jsonl at 2,048 positions a batch: see tests; larger
 # windows fill no better and stray further from the shuffled order.
 LOOK_AHEAD_PIECES = 1024
 PLAN_VERSION = 1  # part of the stored position: raise it when the same seed gives another plan
 MASK_SCAN_PIECES = 1 << 14
-
-
-@dataclass
-class Batch:
-    """One micro-batch of one rank.
-
-    Attributes:
-        input_ids: (T,) packed or (B, L) rows, int64.
-        targets: same shape, int64: the next token, or IGNORE_INDEX.
-        cu_seqlens: (num_docs + 1,) int32 bounds of the packed documents, or None for rows.
-        max_seqlen: no document or row is longer, in positions.
-        num_targets: positions that count.
-        num_docs: real documents (pieces) or rows.
-        weights: same shape, float32, or None: each counted target weighs 1.
-        factor: the trainer will multiply the sum of the batch's losses by this.
-    """
-
-    input_ids: torch.Tensor
-    targets: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    max_seqlen: int
-    num_targets: int
-    num_docs: int
-    weights: torch.Tensor | None = None
-    factor: float = 1.0
-
-    def _map(self, function: Any) -> Self:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Copy the tensors to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        """Copy the tensors into page-locked memory, from which a GPU copies while it computes."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-
-class Batches(Protocol):
-    """What a training loop needs of a data source: iterating gives the rest of the current epoch.
-
-    Batches that depend on the model (rollouts) say so by an attribute `needs_model = True`: none is made ahead. The state
-    is the same on every rank, except for what stands under the key "own".
-    """
-
-    def __iter__(self) -> Iterator[Batch]: ...
-    def num_batches(self, epoch: int) -> int: ...
-    def num_left(self) -> int: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def cut_pieces(offsets: np.ndarray, max_seq_len: int, truncate: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +78,7 @@ def cut_pieces(offsets: np.ndarray, max_seq_len: int, truncate: bool = False) ->
 
 
 class _Source:
-    """The position in an epoch, the ranks' shares and the state; what a micro-batch holds is for the subclasses."""
+    """An epoch's plan and the ranks' shares of it; what a micro-batch holds is for the subclasses."""
 
     def __init__(self, cache: TokenCache, rank: int, world_size: int, identity: dict[str, Any]):
         if not 0 <= rank < world_size:
@@ -137,9 +86,7 @@ class _Source:
         self.cache = cache
         self.rank = rank
         self.world_size = world_size
-        self._identity = {"data": cache.fingerprint, "plan": PLAN_VERSION, **identity}
-        self._epoch = 0
-        self._next = 0
+        self.position = Position({"data": cache.fingerprint, "plan": PLAN_VERSION, **identity}, "batch")
         self._planned: tuple[int, list[np.ndarray]] | None = None
         self._num_planned: dict[int, int] = {}
 
@@ -166,20 +113,18 @@ class _Source:
 
     def num_left(self) -> int:
         """Give the micro-batches that each rank still gets in the current epoch."""
-        return -(-(len(self.plan(self._epoch)) - self._next) // self.world_size)
+        return -(-(len(self.plan(self.position.epoch)) - self.position.next) // self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Give this rank's micro-batches from the current position to the end of the epoch, then stop."""
-        epoch = self._epoch
+        epoch = self.position.epoch
         plan = self.plan(epoch)
-        while self._epoch == epoch:
-            share = plan[self._next : self._next + self.world_size]
+        while self.position.epoch == epoch:
+            share = plan[self.position.next : self.position.next + self.world_size]
             if len(share) < self.world_size:
                 share = self._spread(share)
             batch = self._assemble(share[self.rank])
-            self._next += self.world_size
-            if self._next >= len(plan):
-                self._epoch, self._next = epoch + 1, 0
+            self.position.advance(self.world_size, len(plan))
             yield batch
 
     def _spread(self, share: list[np.ndarray]) -> list[np.ndarray]:
@@ -199,7 +144,7 @@ class _Source:
 
     def state_dict(self) -> dict[str, Any]:
         """Give the position after the last batch that was handed out, and what it is a position in."""
-        return {**self._identity, "epoch": self._epoch, "next_batch": self._next}
+        return self.position.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a position, stored by any number of ranks.
@@ -207,13 +152,7 @@ class _Source:
         Raises:
             ValueError: it belongs to other data or other settings.
         """
-        for name, mine in self._identity.items():
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"cannot resume the data position: {name} was {state.get(name)!r} and is {mine!r} now; "
-                    "give the same data, tokenizer and options, or start a new run"
-                )
-        self._epoch, self._next = int(state["epoch"]), int(state["next_batch"])
+        self.position.load_state_dict(state)
 
 
 class PackedBatches(_Source):

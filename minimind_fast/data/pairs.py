@@ -1,38 +1,28 @@
 """Pairs of answers, one preferred to the other: the data of DPO.
 
 Purpose: `{"chosen": [messages], "rejected": [messages]}` lines, MiniMind's own, become packed batches in which the two of a
-    pair lie side by side, with the log-probability of each under a frozen reference.
+    pair lie side by side, with the log-probability of each under a frozen reference, which `rl/preferences.py` makes.
 Principle: a line becomes two documents, chosen and rejected, so that documents 2i and 2i + 1 are a pair. Batches are packed
     of whole pairs. What is trained is where the two part: the answers from the first message on that differs (an earlier
-    answer is the same in both and would cancel). The reference is the model as it was when training began, so that its
-    log-probabilities are numbers: they are computed in one pass and kept beside the token cache.
-Properties: a pair of which either answer lies beyond max_seq_len is left out and counted. The file of log-probabilities is
-    named by the data and the weights; a resumed run finds it, or makes the same again, and refuses other weights.
+    answer is the same in both and would cancel).
+Properties: a pair of which either answer lies beyond max_seq_len is left out and counted. A position is of one reference:
+    a resumed run refuses other weights.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from minimind_fast.data.cache import BadRow, TokenCache, build_cache
+from minimind_fast.data.batches import Batch
+from minimind_fast.data.cache import BadRow, TokenCache
 from minimind_fast.data.chats import Chat, ChatEncoder, Layout, lay_out, read_chat
-from minimind_fast.data.packing import IGNORE_INDEX, Batch, PackedBatches
+from minimind_fast.data.packing import PackedBatches
 from minimind_fast.data.tokenizer import Tokenizer
-from minimind_fast.model import MiniMind, ModelOutput
-from minimind_fast.training import ranks
-from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.resume import frozen_fingerprint
-from minimind_fast.weights.files import written_aside
 
 SIDES = ("chosen", "rejected")
 
@@ -142,7 +132,7 @@ class PairBatches(PackedBatches):
             truncate=True,
             shuffle=shuffle,
         )
-        self._identity["kind"] = "pairs"
+        self.position.identity["kind"] = "pairs"
         self.reference: Tensor | None = None
 
     @property
@@ -162,7 +152,7 @@ class PairBatches(PackedBatches):
             fingerprint: of its weights; a stored position of a run with others is refused.
             values: (num_pairs, 2) float32 of `reference_logprobs`, to be handed out with the batches, or None.
         """
-        self._identity["reference"] = fingerprint
+        self.position.identity["reference"] = fingerprint
         self.reference = values
 
     def _trains(self, targets: np.ndarray) -> np.ndarray:
@@ -183,132 +173,3 @@ class PairBatches(PackedBatches):
         return PairBatch(
             **vars(batch), pairs=pairs, reference=None if self.reference is None else self.reference[pairs]
         )
-
-
-def answer_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, ModelOutput]:
-    """Log-probability of each answer of a batch, summed over its tokens.
-
-    Args:
-        model: a model or an engine.
-        batch: on the model's device.
-
-    Returns:
-        (P, 2) float32, chosen and rejected, without gradients where the model has none; and the model's output.
-    """
-    out = model(batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-    return _by_answer(out.logprobs, batch), out
-
-
-def answer_lengths(batch: PairBatch) -> Tensor:
-    """Targets of each answer.
-
-    Args:
-        batch: of pairs.
-
-    Returns:
-        (P, 2) float32, each at least 1.
-    """
-    return _by_answer((batch.targets != IGNORE_INDEX).float(), batch)
-
-
-def _by_answer(values: Tensor, batch: PairBatch) -> Tensor:
-    """(T,) -> (P, 2) sums over the documents, in a fixed order of addition (index_add on a GPU has none)."""
-    assert batch.cu_seqlens is not None
-    sums = torch.segment_reduce(values, "sum", lengths=batch.cu_seqlens.diff().long(), unsafe=True)
-    return sums[: 2 * batch.num_pairs].view(-1, 2)  # without pairs the batch is one ignored position
-
-
-@torch.no_grad()
-def reference_logprobs(reference: MiniMind, data: PairBatches, device: torch.device) -> Tensor:
-    """Log-probabilities of all pairs under a frozen model; all ranks call it and share the work.
-
-    Args:
-        reference: on the device, in evaluation mode.
-        data: in file order, at the beginning of an epoch.
-        device: of the model.
-
-    Returns:
-        (num_pairs, 2) float32 on the CPU.
-    """
-    sums = torch.zeros(data.num_pairs, 2, device=device)
-    for batch in data:
-        assert isinstance(batch, PairBatch) and batch.pairs is not None
-        batch = batch.to(device)
-        sums[batch.pairs] = answer_logprobs(reference, batch)[0]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    return sums.cpu()
-
-
-def cached_reference(
-    reference: MiniMind, data: PairBatches, device: torch.device, log: Callable[[str], None]
-) -> Tensor:
-    """The reference's log-probabilities from the file beside the token cache, made first if it is not there.
-
-    Args:
-        reference: frozen, on the CPU; it is moved to the device if it has to compute.
-        data: in file order, at the beginning of an epoch.
-        device: where to compute.
-        log: takes a line about what was done.
-
-    Returns:
-        (num_pairs, 2) float32 on the CPU, the same on every rank.
-    """
-    decides = [data.cache.fingerprint, data.max_seq_len, frozen_fingerprint(reference)]
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-    file = data.cache.path.with_name(f"{data.cache.path.name}.reference-{key}.npy")
-    everywhere = torch.tensor([float(file.is_file())], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(everywhere, dist.ReduceOp.MIN)  # ranks on another machine may not see the file
-    if everywhere.item():
-        log(f"the reference's log-probabilities were found: {file}")
-        return torch.from_numpy(np.load(file))
-    values = reference_logprobs(reference.to(device), data, device)
-    log(f"the reference's log-probabilities of {data.num_pairs:,} pairs: {file}")
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        content = io.BytesIO()
-        np.save(content, values.numpy())
-        with written_aside(file) as aside:
-            aside.write_bytes(content.getvalue())
-    return values
-
-
-def open_pairs(
-    config: TrainConfig,
-    paths: list[str],
-    tokenizer: Tokenizer,
-    reference: MiniMind,
-    device: torch.device,
-    cached: bool,
-    training: bool,
-) -> PairBatches:
-    """Tokenised, cached and batched pairs that know their reference.
-
-    Args:
-        config: batch_size, max_seq_len, seed, cache_dir, on_bad_line.
-        paths: JSONL files.
-        tokenizer: of the model.
-        reference: frozen, on the CPU.
-        device: of this rank.
-        cached: give the batches the reference's log-probabilities.
-        training: shuffle.
-
-    Raises:
-        DataError: naming file and line.
-    """
-    (rank, world_size), log = ranks.world(), ranks.say
-    folder, encode = config.cache_dir or None, PairEncoder(tokenizer)
-    cache = build_cache(paths, tokenizer, cache_dir=folder, encode=encode, on_bad_line=config.on_bad_line, log=log)
-    size = {"batch_size": config.batch_size, "max_seq_len": config.max_seq_len, "seed": config.seed}
-    data = PairBatches(cache, **size, rank=rank, world_size=world_size, shuffle=training)
-    if data.num_dropped:
-        log(
-            f"{data.num_dropped:,} of {data.num_pairs + data.num_dropped:,} pairs are left out: an answer lies beyond "
-            f"--max_seq_len {config.max_seq_len}."
-        )
-    values, fingerprint = None, frozen_fingerprint(reference)
-    if cached:
-        in_order = PairBatches(cache, **size, rank=rank, world_size=world_size, shuffle=False)
-        values = cached_reference(reference, in_order, device, log)
-    data.set_reference(fingerprint, values)
-    return data

@@ -1,4 +1,4 @@
-"""From prompts to tokens: KV cache, sampling, whole answers, a batch whose rows come and go.
+"""From prompts to tokens: KV cache, sampling, whole answers, a batch whose rows come and go, scores of given texts.
 
-May import `model` and `ops`; `serve`, `rl` and commands call it.
+May import `model`, `ops` and `data`; `serve`, `rl` and commands call it.
 """

@@ -21,9 +21,7 @@ from torch import Tensor
 from minimind_fast import ops
 from minimind_fast.infer.decode_cpu import CpuStep, Packs
 from minimind_fast.model import Attention, MiniMind, Packed
-from minimind_fast.ops.attention import resolve
-from minimind_fast.ops.cpu import shapes as cpu_shapes
-from minimind_fast.ops.cpu.attention import Rectangles
+from minimind_fast.ops.documents import Documents, size_for
 
 Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
 _GRAPH_SLOTS = 256  # a graph is captured for a multiple of this many visible slots
@@ -150,22 +148,14 @@ class Decoder:
         """Last hidden state of each row, (B, D)."""
         counts = torch.tensor([len(p) for p in prompts])
         ends = counts.cumsum(0)
-        cu = torch.cat([ends.new_zeros(1), ends])
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), counts)
-        positions = torch.arange(int(cu[-1])) - cu[rows]
-        ids = torch.tensor([i for p in prompts for i in p])
-        offsets = cu.to(self.device, torch.int32)
-        positions = positions.to(self.device)
-        stored = positions
-        weight, mixture = self.model.model.embed_tokens.weight, bool(self.model.config.use_moe)
-        if extra := cpu_shapes.extra(len(ids), weight, mixture):
-            ids, positions = cpu_shapes.fill(ids, extra), cpu_shapes.fill(positions, extra)
-            offsets = cpu_shapes.fill_documents(offsets, len(ids), int(counts.max()))
-        backend, _ = resolve(self.model.attention, self.device.type, self.dtype)
-        rectangles = Rectangles(offsets.tolist(), self.device) if backend == "sdpa" else None
-        packed = Packed(offsets, int(counts.max()), backend, 0.0, rectangles)
-        context = Prefill(self.cache, rows.to(self.device), stored, packed)
-        hidden, _ = self.model.model(ids.to(self.device), positions, context, offsets)
+        bounds = F.pad(ends, (1, 0)).to(self.device, torch.int32)
+        ids = torch.tensor([i for p in prompts for i in p], device=self.device)
+        size = size_for(self.model, len(ids))
+        documents = Documents.of(bounds, len(ids), self.dtype, int(counts.max()), size)
+        rows = torch.repeat_interleave(torch.arange(len(prompts)), counts).to(self.device)
+        context = Prefill(self.cache, rows, documents.positions[: len(ids)], Packed(documents))
+        whole = (documents.fill_ids(ids), documents.positions, context, documents.cu_seqlens)
+        hidden, _ = self.model.model(*whole)
         return hidden[(ends - 1).to(self.device)]
 
     def _run_rectangle(self, rows: list[int], pieces: list[list[int]], begin: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Causal attention over packed documents, by whichever backend is there.
 
-Purpose: one call for all: `attention(q, k, v, cu_seqlens, max_seqlen)` never lets a token see another document.
+Purpose: `attention(q, k, v, cu_seqlens, max_seqlen)` never lets a token see another document; `use("eager")` chooses the
+    backend for the whole process, as `ops.use` chooses kernels.
 Principle: softmax(q k^T / sqrt(hd)) v within each document. On a GPU a varlen flash kernel reads `cu_seqlens` itself.
-    On a CPU documents of like length are gathered into small rectangles (`attention_rows.py`).
+    On a CPU documents of like length are gathered into small rectangles (`cpu/attention.py`).
 Properties: memory grows with T; work grows with the sum of squared document lengths (within the rounding of the
-    rectangles), never with T squared. `eager` builds the T x T mask on purpose: it is the plainest truth.
+    rectangles), never with T squared. `eager` builds the T x T mask on purpose: it is the plainest truth. What was chosen
+    stands in a table by device type and dtype, so that a layer asks nothing and torch.compile finds nothing to break at.
 
 Backends: flash_attn (Dao-AILab: `flash_attn.cute` 4, `flash_attn_interface` 3, `flash_attn` 2, the first that imports),
     torch_varlen (`torch.nn.attention.varlen`), sdpa, eager.
@@ -17,7 +19,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,20 @@ from minimind_fast.ops.reference import accum_dtype
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
 
+# Tables and not functools.cache, which torch.compile would look through.
+_found: dict[str, Any] = {}  # package -> what was found of it
+_chosen: dict[tuple[str, str, torch.dtype], tuple[str, str]] = {}
+_asked = "auto"
 
-@lru_cache(maxsize=1)
+
 def _flash_attn() -> tuple[str, Callable] | None:
     """(name, function) of the newest Dao-AILab flash attention that imports, or None."""
+    if "flash_attn" not in _found:
+        _found["flash_attn"] = _find_flash_attn()
+    return _found["flash_attn"]
+
+
+def _find_flash_attn() -> tuple[str, Callable] | None:
     for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
         try:
             return module, importlib.import_module(module).flash_attn_varlen_func
@@ -42,9 +54,14 @@ def _flash_attn() -> tuple[str, Callable] | None:
     return None
 
 
-@lru_cache(maxsize=1)
 def _torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
     """(function, arguments that make it causal, whether it groups heads itself) of PyTorch's own, or None."""
+    if "torch_varlen" not in _found:
+        _found["torch_varlen"] = _find_torch_varlen()
+    return _found["torch_varlen"]
+
+
+def _find_torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
     try:
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
@@ -52,6 +69,10 @@ def _torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
     known = inspect.signature(varlen).parameters  # torch 2.11 says is_causal, later ones window_size and enable_gqa
     causal: dict[str, object] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     return varlen, causal, "enable_gqa" in known
+
+
+def _unknown(backend: str) -> str:
+    return f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}"
 
 
 def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
@@ -69,7 +90,7 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
         ValueError: an unknown name, or a backend asked for by name that cannot run here.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        raise ValueError(_unknown(backend))
     half = dtype in (torch.bfloat16, torch.float16)
     can_flash = device_type == "cuda" and half and not before_ampere()
     if backend == "flash_attn":
@@ -95,6 +116,65 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
     return "sdpa", "no GPU" if device_type != "cuda" else "no varlen flash attention for this GPU and dtype"
 
 
+class use:
+    """Choose the backend of every model from now on, or within a `with` block.
+
+    Args:
+        backend: one of BACKENDS.
+
+    Raises:
+        ValueError: an unknown name. Whether it can run is said where a device and a dtype are known: see `chosen`.
+    """
+
+    def __init__(self, backend: str) -> None:
+        global _asked
+        if backend not in BACKENDS:
+            raise ValueError(_unknown(backend))
+        self._before, _asked = _asked, backend
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _asked
+        _asked = self._before
+
+
+def chosen(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that `use` has chosen for such tensors, and why.
+
+    The first call for a device and dtype imports packages. What is compiled later only looks the answer up.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        dtype: of q, k and v.
+
+    Returns:
+        (backend, reason).
+
+    Raises:
+        ValueError: it was asked for by name and cannot run there.
+    """
+    return _look_up(_asked, device_type, dtype)
+
+
+def _look_up(backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    key = (backend, device_type, dtype)
+    if key not in _chosen:
+        _chosen[key] = resolve(*key)
+    return _chosen[key]
+
+
+def leave_out_of_compilation(backend: str) -> None:
+    """Keep torch.compile from looking into a backend whose code differs from pack to pack.
+
+    Args:
+        backend: that will run.
+    """
+    if backend == "sdpa":
+        attention_rows.leave_out_of_compilation()
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -113,7 +193,7 @@ def attention(
         v: (T, K, hd).
         cu_seqlens: (documents + 1,) int32, document i is [cu[i], cu[i + 1]).
         max_seqlen: the longest document, in tokens.
-        backend: one of BACKENDS.
+        backend: one of BACKENDS; auto: what `use` has chosen.
         dropout: of the attention probabilities.
         rectangles: of the same cu_seqlens, made once for all layers; only sdpa needs it.
 
@@ -122,27 +202,11 @@ def attention(
 
     Source: Dao, FlashAttention-2, 2023 (the varlen interface).
     """
-    name, _ = resolve(backend, q.device.type, q.dtype)
-    if name == "flash_attn":
-        return _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout)
-    if name == "torch_varlen":
-        found = _torch_varlen()
-        assert found is not None
-        varlen, extra, groups_itself = found
-        if dropout:
-            raise ValueError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
-        groups = q.shape[1] // k.shape[1]
-        if groups_itself:
-            extra = {**extra, "enable_gqa": groups > 1}
-        elif groups > 1:
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
-    if name == "eager":
-        return _run_eager(q, k, v, cu_seqlens, dropout)
-    return attention_rows.attend_rows(q, k, v, rectangles or Rectangles(cu_seqlens.tolist(), q.device), dropout)
+    name, _ = _look_up(_asked if backend == "auto" else backend, q.device.type, q.dtype)
+    return RUN[name](q, k, v, cu_seqlens, max_seqlen, dropout, rectangles)
 
 
-def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout):
+def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout, _rectangles):
     found = _flash_attn()
     assert found is not None
     name, function = found
@@ -153,7 +217,27 @@ def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout):
     return out[0] if isinstance(out, tuple) else out
 
 
-def _run_eager(q, k, v, cu_seqlens, dropout):
+def _run_varlen(q, k, v, cu_seqlens, max_seqlen, dropout, _rectangles):
+    found = _torch_varlen()
+    assert found is not None
+    varlen, extra, groups_itself = found
+    if dropout:
+        raise ValueError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
+    groups = q.shape[1] // k.shape[1]
+    if groups_itself:
+        extra = {**extra, "enable_gqa": groups > 1}
+    elif groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
+
+
+def _run_rows(q, k, v, cu_seqlens, _max_seqlen, dropout, rectangles):
+    if rectangles is None:
+        rectangles = Rectangles(cu_seqlens.tolist(), q.device)
+    return attention_rows.attend_rows(q, k, v, rectangles, dropout)
+
+
+def _run_eager(q, k, v, cu_seqlens, _max_seqlen, dropout, _rectangles):
     """The definition, with the whole T x T mask."""
     t, heads, head_dim = q.shape
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
@@ -164,3 +248,12 @@ def _run_eager(q, k, v, cu_seqlens, dropout):
     wide = accum_dtype(q.dtype)
     probs = scores.to(wide).masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", F.dropout(probs, dropout), v)
+
+
+# The resolved backend -> (q, k, v, cu_seqlens, max_seqlen, dropout, rectangles) -> (T, H, hd).
+RUN: dict[str, Callable[..., Tensor]] = {
+    "flash_attn": _run_flash,
+    "torch_varlen": _run_varlen,
+    "sdpa": _run_rows,
+    "eager": _run_eager,
+}

@@ -25,18 +25,15 @@ from typing import Any, cast
 import torch
 
 from minimind_fast import plugins
-from minimind_fast.commands.evaluate import score
+from minimind_fast.data.batches import Batch
 from minimind_fast.data.cache import BadRow
 from minimind_fast.data.chats import Chat, read_chat
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.infer.score import score
 from minimind_fast.model import MiniMind
-from minimind_fast.weights.checkpoint import (
-    load_config,
-    load_disk_weights,
-    load_pretrained,
-    read_weights,
-    resolve_folder,
-)
+from minimind_fast.ops.documents import run
+from minimind_fast.weights.checkpoint import load_config, load_disk_weights, read_weights, resolve_folder
+from minimind_fast.weights.frozen import frozen
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], list[float]]
 
@@ -193,11 +190,10 @@ class ModelReward:
             self.head: torch.Tensor | None = None
             weights = read_weights(folder)
             if "score.weight" in weights:
-                self.model, self.head = _load_scorer(folder, weights)
-                self.head = self.head.to(device, dtype)
-                self.model.to(device, dtype)
+                model, head = _load_scorer(folder, weights)
+                self.model, self.head = frozen(model, device, dtype), head.to(device, dtype)
             else:
-                self.model = load_pretrained(folder, device=device, dtype=dtype)
+                self.model = frozen(folder, device, dtype)
         except ValueError as error:
             raise ValueError(
                 f"--reward_model_path: {error}. A model that only Transformers can run is called from a function of your "
@@ -220,7 +216,8 @@ class ModelReward:
         rows_ids = [encode(render(*chat)) for chat in chats]
         cu = torch.tensor([0, *map(len, rows_ids)], device=self.head.device).cumsum(0)
         ids = torch.tensor([i for row in rows_ids for i in row], device=self.head.device)
-        hidden = self.model(ids, cu_seqlens=cu.to(torch.int32), return_hidden=True).hidden
+        batch = Batch(ids, ids, cu.to(torch.int32), max(map(len, rows_ids)), num_targets=0, num_docs=len(rows_ids))
+        hidden = run(self.model, batch, return_hidden=True).hidden
         assert hidden is not None
         return (hidden[cu[1:] - 1] @ self.head.T).float().squeeze(-1).clamp(-3, 3).tolist()
 
@@ -235,7 +232,7 @@ def _load_scorer(folder: Path, weights: dict[str, torch.Tensor]) -> tuple[MiniMi
     with torch.random.fork_rng(devices=[]):
         model = MiniMind(config).to(head.dtype)
     load_disk_weights(model, weights, str(folder))
-    return model.eval(), head
+    return model, head
 
 
 def question(row: dict[str, Any]) -> Chat:

@@ -27,13 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimind_fast.config import IGNORE_INDEX
+from minimind_fast.data.batches import Batch, Position
 from minimind_fast.data.cache import BadRow, DataError, read_rows
 from minimind_fast.data.chats import PROMPTS, end_marker
-from minimind_fast.data.packing import IGNORE_INDEX, Batch
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling, row_seed
 from minimind_fast.model import MiniMind
+from minimind_fast.ops.documents import run
 from minimind_fast.rl.rewards import Rewards, question
 from minimind_fast.training.losses import group_advantages
 from minimind_fast.training.resume import frozen_fingerprint
@@ -167,14 +169,15 @@ class Rollouts:
         self.batch_tokens = batch_size * generations * (max(len(i) for p in prompts for i in p.ids) + max_new_tokens)
         rewards.check([prompt.row for prompt in prompts])
         digest = hashlib.blake2b(json.dumps([p.texts for p in prompts]).encode(), digest_size=8).hexdigest()
-        self._identity = {
+        identity = {
             "kind": "rollouts",
             "data": digest,
             "reference": None if reference is None else frozen_fingerprint(reference),
             **dict(seed=seed, generations=generations, updates=updates, batch_size=batch_size),
             "accumulation_steps": accumulation_steps,
         }
-        self._epoch = self._next = self._update = 0  # _next: prompts of this epoch that all ranks have used up
+        self.position = Position(identity, "prompt")
+        self._update = 0  # updates that the current rollout has served
         self._current: list[RolloutBatch] = []  # the rollout that is in use, between its updates
 
     def written_by(self, engine: Any) -> Self:
@@ -199,14 +202,14 @@ class Rollouts:
 
     def num_left(self) -> int:
         """Give the micro-batches that each rank still gets in the current epoch."""
-        rollouts = -(-(len(self.prompts) - self._next) // self._step_prompts)
+        rollouts = -(-(len(self.prompts) - self.position.next) // self._step_prompts)
         return (rollouts * self.updates - self._update) * self.accumulation_steps
 
     def state_dict(self) -> dict[str, Any]:
         """Give the position after the last whole optimizer step's batches, and this rank's rollout if it is still in use."""
-        state = {**self._identity, "epoch": self._epoch, "next_prompt": self._next, "update": self._update}
+        state = {**self.position.state_dict(), "update": self._update}
         if self._update:
-            state["own"] = [dict(vars(batch)) for batch in self._current]
+            state["own"] = [{k: v for k, v in vars(batch).items() if k != "documents"} for batch in self._current]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,30 +218,25 @@ class Rollouts:
         Raises:
             ValueError: it belongs to other data or other settings.
         """
-        for name, mine in self._identity.items():
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"cannot resume the data position: {name} was {state.get(name)!r} and is {mine!r} now; "
-                    "give the same data, tokenizer and options, or start a new run"
-                )
-        self._epoch, self._next, self._update = int(state["epoch"]), int(state["next_prompt"]), int(state["update"])
+        self.position.load_state_dict(state)
+        self._update = int(state["update"])
         self._current = [RolloutBatch(**own) for own in state.get("own", [])]
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         """Give this rank's micro-batches to the end of the epoch, then stop."""
-        epoch = self._epoch
-        while self._epoch == epoch:
+        position = self.position
+        epoch = position.epoch
+        while position.epoch == epoch:
             if not self._current:
-                mine = range(self._next + self.rank, self._next + self._step_prompts, self.world_size)
+                mine = range(position.next + self.rank, position.next + self._step_prompts, self.world_size)
                 cut = range(0, len(mine), self.batch_size)
                 self._current = [self.roll_out(epoch, mine[i : i + self.batch_size]) for i in cut]
             batches = self._current
             yield from batches[:-1]
             self._update += 1
             if self._update == self.updates:
-                self._next, self._update, self._current = self._next + self._step_prompts, 0, []
-            if self._next >= len(self.prompts):
-                self._epoch, self._next = epoch + 1, 0
+                self._update, self._current = 0, []
+                position.advance(self._step_prompts, len(self.prompts))
             yield batches[-1]
 
     # --------------------------------------------------------------------------------------------------- a rollout
@@ -305,7 +303,6 @@ class Rollouts:
                 weight = policy.model.embed_tokens.weight
                 with torch.random.fork_rng(devices=[]):
                     self._copy = MiniMind(policy.config).to(weight.device, weight.dtype)
-                self._copy.attention = policy.attention
             for mine, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
                 mine.copy_(theirs)
         return self._copy
@@ -331,13 +328,7 @@ class Rollouts:
         Returns:
             (logprobs (T,) float32, the experts' balancing loss).
         """
-        out = model(
-            batch.input_ids,
-            targets=batch.targets,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            temperature=self.temperature,
-        )
+        out = run(model, batch, targets=batch.targets, temperature=self.temperature)
         return out.logprobs, out.aux_loss
 
 

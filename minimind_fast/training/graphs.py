@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.infer.decode import can_capture
 from minimind_fast.model import MiniMind, ModelOutput, MoE, Teacher
-from minimind_fast.ops import IGNORE_INDEX
-from minimind_fast.ops.cpu.shapes import round_up
+from minimind_fast.ops.documents import Documents, round_up
 from minimind_fast.training.config import TrainConfig
 
 MAX_GRAPHS = 16
@@ -58,28 +58,40 @@ def _power_of_two(size: int, least: int) -> int:
 
 
 class _Call:
-    """One call of the model: its tensors, and everything else that it depends on."""
+    """One call of the model: its tensors without filler, and everything else that it depends on."""
 
-    def __init__(self, model: MiniMind, args: dict[str, Any]) -> None:
-        self.cu_seqlens: Tensor = args.pop("cu_seqlens")
+    def __init__(self, model: MiniMind, args: dict[str, Any], documents: Documents) -> None:
+        for name in ("cu_seqlens", "max_seqlen", "documents"):
+            args.pop(name)
         teacher: Teacher | None = args.pop("teacher")
         self.tensors = {name: args.pop(name) for name in ("input_ids", "targets", "valid", "grad_weights")}
-        self.tokens = tokens = self.tensors["input_ids"].numel()
+        self.tokens = tokens = documents.tokens
         self.size = round_up(tokens)
         if model.config.use_moe and self.tensors["valid"] is None:  # filler must not count in the experts' balance
-            self.tensors["valid"] = torch.ones(tokens, dtype=torch.bool, device=self.cu_seqlens.device)
+            self.tensors["valid"] = torch.ones(tokens, dtype=torch.bool, device=documents.positions.device)
         self.tensors["teacher"] = None if teacher is None else teacher.hidden
         self.teacher = teacher
-        self.longest = min(_power_of_two(args.pop("max_seqlen"), LEAST_LONGEST), model.config.max_position_embeddings)
-        documents = self.cu_seqlens.numel() - 1 + -(-(self.size - tokens) // self.longest)
-        self.documents = _power_of_two(documents, LEAST_DOCUMENTS)
+        limit = model.config.max_position_embeddings
+        self.longest = min(_power_of_two(documents.max_seqlen, LEAST_LONGEST), limit)
+        count = documents.cu_seqlens.numel() - 1 + -(-(self.size - tokens) // self.longest)
+        self.count = _power_of_two(count, LEAST_DOCUMENTS)
+        self.documents = documents
         self.options = args  # numbers and flags
 
     def key(self) -> Hashable:
         """What a graph is made for."""
         there = tuple(name for name, x in self.tensors.items() if x is not None)
         teacher = None if self.teacher is None else (self.teacher.weight.data_ptr(), *self.teacher[2:])
-        return self.size, self.documents, self.longest, there, teacher, tuple(self.options.items())
+        backend = self.documents.backend
+        return self.size, self.count, self.longest, backend, there, teacher, tuple(self.options.items())
+
+    def filled(self) -> tuple[Documents, dict[str, Tensor]]:
+        """The same at the size of its graphs."""
+        documents = self.documents.padded(self.size, self.count + 1, self.longest)
+        tensors = {n: x for n, x in self.tensors.items() if x is not None}
+        values = {"targets": IGNORE_INDEX}
+        filled = {name: documents.fill(x, values.get(name, 0)) for name, x in tensors.items()}
+        return documents, {**filled, "input_ids": documents.fill_ids(tensors["input_ids"])}
 
 
 class _Plain(nn.Module):
@@ -106,13 +118,13 @@ class _Graphs:
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.addresses = [p.data_ptr() for p in self.parameters.values()]
-        self.inputs = {n: x.new_zeros(call.size, *x.shape[1:]) for n, x in call.tensors.items() if x is not None}
-        self.cu_seqlens = call.cu_seqlens.new_zeros(call.documents + 1)
-        self.ends_of_filler = torch.arange(1, call.documents + 1, device=self.cu_seqlens.device) * call.longest
-        tensors = {**self.inputs, "cu_seqlens": self.cu_seqlens}
+        self.documents, filled = call.filled()
+        self.inputs = {name: x.clone() for name, x in filled.items()}  # without filler they are the caller's own
+        tensors = dict(self.inputs)
         teacher = call.teacher and call.teacher._replace(hidden=tensors.pop("teacher"))
-        self.arguments = {**call.options, **tensors, "teacher": teacher, "max_seqlen": call.longest}
-        self.fill(call)
+        # To the graph filler is as real as the rest: what is cut off differs from call to call.
+        documents = self.documents._replace(tokens=call.size, filler=0)
+        self.arguments = {**call.options, **tensors, "teacher": teacher, "documents": documents}
         self._make(pool)
 
     def _make(self, pool: Any) -> None:
@@ -144,19 +156,13 @@ class _Graphs:
         """Whether the weights are where they were."""
         return self.addresses == [p.data_ptr() for p in self.parameters.values()]
 
-    def fill(self, call: _Call) -> None:
-        """Copy a call's tensors in."""
-        tokens = call.tokens
-        # Filler repeats the pack's own first tokens: experts then have about the load that they would have without it.
-        filler = {"input_ids": call.tensors["input_ids"][: call.size - tokens], "targets": IGNORE_INDEX}
+    def load(self, call: _Call) -> None:
+        """Copy a call's tensors in, filled up."""
+        documents, tensors = call.filled()
+        self.documents.cu_seqlens.copy_(documents.cu_seqlens)
+        self.documents.positions.copy_(documents.positions)
         for name, x in self.inputs.items():
-            x[:tokens] = call.tensors[name]
-            if tokens < call.size:
-                x[tokens:] = filler.get(name, 0)
-        bounds = call.cu_seqlens.numel()
-        self.cu_seqlens[:bounds] = call.cu_seqlens
-        rest = self.ends_of_filler[: self.cu_seqlens.numel() - bounds] + tokens
-        self.cu_seqlens[bounds:] = rest.clamp_(max=call.size)
+            x.copy_(tensors[name])
 
 
 class _Replay(torch.autograd.Function):
@@ -209,11 +215,11 @@ class Replays:
         bound.apply_defaults()
         if not self._fit(bound.arguments):
             return self.plain(*args, **kwargs)
-        call = _Call(self.model, bound.arguments)
+        call = _Call(self.model, bound.arguments, self._documents(bound.arguments))
         graphs = self._find(call)
         if graphs is None:
             return self.plain(*args, **kwargs)
-        graphs.fill(call)
+        graphs.load(call)
         self.turn += 1
         copies = iter(_Replay.apply(graphs, call.tokens, self, *graphs.parameters.values()))
         return ModelOutput(*(None if x is None else next(copies) for x in graphs.result))
@@ -222,9 +228,20 @@ class Replays:
         """Whether it is a micro-batch of training, packed, its longest document known on the host."""
         if not self.model.training or not torch.is_grad_enabled():
             return False
-        if any(a[name] is None for name in ("targets", "cu_seqlens", "max_seqlen")) or a["input_ids"].dim() != 1:
+        known: Documents | None = a["documents"]
+        if known is None and (a["cu_seqlens"] is None or a["max_seqlen"] is None):
             return False
-        return a["input_ids"].numel() > 0 and a["max_seqlen"] <= self.model.config.max_position_embeddings
+        if a["targets"] is None or a["input_ids"].dim() != 1 or a["input_ids"].numel() == 0:
+            return False
+        longest = a["max_seqlen"] if known is None else known.max_seqlen
+        return longest <= self.model.config.max_position_embeddings
+
+    def _documents(self, a: dict[str, Any]) -> Documents:
+        known: Documents | None = a["documents"]
+        if known is not None:  # its filler, if any, came in with the tensors: here it is as real as the rest
+            return known._replace(tokens=known.tokens + known.filler, filler=0)
+        dtype = self.model.model.embed_tokens.weight.dtype
+        return Documents.of(a["cu_seqlens"], a["input_ids"].numel(), dtype, a["max_seqlen"])
 
     def _find(self, call: _Call) -> _Graphs | None:
         key = call.key()
@@ -234,7 +251,7 @@ class Replays:
         if found is None and (key not in self.seen or len(self.graphs) >= MAX_GRAPHS):
             self.seen.add(key)
             return None
-        # An older one of this key goes only now: the pool needs a graph that lives.
+        # Capture before dropping the stale graph of this key: the pool dies with its last graph.
         self.graphs[key] = _Graphs(self.plain, call, self.pool)
         return self.graphs[key]
 

@@ -35,8 +35,9 @@ from minimind_fast.data.packing import Batch, Batches, PackedBatches, PaddedBatc
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
-from minimind_fast.ops.attention import resolve as resolve_attention
-from minimind_fast.ops.cpu.attention import leave_out_of_compilation
+from minimind_fast.ops.attention import chosen, leave_out_of_compilation
+from minimind_fast.ops.attention import use as use_attention
+from minimind_fast.ops.documents import run as run_packed
 from minimind_fast.training import graphs, losses, ranks, resume, words
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import Engine
@@ -96,6 +97,7 @@ def begin(options: Options, stage: Stage) -> Run[Options]:
     ranks.prepare(options.num_threads)
     run = resolve(options, stage, ranks.world()[1])
     ops.use(run.config.kernels)
+    use_attention(run.config.attention)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
         seed(run.config.seed)
     return run
@@ -249,11 +251,10 @@ def next_token_loss(model: Any, batch: Batch) -> StepLoss:
     counted = batch.targets != IGNORE_INDEX
     # Padded rows: what follows the last target is padding, which must not count in the experts' balance.
     valid = counted.flip(-1).cumsum(-1).flip(-1) > 0 if batch.cu_seqlens is None else None
-    out = model(
-        batch.input_ids,
+    out = run_packed(
+        model,
+        batch,
         targets=batch.targets,
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
         valid=valid,
         # Known before the pass, which saves the head a matmul. What is left for backward to multiply by is then a power
         # of two, so that 16-bit gradients are not rounded a second time.
@@ -279,7 +280,7 @@ def own_loss(config: TrainConfig) -> LossFunction:
 
     def loss(model: Any, batch: Batch) -> StepLoss:
         # Without grad_weights: nobody knows beforehand what the function makes of the log-probabilities.
-        out = model(batch.input_ids, targets=batch.targets, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+        out = run_packed(model, batch, targets=batch.targets)
         total = function(out, batch)
         aux = out.aux_loss if model.config.use_moe else None
         return total if isinstance(total, StepLoss) else StepLoss(total, aux, {"nll": losses.lm(out.logprobs.detach())})
@@ -300,16 +301,14 @@ def make_engine(run: Run, model: MiniMind, device: torch.device, universal: bool
         ValueError: a kernel, an attention backend or CUDA graphs that cannot run here.
     """
     config = run.config
-    model.attention = config.attention
     model.model.gradient_checkpointing = config.gradient_checkpointing
     model.to(device).train()
     ops.describe(device.type)  # a kernel asked for by name that cannot run is told before the first step
-    backend, _ = resolve_attention(config.attention, device.type, run.dtype)
+    backend, _ = chosen(device.type, run.dtype)
     if config.cuda_graphs:
         graphs.check(config, model, device, backend)
     if config.use_compile:
-        if backend == "sdpa":
-            leave_out_of_compilation()
+        leave_out_of_compilation(backend)
         model.model.compile(dynamic=True)
     engine = Engine(model, config, run.deepspeed, universal)
     if config.cuda_graphs:

@@ -15,7 +15,7 @@ import torch
 from minimind_fast import ops
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
-from minimind_fast.ops.attention import resolve
+from minimind_fast.ops.attention import chosen
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.log import clock
 from minimind_fast.training.resume import Start
@@ -41,7 +41,7 @@ def introduction(
     if partly:
         extra += f" ({m.num_parameters(trained=True) / 1e6:.2f}M of them trained)"
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    backend, reason = resolve(c.attention, device, run.dtype)
+    backend, reason = chosen(device, run.dtype)
     lines = [
         f"{run.title}: {m.num_parameters() / 1e6:.1f}M parameters{extra}, {c.dtype}, ZeRO {c.zero_stage}, "
         f"{ranks} x {where}.",

@@ -1,4 +1,4 @@
-"""Weights on disk and in memory: MiniMind's and Hugging Face's formats, LoRA.
+"""Weights on disk and in memory: MiniMind's and Hugging Face's formats, LoRA, frozen copies.
 
-May import `model` and `data.tokenizer`; stages and commands call it.
+May import `model` and `data.tokenizer`; `rl`, `training`, stages and commands call it.
 """

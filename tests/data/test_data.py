@@ -17,11 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import minimind_fast as mm
+from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data.bpe import train_bpe
 from minimind_fast.data.cache import TokenCache
 from minimind_fast.data.packing import (
-    IGNORE_INDEX,
     DataError,
     PackedBatches,
     PaddedBatches,
@@ -403,10 +402,6 @@ def equal(a, b):
     same = [getattr(a, f) == getattr(b, f) for f in ("max_seqlen", "num_targets", "num_docs")]
     tensors = [(getattr(a, f), getattr(b, f)) for f in ("input_ids", "targets", "cu_seqlens", "weights")]
     return all(same) and all((x is None and y is None) or torch.equal(x, y) for x, y in tensors)
-
-
-def test_ignore_index_is_the_models():
-    assert IGNORE_INDEX == mm.IGNORE_INDEX
 
 
 def test_pieces_overlap_by_one_token():

@@ -1,9 +1,11 @@
 """Packed attention: exact against the plain T x T mask, and no document sees another."""
 
+import sys
+
 import pytest
 import torch
 
-from minimind_fast.ops.attention import attention, resolve
+from minimind_fast.ops.attention import attention, chosen, resolve, use
 from minimind_fast.ops.cpu import attention as attention_rows
 from minimind_fast.ops.cpu.attention import KEPT, Rectangles, plain_rows
 
@@ -140,6 +142,50 @@ def test_unknown_and_impossible_backends_are_errors():
     with pytest.raises(ValueError, match="needs a GPU"):
         resolve("flash_attn", "cpu")
     assert resolve("auto", "cpu") == ("sdpa", "no GPU")
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'.*sdpa"):
+        use("flash")
+    with use("flash_attn"), pytest.raises(ValueError, match="--attention flash_attn needs a GPU"):
+        chosen("cpu", torch.bfloat16)
+
+
+def test_the_choice_is_the_whole_process_s_and_ends_with_its_block(monkeypatch):
+    q, k, v, cu = packed([3, 4])
+    with use("eager"):
+        assert chosen("cpu", q.dtype) == ("eager", "asked for")
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_rows, "attend_rows", None)
+            attention(q, k, v, cu, 4)
+        with use("auto"):
+            assert chosen("cpu", q.dtype)[0] == "sdpa"
+        assert chosen("cpu", q.dtype)[0] == "eager"
+    assert chosen("cpu", q.dtype) == ("sdpa", "no GPU")
+
+
+def test_a_compiled_function_looks_the_choice_up(monkeypatch):
+    """No import and no cache that a compiler looks through: the graph is whole, for a GPU's backend too."""
+    module = sys.modules[attention.__module__]
+    monkeypatch.setattr(module, "before_ampere", lambda: False)
+    monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(module, "_found", {"flash_attn": None, "torch_varlen": (None, {}, True)})
+    want = chosen("cuda", torch.bfloat16)
+    assert want == ("torch_varlen", "flash-attn is not installed")
+    monkeypatch.setattr(module, "resolve", None)
+    torch._dynamo.reset()
+    ask = torch.compile(lambda x: x + len(chosen("cuda", torch.bfloat16)[0]), backend="eager", fullgraph=True)
+    assert ask(torch.zeros(())) == len(want[0])
+    torch._dynamo.reset()
+
+
+def test_a_backend_is_resolved_once(monkeypatch):
+    q, k, v, cu = packed([3, 4])
+    asked = []
+    module = sys.modules[attention.__module__]  # `ops.attention` is the function
+    monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(module, "resolve", lambda *key: asked.append(key) or ("eager", "counted"))
+    for dtype in (torch.float64, torch.float32):
+        for _ in range(3):
+            attention(q.to(dtype), k.to(dtype), v.to(dtype), cu, 4)
+    assert asked == [("auto", "cpu", torch.float64), ("auto", "cpu", torch.float32)]
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Which precision `auto` is, by what a CPU says of itself, and that what it says is true."""
 
 import argparse
+import sys
 import time
 
 import pytest
@@ -13,7 +14,8 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.data import samples
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
-from minimind_fast.ops import attention, precision
+from minimind_fast.ops import precision
+from minimind_fast.ops.attention import resolve
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.zero import deepspeed_config
 
@@ -77,11 +79,11 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(precision, "_card", {})
-    monkeypatch.setattr(attention, "_flash_attn", lambda: ("flash_attn", None))
+    monkeypatch.setattr(sys.modules[resolve.__module__], "_flash_attn", lambda: ("flash_attn", None))
     assert precision.choose("auto") == training
     mixtures = {name for name, how in ops.describe("cuda").items() if how.startswith("reference")}
     assert mixtures == ({"moe_route", "moe_mlp"} if training == "float16" else set())
-    backend, _ = attention.resolve("auto", "cuda", getattr(torch, training))
+    backend, _ = resolve("auto", "cuda", getattr(torch, training))
     assert backend == ("sdpa" if training == "float16" else "flash_attn")
 
 

@@ -12,6 +12,7 @@ import minimind_fast as mm
 from minimind_fast import ops
 from minimind_fast.infer.decode import Decoder, PlainStep
 from minimind_fast.ops.attention import attention, resolve
+from minimind_fast.ops.attention import use as use_attention
 from minimind_fast.proof import verify
 
 # On a machine with a GPU Triton compiles, so that its CPU side cannot run there.
@@ -99,9 +100,8 @@ def test_a_compiled_step_with_kernels_is_as_exact_as_a_plain_one(preset, device)
     with ops.use("none"):
         truth = step_of(*cut_model(preset, device, wide=True))()
     model, batch = cut_model(preset, device)
-    if device == "cpu":
-        model.attention = "eager"  # rectangles of documents are not for compilers
-    with ops.use("all"):
+    backend = "eager" if device == "cpu" else "auto"  # rectangles of documents are not for compilers
+    with ops.use("all"), use_attention(backend):
         plain = step_of(model, batch)()
         torch._dynamo.reset()
         ops.describe(device)  # as the trainer does: what is imported while it is traced would break the graph

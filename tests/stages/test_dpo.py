@@ -10,10 +10,12 @@ from launching import load_script, read_log, run
 from stand_ins import Engine
 
 import minimind_fast as mm
-from minimind_fast.data import pairs, samples
+from minimind_fast.data import samples
 from minimind_fast.data.cache import BadRow, DataError, build_cache
-from minimind_fast.data.pairs import PairBatches, PairEncoder, answer_lengths, answer_logprobs
+from minimind_fast.data.pairs import PairBatches, PairEncoder
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.rl import preferences
+from minimind_fast.rl.preferences import answer_lengths, answer_logprobs
 from minimind_fast.training.resume import checkpoints
 
 CPU = torch.device("cpu")
@@ -213,17 +215,17 @@ def test_log_probabilities_are_those_of_each_answer_alone(cache, tokenizer, mode
 
 def test_the_reference_is_computed_once_and_found_again(cache, model, monkeypatch):
     lines = []
-    first = pairs.cached_reference(model, batches(cache, shuffle=False), CPU, lines.append)
+    first = preferences.cached_reference(model, batches(cache, shuffle=False), CPU, lines.append)
     for batch in batches(cache):
         torch.testing.assert_close(first[batch.pairs], answer_logprobs(model, batch)[0], atol=1e-4, rtol=1e-5)
     with monkeypatch.context() as patch:
-        patch.setattr(pairs, "reference_logprobs", None)
-        again = pairs.cached_reference(model, batches(cache, shuffle=False), CPU, lines.append)
+        patch.setattr(preferences, "reference_logprobs", None)
+        again = preferences.cached_reference(model, batches(cache, shuffle=False), CPU, lines.append)
     assert torch.equal(first, again) and "28 pairs" in lines[0] and "were found" in lines[1]
     other = mm.MiniMind(model.config).eval().requires_grad_(False)
-    assert not torch.equal(first, pairs.cached_reference(other, batches(cache, shuffle=False), CPU, lines.append))
+    assert not torch.equal(first, preferences.cached_reference(other, batches(cache, shuffle=False), CPU, lines.append))
     shorter = batches(cache, shuffle=False, max_seq_len=24)
-    assert pairs.cached_reference(model, shorter, CPU, lines.append).shape == (shorter.num_pairs, 2)
+    assert preferences.cached_reference(model, shorter, CPU, lines.append).shape == (shorter.num_pairs, 2)
 
 
 def test_batches_bring_the_reference_of_their_own_pairs(cache):
@@ -246,7 +248,7 @@ def test_the_loss_of_a_batch_and_its_numbers(cache, model, average, beside):
     torch.manual_seed(1)
     policy = mm.MiniMind(model.config)
     data = batches(cache)
-    data.set_reference("x", pairs.reference_logprobs(model, batches(cache, shuffle=False), CPU))
+    data.set_reference("x", preferences.reference_logprobs(model, batches(cache, shuffle=False), CPU))
     batch = next(iter(data))
     got = script.make_loss(config, model if beside else None)(Engine(policy), batch)
     tokens = answer_lengths(batch) if average else torch.ones(1)

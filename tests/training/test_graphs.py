@@ -13,7 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind_fast as mm
+from minimind_fast.data.batches import Batch
 from minimind_fast.model import MoE, Teacher
+from minimind_fast.ops.attention import use as use_attention
+from minimind_fast.ops.documents import run
 from minimind_fast.proof import verify
 from minimind_fast.training import graphs
 from minimind_fast.training.config import TrainConfig
@@ -71,6 +74,12 @@ def stand_for_cuda(patch):
     return captures
 
 
+@pytest.fixture(autouse=True)
+def eager_attention():
+    with use_attention("eager"):
+        yield
+
+
 @pytest.fixture
 def captures(monkeypatch):
     return stand_for_cuda(monkeypatch)
@@ -78,9 +87,7 @@ def captures(monkeypatch):
 
 def make(preset, dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    model = mm.MiniMind(mm.ModelConfig.preset(preset, **SHAPE, **changes)).to(DEVICE, dtype).train()
-    model.attention = "eager"
-    return model
+    return mm.MiniMind(mm.ModelConfig.preset(preset, **SHAPE, **changes)).to(DEVICE, dtype).train()
 
 
 def pack(lengths, seed=0):
@@ -147,6 +154,32 @@ def test_what_a_stage_may_ask_for_is_replayed_too(captures):
             how = pack(lengths, i) | extra
             assert_same(learn(model, how), learn(plain, how))
     assert len(captures) == 2 * 4
+
+
+@pytest.mark.parametrize("lengths", [[3, 4], [40, 60]])
+def test_a_batch_that_is_run_is_replayed_too(lengths, captures):
+    """What comes by `run` brings its documents; a pack of 7 tokens is filled up with more than itself."""
+    plain, model = make("minimind3-moe"), make("minimind3-moe")
+    graphs.install(model)
+    for seed in range(3):
+        how = pack(lengths, seed)
+        batch = Batch(how["input_ids"], how["targets"], how["cu_seqlens"], max(lengths), sum(lengths), 2)
+        got, want = (run(net, batch, targets=batch.targets).logprobs for net in (model, plain))
+        torch.testing.assert_close(got, want)
+        got.sum().backward()
+        assert torch.equal(batch.input_ids, how["input_ids"])
+    assert len(captures) == 2
+
+
+def test_a_replay_never_writes_into_a_batch(captures):
+    """64 tokens need no filler: the first such batch must not become the graph's buffer."""
+    model = make("minimind3")
+    graphs.install(model)
+    hows = [pack([30, 34], seed) for seed in range(3)]
+    before = [how["input_ids"].clone() for how in hows]
+    for how in hows:
+        learn(model, how)
+    assert captures and all(torch.equal(how["input_ids"], ids) for how, ids in zip(hows, before, strict=True))
 
 
 def test_gradients_add_up_over_micro_batches(captures):
@@ -290,7 +323,8 @@ def test_a_mixture_needs_both_its_kernels(monkeypatch):
 UNDER_ENGINE = """
 import json, sys
 import pytest, torch
-from minimind_fast.data.packing import Batch
+from minimind_fast.data.batches import Batch
+from minimind_fast.ops.attention import use
 from minimind_fast.training import graphs, ranks, setup
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import Engine
@@ -298,6 +332,7 @@ from minimind_fast.training.zero import deepspeed_config
 from test_graphs import make, pack, stand_for_cuda
 
 ranks.prepare(1)
+use("eager")
 captures = stand_for_cuda(pytest.MonkeyPatch())
 for zero, dtype in json.loads(sys.argv[1]):
     weights = []
@@ -337,11 +372,11 @@ def test_under_deepspeed_a_run_of_replays_ends_with_the_same_weights():
 def test_on_a_gpu(preset):
     """Truth is float32 without kernels; a replay is no further from it than a plain pass in bf16."""
     truth, plain, model = make(preset), make(preset, torch.bfloat16), make(preset, torch.bfloat16)
-    plain.attention = model.attention = "auto"
     graphs.install(model)
     for seed, lengths in enumerate([[200, 216], [200, 209], [30] * 13 + [20], [1, 1, 249, 160], [240, 175]]):
         how = pack(lengths, seed)
-        got, wanted = learn(model, how), learn(plain, how)
+        with use_attention("auto"):
+            got, wanted = learn(model, how), learn(plain, how)
         with mm.ops.use("none"):
             exact = learn(truth, how)
         pairs = [(got[0].logprobs, wanted[0].logprobs, exact[0].logprobs)]

@@ -1,0 +1,162 @@
+"""Preferences against a reference: the log-probabilities of DPO, and data that brings the reference's with it.
+
+Purpose: `answer_logprobs(model, batch)` for the loss; `open_pairs(...)` for the stage.
+Principle: the reference is the model as it was when training began, so its log-probabilities are numbers: they are computed
+    in one pass and kept beside the token cache.
+Properties: their file is named by the data and the weights; a resumed run finds it, or makes the same again.
+
+T: positions in a packed batch, P: pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minimind_fast.config import IGNORE_INDEX
+from minimind_fast.data.cache import build_cache
+from minimind_fast.data.pairs import PairBatch, PairBatches, PairEncoder
+from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.model import MiniMind, ModelOutput
+from minimind_fast.ops.documents import run
+from minimind_fast.training import ranks
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.resume import frozen_fingerprint
+from minimind_fast.weights.files import written_aside
+
+
+def answer_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, ModelOutput]:
+    """Log-probability of each answer of a batch, summed over its tokens.
+
+    Args:
+        model: a model or an engine.
+        batch: on the model's device.
+
+    Returns:
+        (P, 2) float32, chosen and rejected, without gradients where the model has none; and the model's output.
+    """
+    out = run(model, batch, targets=batch.targets)
+    return _by_answer(out.logprobs, batch), out
+
+
+def answer_lengths(batch: PairBatch) -> Tensor:
+    """Targets of each answer.
+
+    Args:
+        batch: of pairs.
+
+    Returns:
+        (P, 2) float32, each at least 1.
+    """
+    return _by_answer((batch.targets != IGNORE_INDEX).float(), batch)
+
+
+def _by_answer(values: Tensor, batch: PairBatch) -> Tensor:
+    """(T,) -> (P, 2) sums over the documents, in a fixed order of addition (index_add on a GPU has none)."""
+    assert batch.cu_seqlens is not None
+    sums = torch.segment_reduce(values, "sum", lengths=batch.cu_seqlens.diff().long(), unsafe=True)
+    return sums[: 2 * batch.num_pairs].view(-1, 2)  # without pairs the batch is one ignored position
+
+
+@torch.no_grad()
+def reference_logprobs(reference: MiniMind, data: PairBatches, device: torch.device) -> Tensor:
+    """Log-probabilities of all pairs under a frozen model; all ranks call it and share the work.
+
+    Args:
+        reference: on the device, in evaluation mode.
+        data: in file order, at the beginning of an epoch.
+        device: of the model.
+
+    Returns:
+        (num_pairs, 2) float32 on the CPU.
+    """
+    sums = torch.zeros(data.num_pairs, 2, device=device)
+    for batch in data:
+        assert isinstance(batch, PairBatch) and batch.pairs is not None
+        batch = batch.to(device)
+        sums[batch.pairs] = answer_logprobs(reference, batch)[0]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    return sums.cpu()
+
+
+def cached_reference(
+    reference: MiniMind, data: PairBatches, device: torch.device, log: Callable[[str], None]
+) -> Tensor:
+    """The reference's log-probabilities from the file beside the token cache, made first if it is not there.
+
+    Args:
+        reference: frozen, on the CPU; it is moved to the device if it has to compute.
+        data: in file order, at the beginning of an epoch.
+        device: where to compute.
+        log: takes a line about what was done.
+
+    Returns:
+        (num_pairs, 2) float32 on the CPU, the same on every rank.
+    """
+    decides = [data.cache.fingerprint, data.max_seq_len, frozen_fingerprint(reference)]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+    file = data.cache.path.with_name(f"{data.cache.path.name}.reference-{key}.npy")
+    everywhere = torch.tensor([float(file.is_file())], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)  # ranks on another machine may not see the file
+    if everywhere.item():
+        log(f"the reference's log-probabilities were found: {file}")
+        return torch.from_numpy(np.load(file))
+    values = reference_logprobs(reference.to(device), data, device)
+    log(f"the reference's log-probabilities of {data.num_pairs:,} pairs: {file}")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        content = io.BytesIO()
+        np.save(content, values.numpy())
+        with written_aside(file) as aside:
+            aside.write_bytes(content.getvalue())
+    return values
+
+
+def open_pairs(
+    config: TrainConfig,
+    paths: list[str],
+    tokenizer: Tokenizer,
+    reference: MiniMind,
+    device: torch.device,
+    cached: bool,
+    training: bool,
+) -> PairBatches:
+    """Tokenised, cached and batched pairs that know their reference.
+
+    Args:
+        config: batch_size, max_seq_len, seed, cache_dir, on_bad_line.
+        paths: JSONL files.
+        tokenizer: of the model.
+        reference: frozen, on the CPU.
+        device: of this rank.
+        cached: give the batches the reference's log-probabilities.
+        training: shuffle.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    (rank, world_size), log = ranks.world(), ranks.say
+    folder, encode = config.cache_dir or None, PairEncoder(tokenizer)
+    cache = build_cache(paths, tokenizer, cache_dir=folder, encode=encode, on_bad_line=config.on_bad_line, log=log)
+    size = {"batch_size": config.batch_size, "max_seq_len": config.max_seq_len, "seed": config.seed}
+    data = PairBatches(cache, **size, rank=rank, world_size=world_size, shuffle=training)
+    if data.num_dropped:
+        log(
+            f"{data.num_dropped:,} of {data.num_pairs + data.num_dropped:,} pairs are left out: an answer lies beyond "
+            f"--max_seq_len {config.max_seq_len}."
+        )
+    values, fingerprint = None, frozen_fingerprint(reference)
+    if cached:
+        in_order = PairBatches(cache, **size, rank=rank, world_size=world_size, shuffle=False)
+        values = cached_reference(reference, in_order, device, log)
+    data.set_reference(fingerprint, values)
+    return data

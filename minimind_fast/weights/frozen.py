@@ -1,0 +1,36 @@
+"""Models that only answer: a reference, a teacher, a judge.
+
+Purpose: `frozen(model, device, dtype)` for a copy of the model as it is now, `frozen(path, device, dtype)` for another one.
+Principle: they run in the precision of the model under training, without gradients or optimizer state.
+Properties: in evaluation mode; the given model is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from minimind_fast.model import MiniMind
+from minimind_fast.weights.checkpoint import load_pretrained
+
+
+def frozen(
+    source: MiniMind | str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> MiniMind:
+    """A model without gradients, in evaluation mode.
+
+    Args:
+        source: a model, which is copied, or a folder with weights.
+        device: where it will run.
+        dtype: of its weights; None: as they are.
+
+    Raises:
+        ValueError: weights that cannot be read, with what to do.
+    """
+    if isinstance(source, MiniMind):
+        model = copy.deepcopy(source).to(device, dtype)
+    else:
+        model = load_pretrained(source, device=device, dtype=dtype)
+    return model.requires_grad_(False).eval()
