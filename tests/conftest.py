@@ -20,10 +20,13 @@ def shared() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False")
+def pytest_collection_modifyitems(config, items):
+    asked = config.getoption("markexpr")
+    skips = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
+    if "slow" not in asked:
+        skips["slow"] = "minutes of installing and launching: run with -m slow, as CI does"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(no_gpu)
+        for name in skips.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=skips[name]))
