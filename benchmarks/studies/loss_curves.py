@@ -1,6 +1,6 @@
 """Kernels on against off over a stretch of training on real text, beside what rounding alone does.
 
-    python benchmarks/loss_curves.py [--corpus FOLDER] [--steps 200] [--dry_run]
+    python -m benchmarks.studies.loss_curves [--corpus FOLDER] [--steps 200] [--dry_run]
 
 Purpose: an op that passes its own test may still be used wrongly. Here the same weights see the same batches with every
     kernel on and with every kernel off, and the losses of each step lie side by side.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import tempfile
@@ -27,9 +26,9 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-from machine import processor
-from pack_for_gpu import FOLDER, find_corpus
 
+from benchmarks.pack_for_gpu import FOLDER, find_corpus
+from benchmarks.record import RESULTS, processor, write
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.cache import build_cache, encode_pretrain
@@ -40,7 +39,6 @@ from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.trainer import Trainer, Window
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
-RESULTS = Path(__file__).with_name("results")
 LEARNING_RATE, WARMUP = 5e-4, 20
 FACTOR = 2.0  # the two noises differ from each other by as much, and they are drawn once
 VAL_TOLERANCE = 0.005  # nats; what this project allows two ways of training to differ in validation loss
@@ -180,7 +178,7 @@ def fall(losses: list[float]) -> float:
 def table(r: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        f"Measured by `benchmarks/loss_curves.py` on {r['device']}, torch {r['torch']}: {r['preset']}, {r['steps']} "
+        f"By `benchmarks/studies/loss_curves.py` on {r['device']}, torch {r['torch']}: {r['preset']}, {r['steps']} "
         f"optimizer steps of {r['tokens_a_step']:,} tokens, the same weights and batches in each run.",
         "",
         "| kernels | precision | mean distance from off | signed | validation loss | difference |",
@@ -276,9 +274,7 @@ def main() -> None:
     if not args.dry_run and (fell := fall(found["off"]["losses"])) < LEAST_FALL:
         result["within_noise"] = False
         result["reasons"].append(f"the loss fell by {fell:.2f} nats only: too little training to tell anything")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "loss_curves.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    (args.out / "loss_curves.md").write_text(table(result), encoding="utf-8")
+    write(args.out / "loss_curves", result, table(result))
     draw(result, args.out / "loss_curves.png")
     print("\n" + table(result))
     if result["reasons"]:

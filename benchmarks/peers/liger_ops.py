@@ -20,11 +20,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from eager_minimind import EagerAttention, EagerMiniMind, EagerMLP, Norm, repeat_kv
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from benchmarks.peers.eager_minimind import EagerAttention, EagerMiniMind, EagerMLP, Norm, repeat_kv
 from minimind_fast.config import ModelConfig
 from minimind_fast.ops.reference import IGNORE_INDEX, Routing
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Suite, others_may_fail
-from implementations import NAMES, Bench, check, implementation
 
+from benchmarks.suite.harness import Suite, others_may_fail
+from benchmarks.suite.implementations import NAMES, Bench, check, implementation
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.proof.roofline import op_work

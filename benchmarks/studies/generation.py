@@ -8,7 +8,7 @@ Principle: both sides have the same weights, thread count and prompts; with the 
     ops, `torch.cat` to grow the cache, kv heads repeated, the scores written out, and the head over the last position.
 Properties: runs alternate between the sides, so that other load on the machine meets both; medians and the median of
     the ratios of neighbouring runs are reported, and the ratio of the two best runs. Ours includes what it lays out anew
-    before its first step. `python benchmarks/generation.py` writes results/cpu_generation.json and .md; on a GPU
+    before its first step. `python -m benchmarks.studies.generation` writes results/cpu_generation.json and .md; on a GPU
     gpu_generation, both sides in float32 and both in bfloat16, where equal tokens are no promise.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
@@ -24,15 +23,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import processor
 from torch import Tensor
 
 import minimind_fast as mm
+from benchmarks.record import RESULTS, processor, write
 from minimind_fast.infer.decode import Decoder
 from minimind_fast.weights.checkpoint import to_disk_names
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RESULTS = Path(__file__).with_name("results") / f"{'gpu' if DEVICE == 'cuda' else 'cpu'}_generation.json"
+NAME = f"{'gpu' if DEVICE == 'cuda' else 'cpu'}_generation.json"
 PAIRS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]  # (eager, ours)
 if DEVICE == "cuda":
     PAIRS = PAIRS[:2]
@@ -179,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / NAME)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
@@ -212,9 +211,7 @@ def main() -> None:
     if DEVICE == "cuda":
         machine |= {"on_gpu": True, "processor": torch.cuda.get_device_name()}
     result = {**machine, "weight_reads_gb_per_s": read_rate(), "results": results}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    write(args.out, result, table(result))
     print("\n" + table(result))
 
 
@@ -236,7 +233,7 @@ def table(result: dict) -> str:
     it_reads = "It sums" if result.get("on_gpu") else "These threads sum"
     bytes_a_step = {d: weights * torch.finfo(getattr(torch, d)).bits / 8e9 for d in ("float32", "bfloat16")}
     lines = [
-        f"Measured by `benchmarks/generation.py` on {where}, torch "
+        f"By `benchmarks/studies/generation.py` on {where}, torch "
         f"{result['torch']}: minimind2-small, {result['results'][0]['context_tokens']} tokens of context, random weights.",
         "",
         "| eager loop | ours | rows | eager tokens/s | ours tokens/s | ratio | our weight reads | equal greedy tokens |",

@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import liger_ops
-import moe_peers
 import pytest
 import torch
-from harness import ALL_DOCUMENTS, Suite, document_lengths, offsets, others_may_fail
 
+from benchmarks.peers import liger_ops, moe_peers
+from benchmarks.suite.harness import ALL_DOCUMENTS, Suite, document_lengths, offsets, others_may_fail
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import MLP, MoE

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import eager_minimind
-import liger_ops
 import pytest
 import torch
-from harness import ALL_DOCUMENTS, Suite, document_lengths, offsets, others_may_fail
 
+from benchmarks.peers import eager_minimind, liger_ops
+from benchmarks.suite.harness import ALL_DOCUMENTS, Suite, document_lengths, offsets, others_may_fail
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.packing import Batch

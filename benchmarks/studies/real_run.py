@@ -1,6 +1,6 @@
 """A real run from nothing to a chat, by the commands that a user types, and what came of it.
 
-    python benchmarks/real_run.py [--corpus FOLDER] [--minutes 3] [--dry_run]
+    python -m benchmarks.studies.real_run [--corpus FOLDER] [--minutes 3] [--dry_run]
 
 Purpose: the whole way at full speed on one GPU: a minimind3 pretrained for some minutes on real text, fine-tuned on chats,
     then asked.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import socket
@@ -29,11 +28,11 @@ from typing import Any
 
 import matplotlib
 import torch
-from machine import processor
-from pack_for_gpu import FOLDER, Corpus, find_corpus
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.pack_for_gpu import FOLDER, Corpus, find_corpus
+from benchmarks.record import RESULTS, ROOT, environment, processor
+from benchmarks.record import write as write_result
+
 QUESTIONS = ["你好，请介绍一下你自己。", "为什么天空是蓝色的？", "What is the capital of France?"]
 # 53,248 tokens a step, as in the table of goals; epochs are more than the minutes can hold.
 PRETRAIN = (
@@ -96,7 +95,7 @@ def run(name: str, command: list[str], question: str | None = None) -> tuple[str
         ValueError: it failed.
     """
     print(f"\n=== {name}: {shlex.join(command[1:])}", flush=True)
-    env = os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
+    env = environment(**({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}))
     began, lines = time.monotonic(), []
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=env, cwd=ROOT
@@ -158,8 +157,8 @@ def quoted(text: str) -> str:
 def table(r: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        f"Made by `benchmarks/real_run.py` on {r['device']}, torch {r['torch']}: {r['preset']}, {r['minutes']:g} minutes of "
-        "pretraining through `deepspeed train/pretrain.py`, then `train/sft.py`.",
+        f"By `benchmarks/studies/real_run.py` on {r['device']}, torch {r['torch']}: {r['preset']}, {r['minutes']:g} minutes "
+        "of pretraining through `deepspeed train/pretrain.py`, then `train/sft.py`.",
         "",
         "| stage | steps | tokens | tokens/s | MFU | memory | first loss | last loss | validation | wall clock |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -200,8 +199,7 @@ def draw(r: dict[str, Any], picture: Path) -> None:
 
 def write(result: dict[str, Any], out: Path) -> None:
     """All that is known so far; called after each stage, so that what was measured stays measured."""
-    (out / "real_run.json").write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "real_run.md").write_text(table(result), encoding="utf-8")
+    write_result(out / "real_run", result, table(result))
     draw(result, out / "real_run.png")
 
 

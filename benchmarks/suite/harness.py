@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from machine import processor
-from timing import Playback, device_samples, matmul_flop_per_s, num_sets, percentiles, roofs
 
+from benchmarks.record import processor
+from benchmarks.timing import Playback, device_samples, matmul_flop_per_s, num_sets, percentiles, roofs
 from minimind_fast.ops import precision
 from minimind_fast.proof.roofline import Work
 from minimind_fast.proof.verify import Comparison

@@ -5,7 +5,7 @@ Principle: a server process with random weights, the clients in this one. The sa
     completions are asked for one after another, then by all clients at once; whole and streamed. Both must give the
     same texts.
 Properties: rounds alternate between the two sides, so that other load meets both; the ratio of the medians is reported.
-    The clients run on the same cores as the server. `python benchmarks/serving.py` writes results/cpu_serving.json and .md.
+    The clients run on the same cores as the server. Writes results/cpu_serving.json and .md.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from pathlib import Path
 
 import httpx
 import torch
-from machine import processor
 
 import minimind_fast as mm
+from benchmarks.record import RESULTS, environment, processor, write
 from minimind_fast.data import samples
 
-RESULTS = Path(__file__).with_name("results") / "cpu_serving.json"
 MODELS = ("tiny", "minimind2-small")
 
 
@@ -51,7 +50,7 @@ class Server:
         tokenizer = samples.path("tokenizer")
         command = [sys.executable, "-m", "minimind_fast.cli", "serve", self.folder.name, "--tokenizer", str(tokenizer)]
         command += ["--port", "0", "--dtype", dtype, "--max_batch", str(clients), "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
     def __enter__(self) -> str:
         assert self.process.stderr is not None
@@ -131,7 +130,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_serving.json")
     args = parser.parse_args()
     results = []
     print(f"{args.clients} clients, {args.context} prompt tokens, {args.new} new, {args.threads} threads")
@@ -153,10 +152,8 @@ def main() -> None:
                 print(" ".join(f"{x:>{w}}" for x, w in zip(shown, columns.values(), strict=True)), flush=True)
     head = {"machine": processor(), "torch": str(torch.__version__)}
     head |= {name: getattr(args, name) for name in ("threads", "clients", "context", "new", "rounds")}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     found = {**head, "results": results}
-    args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(table(found), encoding="utf-8")
+    write(args.out, found, table(found))
 
 
 def table(found: dict) -> str:
@@ -166,7 +163,7 @@ def table(found: dict) -> str:
         found: what the JSON holds.
     """
     lines = [
-        f"Measured by `benchmarks/serving.py` on {found['threads']} threads of {found['machine']}, torch {found['torch']}: "
+        f"By `benchmarks/studies/serving.py` on {found['threads']} threads of {found['machine']}, torch {found['torch']}: "
         f"{found['clients']} clients, {found['context']} prompt tokens, {found['new']} new ones, random weights.",
         "",
         "| model | dtype | streamed | one after another, tokens/s | all at once | ratio | equal answers |",

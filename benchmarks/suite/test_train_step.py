@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import train_step
-from harness import Suite
 
+from benchmarks.studies import train_step
+from benchmarks.suite.harness import Suite
 from minimind_fast.data import samples
 
 RUNGS = ("eager", "joined", "ours")

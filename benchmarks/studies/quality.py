@@ -1,6 +1,6 @@
 """The same samples, the same quality: the eager loop and ours, seed by seed, on real text.
 
-    python benchmarks/quality.py --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
+    python -m benchmarks.studies.quality --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
 
 Purpose: a faster loop must not learn less. Validation loss of both after as many optimizer steps on the same documents.
 Principle: each seed draws one set of weights. MiniMind's eager loop trains on padded rows in float32 (autocast to bfloat16
@@ -12,19 +12,17 @@ Properties: a small model, so that three seeds take minutes on a CPU. Writes ben
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from eager_minimind import EagerMiniMind, EagerTraining
-from eager_minimind import loss as eager_loss
-from machine import processor
 
+from benchmarks.peers.eager_minimind import EagerMiniMind, EagerTraining
+from benchmarks.peers.eager_minimind import loss as eager_loss
+from benchmarks.record import RESULTS, processor, write
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.cache import build_cache
 from minimind_fast.data.packing import IGNORE_INDEX, Batch, PaddedBatches
@@ -33,7 +31,6 @@ from minimind_fast.training import setup as stage
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.trainer import Trainer, Window
 
-RESULTS = Path(__file__).with_name("results")
 SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 LEARNING_RATE = 5e-4  # MiniMind's; at twice this, without warmup, two roundings of one loop end 0.04 apart
 
@@ -125,8 +122,7 @@ def main() -> None:
         "difference": means["ours"] - means["eager"],
         "runs": runs,
     }
-    (RESULTS / "quality.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    (RESULTS / "quality.md").write_text(table(result), encoding="utf-8")
+    write(RESULTS / "quality", result, table(result))
     draw(result)
     print(table(result))
 
@@ -134,7 +130,7 @@ def main() -> None:
 def table(r: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        f"Measured by `benchmarks/quality.py` on {r['device']}, torch {r['torch']}, {r['parameters'] / 1e6:.1f}M weights: "
+        f"By `benchmarks/studies/quality.py` on {r['device']}, torch {r['torch']}, {r['parameters'] / 1e6:.1f}M weights: "
         f"{r['steps']} optimizer steps of the same {r['documents_a_step']} documents.",
         "",
         "| seed | eager, validation loss | ours | difference |",

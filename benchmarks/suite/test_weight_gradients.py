@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Suite
 
+from benchmarks.suite.harness import Suite
 from minimind_fast.config import ModelConfig
 from minimind_fast.proof.roofline import Work
 from minimind_fast.proof.verify import compare
@@ -53,7 +53,7 @@ def _implementation(name: str) -> Callable | str:
     if name == "eager":
         return lambda dy, x: dy.t() @ x
     try:
-        import split_k
+        from benchmarks.studies import split_k
     except ImportError as error:
         return f"Triton is not installed: {error}"
     if name == "split-K":

@@ -1,8 +1,8 @@
-"""Put committed results into the marked sections of READMEs and docs: `python benchmarks/refresh_readme.py`.
+"""Committed results in the marked sections of READMEs and docs: `python -m benchmarks.report pages`.
 
 Purpose: no number in a README or in docs/ is typed by hand.
-Principle: between `<!-- results:NAME -->` and `<!-- /results -->` stands benchmarks/results/NAME.md, word for word;
-    for aot_OP two tables made from kernels_aot.json.
+Principle: between `<!-- results:NAME -->` and `<!-- /results -->` stands benchmarks/results/NAME.md without its
+    head; for aot_OP two tables made from kernels_aot.json.
 Properties: a test fails when a section and its file differ.
 """
 
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-READMES = ("README.md", "README_zh.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*/*.md")))
+from benchmarks.record import RESULTS, ROOT, body
+
+PAGES = (ROOT / "README.md", ROOT / "README_zh.md", *sorted(ROOT.glob("docs/*/*.md")))
 SECTION = re.compile(r"<!-- results:(\w+) -->\n(.*?)<!-- /results -->", re.DOTALL)
 
 
@@ -62,13 +61,13 @@ def refreshed(text: str) -> str:
 
     def section(found: re.Match[str]) -> str:
         op = found[1].removeprefix("aot_")
-        body = compiled(op) if op != found[1] else (RESULTS / f"{found[1]}.md").read_text(encoding="utf-8")
-        return f"<!-- results:{found[1]} -->\n{body}<!-- /results -->"
+        text = compiled(op) if op != found[1] else body((RESULTS / f"{found[1]}.md").read_text(encoding="utf-8"))
+        return f"<!-- results:{found[1]} -->\n{text}<!-- /results -->"
 
     return SECTION.sub(section, text)
 
 
-if __name__ == "__main__":
-    for name in READMES:
-        file = ROOT / name
+def refresh() -> None:
+    """Write every page anew."""
+    for file in PAGES:
         file.write_text(refreshed(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
-import liger_ops
 import torch
 from torch import Tensor
 
+from benchmarks.peers import liger_ops
 from minimind_fast import ops
 from minimind_fast.ops import reference
 from minimind_fast.proof.verify import DIFFERENTIABLE, Comparison, Draw, compare, poisoned_memory, preset_case

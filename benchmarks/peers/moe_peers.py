@@ -15,11 +15,11 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 
-import liger_ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.peers import liger_ops
 from minimind_fast.ops.reference import Routing
 
 Experts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Suite
 
+from benchmarks.suite.harness import Suite
 from minimind_fast.data import samples
 from minimind_fast.data.cache import TokenCache, build_cache
 from minimind_fast.data.packing import PackedBatches, PaddedBatches

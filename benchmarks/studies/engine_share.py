@@ -1,6 +1,6 @@
 """What DeepSpeed's engine costs of a training step: ZeRO 0 to 3 on one and two ranks against a bare loop.
 
-    python benchmarks/engine_share.py [--preset PRESET] [--dtype float32] [--tokens N] [--accumulation 1 4] [--world 1 2]
+    python -m benchmarks.studies.engine_share [--preset PRESET] [--tokens N] [--accumulation 1 4] [--world 1 2]
 
 Purpose: the engine's milliseconds in an optimizer step, its share of the step, and where they go.
 Principle: the bare loop (bare_loop.py) has the same model, ops, batches, learning rates, clipping and fused AdamW; the other
@@ -30,10 +30,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bare_loop import PHASES, BareLoop, FixedBatches, Phases
-from machine import processor
-from timing import percentiles
 
+from benchmarks.record import RESULTS, environment, processor
+from benchmarks.record import write as write_result
+from benchmarks.studies.bare_loop import PHASES, BareLoop, FixedBatches, Phases
+from benchmarks.timing import percentiles
 from minimind_fast.config import ModelConfig
 from minimind_fast.data import samples
 from minimind_fast.data.tokenizer import Tokenizer
@@ -45,7 +46,6 @@ from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import deepspeed_config
 from minimind_fast.training.trainer import Trainer, Window
 
-RESULTS = Path(__file__).with_name("results")
 PLAIN = "ZeRO 1 plain"  # with what DeepSpeed does by itself, where `engine` has it do otherwise
 LOOPS = ("bare", "ZeRO 0", "ZeRO 1", PLAIN, "ZeRO 2", "ZeRO 3")
 # Losses may differ from the bare loop's by this after all steps, in nats a token: stages sum in different orders, and in
@@ -240,9 +240,10 @@ class Ranks:
             port = s.getsockname()[1]
         given = dict(preset=args.preset, dtype=args.dtype, tokens=args.tokens, threads=args.threads)
         given.update(loop=loop, accumulation=accumulation, total_steps=total_steps)
-        command = [sys.executable, __file__, *(part for k, v in given.items() for part in (f"--{k}", str(v)))]
+        options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "benchmarks.studies.engine_share", *options]
         ours = ("RANK", "WORLD_SIZE", "MASTER_")
-        alone = {k: v for k, v in os.environ.items() if not any(word in k for word in ours)}
+        alone = {k: v for k, v in environment().items() if not any(word in k for word in ours)}
         self.processes = []
         for rank in range(world):
             own = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
@@ -352,7 +353,7 @@ def table(r: dict[str, Any]) -> str:
     where = r["device"] if r["on_gpu"] else f"{r['threads']} threads of {r['device']}"
     shape = f"{r['preset']} ({r['parameters'] / 1e6:.1f}M parameters), {r['dtype']}, micro-batches of {r['tokens']:,} tokens"
     lines = [
-        f"Measured by `benchmarks/engine_share.py` on {where}, torch {r['torch']}, DeepSpeed {r['deepspeed']}: {shape}.",
+        f"By `benchmarks/studies/engine_share.py` on {where}, torch {r['torch']}, DeepSpeed {r['deepspeed']}: {shape}.",
         f"`{PLAIN}` is with DeepSpeed's own defaults. The engine's time is a step's less the bare loop's of the same turn.",
         "",
         "| ranks | micro-batches | loop | a step, ms (p20-p80) | engine, ms (p20-p80) | share of the step | "
@@ -430,11 +431,8 @@ def write(result: dict[str, Any], folder: Path) -> None:
         folder: benchmarks/results.
     """
     name = f"{'gpu' if result['on_gpu'] else 'cpu'}_engine_share"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = table(result)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    print("\n" + text)
+    write_result(folder / name, result, table(result))
+    print("\n" + table(result))
 
 
 if __name__ == "__main__":

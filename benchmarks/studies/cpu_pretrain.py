@@ -1,6 +1,6 @@
 """Pretraining on a CPU, ours against MiniMind's eager loop, side by side in one run.
 
-    python benchmarks/cpu_pretrain.py --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
+    python -m benchmarks.studies.cpu_pretrain --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
 
 Purpose: useful tokens per second of both loops, the losses at equal useful tokens, and where our time goes.
 Principle: the same weights, documents, threads and learning rates. The baseline has a process of its own, with the
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eager_minimind import EagerMiniMind, EagerTraining
-from eager_minimind import loss as eager_loss
-from machine import processor
 
+from benchmarks.peers.eager_minimind import EagerMiniMind, EagerTraining
+from benchmarks.peers.eager_minimind import loss as eager_loss
+from benchmarks.record import RESULTS, environment, processor, write
 from minimind_fast.data.cache import build_cache
 from minimind_fast.data.packing import PackedBatches, PaddedBatches
 from minimind_fast.data.tokenizer import Tokenizer
@@ -36,7 +36,6 @@ from minimind_fast.training.log import clock, peak_flops
 from minimind_fast.training.trainer import Trainer, Window
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
-RESULTS = Path(__file__).with_name("results")
 ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8
 LEARNING_RATE = 5e-4
 ATTENTION = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data")  # operators that attention alone uses
@@ -48,11 +47,21 @@ class BaselineProcess:
     def __init__(self, args: argparse.Namespace, model: Any, accumulation: int) -> None:
         weights = Path(tempfile.mkdtemp()) / "start"
         save_pretrained(model, weights, dtype=torch.float32)
-        command = [sys.executable, __file__, "--role", "baseline", "--weights", str(weights)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.studies.cpu_pretrain",
+            "--role",
+            "baseline",
+            "--weights",
+            str(weights),
+        ]
         command += ["--accumulation", str(accumulation), "--threads", str(torch.get_num_threads())]
         for name in ("data_path", "val_data_path", "tokenizer_path", "cache_dir", "turns"):
             command += [f"--{name}", str(getattr(args, name))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.ask("ready")  # loaded before the first turn is timed
 
     def ask(self, what: str) -> Any:
@@ -237,18 +246,15 @@ def main() -> None:
         "ratio": median["ours"] / median["baseline"],
         "epoch": {name: clock(cache.num_tokens / rate) for name, rate in median.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu_pretrain.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = table(result)
-    (RESULTS / "cpu_pretrain.md").write_text(text, encoding="utf-8")
-    print("\n" + text)
+    write(RESULTS / "cpu_pretrain", result, table(result))
+    print("\n" + table(result))
 
 
 def table(r: dict[str, Any]) -> str:
     """The result as Markdown."""
     b, o, m = r["baseline"], r["ours"], r["machine"]
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in o["profile"].items())
-    return f"""Measured by `benchmarks/cpu_pretrain.py` on {m["threads"]} threads of {m["processor"]}, torch {m["torch"]}, {r["preset"]}.
+    return f"""By `benchmarks/studies/cpu_pretrain.py` on {m["threads"]} threads of {m["processor"]}, torch {m["torch"]}, {r["preset"]}.
 
 | loop | useful tokens/s | useful share of positions | share of the matmul rate | one epoch | validation loss |
 |---|---|---|---|---|---|

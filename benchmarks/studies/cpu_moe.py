@@ -1,6 +1,6 @@
 """A mixture of experts on a CPU against a dense model of the same active parameters, step by step in turns.
 
-    python benchmarks/cpu_moe.py --data_path pretrain.jsonl --tokenizer_path FOLDER
+    python -m benchmarks.studies.cpu_moe --data_path pretrain.jsonl --tokenizer_path FOLDER
 
 Purpose: what routing and dispatch cost beside the arithmetic that both models do.
 Principle: the dense model is minimind2-moe with its mixture replaced by one MLP as wide as the experts that a token meets
@@ -11,16 +11,14 @@ Properties: medians over turns in which the two alternate. Writes benchmarks/res
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import processor
 
+from benchmarks.record import RESULTS, processor, write
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.cache import build_cache
 from minimind_fast.data.packing import PackedBatches
@@ -29,7 +27,6 @@ from minimind_fast.training import setup as stage
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.trainer import Trainer, Window
 
-RESULTS = Path(__file__).with_name("results")
 ROWS, LENGTH = 8, 512
 
 
@@ -88,17 +85,14 @@ def main() -> None:
         "models": models,
         "ratio": models["moe"]["useful_tokens_per_s"] / models["dense"]["useful_tokens_per_s"],
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu_moe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = table(result)
-    (RESULTS / "cpu_moe.md").write_text(text, encoding="utf-8")
-    print("\n" + text)
+    write(RESULTS / "cpu_moe", result, table(result))
+    print("\n" + table(result))
 
 
 def table(r: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        f"Measured by `benchmarks/cpu_moe.py` on {r['threads']} threads of {r['processor']}, torch {r['torch']}, packs of "
+        f"By `benchmarks/studies/cpu_moe.py` on {r['threads']} threads of {r['processor']}, torch {r['torch']}, packs of "
         f"{r['pack_tokens']:,} tokens.",
         "",
         "| model | parameters | a token meets | useful tokens/s |",

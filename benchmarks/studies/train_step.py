@@ -1,6 +1,6 @@
 """Training end to end, one lever after another: useful tokens/s of a whole step, engine and loader included.
 
-    python benchmarks/train_step.py [--data_path pretrain.jsonl --tokenizer_path FOLDER] [--preset minimind3] [--rungs ...]
+    python -m benchmarks.studies.train_step [--data_path pretrain.jsonl --tokenizer_path FOLDER] [--rungs ...]
 
 Purpose: the headline of the project, and what each lever gives of it.
 Principle: rungs of a ladder. The first is MiniMind's eager loop over padded rows; then over rows filled with joined
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eager_minimind import EagerMiniMind, EagerTraining
-from machine import processor
 
+from benchmarks.peers.eager_minimind import EagerMiniMind, EagerTraining
+from benchmarks.record import RESULTS, environment, processor, write
 from minimind_fast import ops
 from minimind_fast.data import samples
 from minimind_fast.data.cache import TokenCache, build_cache
@@ -45,7 +44,6 @@ from minimind_fast.training.log import peak_flops
 from minimind_fast.training.trainer import Trainer, Window
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
-RESULTS = Path(__file__).with_name("results")
 LEARNING_RATE = 5e-4
 LENGTH = 512
 OTHERS = ("eager", "eager-compile", "joined", "joined-compile", "compile")  # whose speed ours is a multiple of
@@ -227,10 +225,10 @@ class Process:
     def __init__(self, args: argparse.Namespace, rung: str) -> None:
         names = ("data_path", "tokenizer_path", "cache_dir", "threads", "pack_tokens", "steps", "weights")
         options = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
-        command = [sys.executable, __file__, "--rung", rung, *options]
+        command = [sys.executable, "-m", "benchmarks.studies.train_step", "--rung", rung, *options]
         # This process is a rank already; the rung's is to become one of its own.
         alone = {
-            k: v for k, v in os.environ.items() if "RANK" not in k and "WORLD_SIZE" not in k and "MASTER_" not in k
+            k: v for k, v in environment().items() if "RANK" not in k and "WORLD_SIZE" not in k and "MASTER_" not in k
         }
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone)
 
@@ -318,9 +316,7 @@ def main() -> None:
         ],
     }
     name = f"train_step_{'gpu' if on_gpu else 'cpu'}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.out / f"{name}.md").write_text(table(result), encoding="utf-8")
+    write(args.out / name, result, table(result))
     print("\n" + table(result))
 
 
@@ -338,7 +334,7 @@ def table(r: dict[str, Any]) -> str:
     """The result as Markdown."""
     where = r["device"] if r["on_gpu"] else f"{r['threads']} threads of {r['device']}"
     lines = [
-        f"Measured by `benchmarks/train_step.py` on {where}, torch {r['torch']}, {r['preset']}, about "
+        f"By `benchmarks/studies/train_step.py` on {where}, torch {r['torch']}, {r['preset']}, about "
         f"{r['pack_tokens']:,} useful tokens an optimizer step.",
         "",
         "| what runs | useful tokens/s | of the first | of the rung before, or as named | loss | first step |",

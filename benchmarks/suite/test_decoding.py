@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from generation import EagerLoop, run_eager, run_ours
-from harness import Suite
 
+from benchmarks.studies.generation import EagerLoop, run_eager, run_ours
+from benchmarks.suite.harness import Suite
 from minimind_fast.config import ModelConfig
 from minimind_fast.infer.decode import Decoder
 from minimind_fast.model import MiniMind
