@@ -37,7 +37,7 @@ printf 'part\tresult\tseconds\n' > "$parts"
 export PYTHONUNBUFFERED=1
 say() { echo "$*" | tee -a "$log"; }
 
-# Install, where this is not yet done: wheels into a folder of their own, then the package, editable.
+# Wheels that travelled go into a folder of their own. The package is found here, in the root.
 wheels=${WHEELS:-benchmarks/wheels} corpus=${CORPUS:-benchmarks/corpus}
 pack="python -m benchmarks.pack_for_gpu, where there is a network, makes benchmarks/wheels and benchmarks/corpus: carry both here"
 if ! "$python" -c 'import deepspeed' 2> /dev/null; then
@@ -54,10 +54,6 @@ fi
 if [[ $second == 1 && $dry == 0 && ! -f $corpus/pretrain.jsonl ]]; then
   say "No real text in $corpus. $pack."
   exit 1
-fi
-if ! "$python" -c 'import minimind_fast.kernels' 2> /dev/null; then
-  "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e . >> "$log" 2>&1 ||
-    { say "cannot install the package; see $log"; exit 1; }
 fi
 "$python" - <<'P' 2>&1 | tee -a "$log"
 import sys, torch
