@@ -8,7 +8,7 @@ ARGS   ?=
 QUIETLY := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pipeline test lint format aot bench clean
+.PHONY: help install pretrain pipeline test slow lint format aot bench clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ pipeline: $(VENV)/installed ## The whole chain on the shipped samples, tokenizer
 test: $(VENV)/installed-test ## Run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+slow: $(VENV)/installed-test ## Run what `make test` leaves out for its time: an installed wheel under every launcher (minutes)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
 lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,4 +56,4 @@ bench: $(VENV)/installed-test ## Run the benchmark suite
 	$(BIN)/python -m pytest benchmarks/ $(ARGS)
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

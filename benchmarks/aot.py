@@ -12,14 +12,13 @@ Properties: launch parameters that depend on the card (multiprocessors, shared m
             save for what it reads twice from L2. The floor counts each input and output of the op once, or its matmul
             FLOPs. One process a target. Compilations are kept in Triton's own cache, so a second run takes seconds.
 
-usage: python benchmarks/aot.py [--targets sm_90,gfx942] [--presets minimind3] [--ops rope] [--out benchmarks/results]
+usage: python -m benchmarks.aot [--targets sm_90,gfx942] [--presets minimind3] [--ops rope] [--out benchmarks/results]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -41,6 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.record import write
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.proof.roofline import op_work
@@ -394,7 +394,7 @@ def _markdown(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> str:
     lines = [
         "# Kernels, compiled ahead of time",
         "",
-        f"Made by `python benchmarks/aot.py` with triton {triton.__version__}, T = {TOKENS:,} tokens, {rows[0]['dtype']}. "
+        f"Made by `python -m benchmarks.aot` with triton {triton.__version__}, T = {TOKENS:,} tokens, {rows[0]['dtype']}. "
         "Compiled, not run: no number here is a measurement of speed.",
         "",
         "Each cell: registers a thread / spilled bytes a thread / shared memory a block in KB, the worst over the models.",
@@ -487,17 +487,14 @@ def main(argv: list[str] | None = None) -> int:
     summary = ops_table([row for row in rows if row["target"] == "sm_90"])
     if args.out:
         folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
         for row in rows:
-            del row["seconds"]  # so that the same kernels give the same file
+            del row["seconds"]  # so that the same kernels give the same rows
         facts = {
             "triton": triton.__version__,
             "tokens": TOKENS,
             "targets": [asdict(TARGETS[t]) for t in asked["targets"]],
         }
-        text = json.dumps({**facts, "kernels": rows, "ops": summary}, indent=1)
-        (folder / "kernels_aot.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "kernels_aot.md").write_text(_markdown(rows, summary), encoding="utf-8")
+        write(folder / "kernels_aot", {**facts, "kernels": rows, "ops": summary}, _markdown(rows, summary))
     bad = sum(bool(row["problems"]) for row in rows)
     print(f"{len(rows) - bad} of {len(rows)} kernels are sound; {time.perf_counter() - started:.0f} s")
     return 1 if bad else 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import liger_ops
 import pytest
 import torch
-from harness import CLOCK, Suite
+
+from benchmarks.peers import liger_ops
+from benchmarks.record import made
+from benchmarks.suite.harness import CLOCK, Suite
 
 SUITE = pytest.StashKey[Suite]()
 
@@ -68,6 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
     suite = config.stash[SUITE]
     output_json["minimind_fast"] = {
+        "made": made(),
         "device": suite.device_name,
         "on_gpu": suite.on_gpu,
         "torch": torch.__version__,

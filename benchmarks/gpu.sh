@@ -37,9 +37,9 @@ printf 'part\tresult\tseconds\n' > "$parts"
 export PYTHONUNBUFFERED=1
 say() { echo "$*" | tee -a "$log"; }
 
-# Install, where this is not yet done: wheels into a folder of their own, then the package, editable.
+# Wheels that travelled go into a folder of their own. The package is found here, in the root.
 wheels=${WHEELS:-benchmarks/wheels} corpus=${CORPUS:-benchmarks/corpus}
-pack="python benchmarks/pack_for_gpu.py, where there is a network, makes benchmarks/wheels and benchmarks/corpus: carry both here"
+pack="python -m benchmarks.pack_for_gpu, where there is a network, makes benchmarks/wheels and benchmarks/corpus: carry both here"
 if ! "$python" -c 'import deepspeed' 2> /dev/null; then
   if compgen -G "$wheels/*.whl" > /dev/null; then
     site=$(mktemp -d)
@@ -54,10 +54,6 @@ fi
 if [[ $second == 1 && $dry == 0 && ! -f $corpus/pretrain.jsonl ]]; then
   say "No real text in $corpus. $pack."
   exit 1
-fi
-if ! "$python" -c 'import minimind_fast.kernels' 2> /dev/null; then
-  "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e . >> "$log" 2>&1 ||
-    { say "cannot install the package; see $log"; exit 1; }
 fi
 "$python" - <<'P' 2>&1 | tee -a "$log"
 import sys, torch
@@ -110,39 +106,39 @@ several=()
 text=() # the sample, where no text travelled
 [[ ! -f $corpus/pretrain.jsonl ]] || text=(--data_path "$corpus/pretrain.jsonl" --tokenizer_path "$corpus/tokenizer")
 if [[ $second == 1 && $dry == 1 ]]; then
-  part loss_curves 400 "$python" benchmarks/loss_curves.py --dry_run --corpus "$corpus" --out "$out"
-  part real_run 400 "$python" benchmarks/real_run.py --dry_run --corpus "$corpus" --out "$out"
-  part engine_share 200 "$python" benchmarks/engine_share.py --preset tiny --tokens 64 --world 1 --accumulation 1 --turns 1 --out "$out"
+  part loss_curves 400 "$python" -m benchmarks.studies.loss_curves --dry_run --corpus "$corpus" --out "$out"
+  part real_run 400 "$python" -m benchmarks.studies.real_run --dry_run --corpus "$corpus" --out "$out"
+  part engine_share 200 "$python" -m benchmarks.studies.engine_share --preset tiny --tokens 64 --world 1 --accumulation 1 --turns 1 --out "$out"
   part zero 400 "$python" -m pytest -p no:cacheprovider -rs tests/training/test_gpu_training.py
-  part generation 400 "$python" benchmarks/generation.py --context 16 --new 8 --rounds 1 --rows 1 --out "$out/dry_generation.json"
+  part generation 400 "$python" -m benchmarks.studies.generation --context 16 --new 8 --rounds 1 --rows 1 --out "$out/dry_generation.json"
 elif [[ $second == 1 ]]; then
-  part loss_curves 110 "$python" benchmarks/loss_curves.py --corpus "$corpus" --out "$out"
-  part real_run 210 "$python" benchmarks/real_run.py --minutes 2 --corpus "$corpus" --out "$out"
-  part engine_share 110 "$python" benchmarks/engine_share.py --accumulation 1 --out "$out"
+  part loss_curves 110 "$python" -m benchmarks.studies.loss_curves --corpus "$corpus" --out "$out"
+  part real_run 210 "$python" -m benchmarks.studies.real_run --minutes 2 --corpus "$corpus" --out "$out"
+  part engine_share 110 "$python" -m benchmarks.studies.engine_share --accumulation 1 --out "$out"
   part zero 70 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/training/test_gpu_training.py
-  part generation 50 "$python" benchmarks/generation.py --rows 1 8 64 --new 128 --out "$out/gpu_generation.json"
+  part generation 50 "$python" -m benchmarks.studies.generation --rows 1 8 64 --new 128 --out "$out/gpu_generation.json"
 elif [[ $dry == 1 ]]; then
   part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/proof/test_verify.py tests/kernels/test_swiglu.py tests/proof/test_on_gpu.py
   part verify 300 "$python" -m minimind_fast.proof.verify --ops swiglu --dtype float32 --json "$out/verify.json"
-  suite kernels 240 benchmarks/test_kernels.py -k "swiglu and not compile"
-  suite steps 240 benchmarks/test_steps.py
-  part train_step 240 "$python" benchmarks/train_step.py --preset tiny --pack_tokens 2048 --rungs eager joined ours --out "$out"
-  suite layers 240 benchmarks/test_layers.py -k "attention and mix"
-  suite rest 240 benchmarks/test_loading.py benchmarks/test_decoding.py benchmarks/test_weight_gradients.py
+  suite kernels 240 benchmarks/suite/test_kernels.py -k "swiglu and not compile"
+  suite steps 240 benchmarks/suite/test_steps.py
+  part train_step 240 "$python" -m benchmarks.studies.train_step --preset tiny --pack_tokens 2048 --rungs eager joined ours --out "$out"
+  suite layers 240 benchmarks/suite/test_layers.py -k "attention and mix"
+  suite rest 240 benchmarks/suite/test_loading.py benchmarks/suite/test_decoding.py benchmarks/suite/test_weight_gradients.py
 else
   part tests 115 "$python" -m pytest -m gpu "${several[@]}" -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
     --ignore tests/training/test_gpu_training.py --deselect tests/proof/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
   part verify 85 "$python" -m minimind_fast.proof.verify --device cuda --json "$out/verify.json"
-  [[ ! -f $out/verify.json ]] || part verify_table 10 "$python" benchmarks/verify_table.py "$out/verify.json"
-  suite kernels 90 benchmarks/test_kernels.py
-  suite steps 70 benchmarks/test_steps.py
-  part train_step 75 "$python" benchmarks/train_step.py "${text[@]}" --rungs eager joined ours --warm 10 --steps 30 --out "$out"
-  suite layers 80 benchmarks/test_layers.py
-  suite rest 35 benchmarks/test_decoding.py benchmarks/test_weight_gradients.py benchmarks/test_loading.py
+  [[ ! -f $out/verify.json ]] || part verify_report 10 "$python" -m benchmarks.report verify "$out/verify.json"
+  suite kernels 90 benchmarks/suite/test_kernels.py
+  suite steps 70 benchmarks/suite/test_steps.py
+  part train_step 75 "$python" -m benchmarks.studies.train_step "${text[@]}" --rungs eager joined ours --warm 10 --steps 30 --out "$out"
+  suite layers 80 benchmarks/suite/test_layers.py
+  suite rest 35 benchmarks/suite/test_decoding.py benchmarks/suite/test_weight_gradients.py benchmarks/suite/test_loading.py
 fi
 shopt -s nullglob
 runs=("$out"/suite_*.json)
-[[ $second == 1 || ${#runs[@]} == 0 ]] || part report 20 "$python" benchmarks/report.py "${runs[@]}" --out "$out"
+[[ $second == 1 || ${#runs[@]} == 0 ]] || part report 20 "$python" -m benchmarks.report suite "${runs[@]}" --out "$out"
 
 say "$(column -t -s $'\t' "$parts" 2> /dev/null || cat "$parts")"
 say "results in $out"

@@ -1,6 +1,6 @@
 """Everything that must travel to a bare, offline GPU machine beside the repository: wheels and a corpus of real text.
 
-    python benchmarks/pack_for_gpu.py --data_path pretrain.jsonl --val_data_path val.jsonl --sft_data_path sft.jsonl \
+    python -m benchmarks.pack_for_gpu --data_path pretrain.jsonl --val_data_path val.jsonl --sft_data_path sft.jsonl \
         --tokenizer_path FOLDER
 
 Purpose: one command before any GPU minute. It fills benchmarks/wheels (by wheels.sh) and benchmarks/corpus, which git
@@ -60,7 +60,7 @@ def find_corpus(folder: Path, dry_run: bool = False) -> Corpus:
     if dry_run:
         return Corpus(*(samples.path(n) for n in ("pretrain.jsonl", "pretrain_val.jsonl", "sft.jsonl", "tokenizer")))
     raise ValueError(
-        f"no real text in {folder} ({', '.join(missing)} missing): run `python benchmarks/pack_for_gpu.py --help` where "
+        f"no real text in {folder} ({', '.join(missing)} missing): run `python -m benchmarks.pack_for_gpu --help` where "
         "the data is, and carry that folder here; or --dry_run for the shipped samples"
     )
 

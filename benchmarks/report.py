@@ -1,294 +1,223 @@
-"""From the suite's JSON to tables, charts and the README: `python benchmarks/report.py RUN.json ...`.
+"""The one tool from what was measured to what is shown: `python -m benchmarks.report MAKER [options]`.
 
-Purpose:    benchmarks/results/<machine>.md with its charts, <machine>.json with the rows, suite.md for the READMEs.
-Principle:  everything shown is computed from files that `pytest benchmarks/ --benchmark-json=RUN.json` wrote; several files
-            of one machine make one report, a later row taking the place of an earlier one of the same name.
-Properties: nothing is typed by hand. Of a run only its rows, roofs and limits are kept, and nothing of the host. A number
-            that is not there is a dash. Charts need something to show: shares of a roof, several T, peaks of memory.
-
-usage: python benchmarks/report.py RUN.json ... [--out benchmarks/results]
+Purpose: tables and pictures in benchmarks/results, and from there in the marked sections of READMEs and docs.
+Principle: a maker is a function in MAKERS, named after what it shows; `suite`'s tables are in `suite/tables.py`. After
+    each of them the pages are written anew, if it wrote to the committed results.
+Properties: nothing is measured and nothing typed here: every number is read from a run's own files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import goals
-from refresh_readme import READMES, RESULTS, ROOT, refreshed
+from benchmarks import marked
+from benchmarks.record import RESULTS, ROOT, line, made, processor
+from benchmarks.suite import tables
 
-ORDER = (
-    *("training", "model step", "MoE layer", "kernel", "head", "attention", "weight gradient", "optimizer step"),
-    *("generation", "data loading"),
-)
-# Whose time over a row's own is a column.
-OTHERS = ("eager", "compile", "liger", "joined", "dense", "loop", "grouped_mm", "scattermoe", "sonicmoe", "megablocks")
-HEAD = ("device", "on_gpu", "torch", "roofs", "limits", "skipped")  # of a run, and of a report's own JSON
-COLOURS = {
-    **{"ours": "#1f77b4", "eager": "#bbbbbb", "compile": "#ff7f0e", "liger": "#2ca02c"},
-    **{"dense": "#7f7f7f", "grouped_mm": "#e377c2", "loop": "#d3d3d3", "scattermoe": "#98df8a", "split-K": "#1f77b4"},
-    **{"sdpa": "#9467bd", "flash_attn": "#8c564b", "torch_varlen": "#17becf", "foreach": "#bcbd22"},
-}
+# -------------------------------------------------------------------------------------------------------------- the suite
 
 
-def read(files: list[Path]) -> dict[str, Any]:
-    """Runs of one machine as one.
-
-    Args:
-        files: of pytest-benchmark, written by this suite, or the JSON of a report of it; oldest first.
-
-    Returns:
-        device, on_gpu, torch, roofs, limits, skipped (reason -> rows without a time), and benchmarks: group and extra_info
-        of each row that has a time.
-
-    Raises:
-        ValueError: a file of something else, or of another machine than the first.
-    """
-    out: dict[str, Any] = {}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for file in files:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        head = data.get("minimind_fast") or ({k: data[k] for k in HEAD if k in data} if "roofs" in data else None)
-        if head is None:
-            raise ValueError(f"{file} was not written by this suite (pytest benchmarks/ --benchmark-json={file})")
-        if out and head["device"] != out["device"]:
-            raise ValueError(f"{file} is of {head['device']}, the others are of {out['device']}")
-        skipped = out.get("skipped", {})
-        for reason, names in head.get("skipped", {}).items():
-            skipped[reason] = list(dict.fromkeys([*skipped.get(reason, []), *names]))
-        out = {**head, "benchmarks": [], "skipped": skipped}
-        for row in data["benchmarks"]:
-            if row["extra_info"].get("median_s"):
-                key = row["group"], row["extra_info"]["implementation"]
-                rows[key] = {"group": row["group"], "extra_info": row["extra_info"]}
-    for (group, _), row in rows.items():
-        info = row["extra_info"]
-        for other in OTHERS:  # the suite notes some itself, when theirs is measured first
-            theirs = [r["extra_info"]["median_s"] for (g, n), r in rows.items() if g == group and n.split()[0] == other]
-            if theirs:  # the better of a peer's forms
-                info.setdefault(f"times_{other}", min(theirs) / info["median_s"])
-    order = {kind: i for i, kind in enumerate(ORDER)}
-    found = sorted(rows.values(), key=lambda r: order[r["extra_info"]["kind"]])  # stable: groups as they ran
-    return {**out, "benchmarks": found}
+def suite(args: argparse.Namespace) -> None:
+    """tables and charts of `pytest benchmarks/ --benchmark-json=RUN.json`"""
+    print(tables.write(tables.read(args.files), args.out))
 
 
-def machine(device: str) -> str:
-    """A device's name as a file's.
+# -------------------------------------------------------------------------------------------------------------- the proof
+
+
+def comparisons(row: dict[str, Any]) -> list[tuple[float, float]]:
+    """(eager's error, the kernel's error) of each output and gradient of a row that holds floating-point numbers."""
+    pairs = [(r["eager_norm_error"], r["norm_error"]) for r in row["results"].values()]
+    return [pair for pair in pairs if max(pair) > 0]
+
+
+def proof_table(found: dict[str, Any]) -> str:
+    """What `verify` found as Markdown: a line for each op and dtype.
 
     Args:
-        device: such as "NVIDIA H200".
+        found: what `minimind-fast verify --json` wrote.
     """
-    return re.sub(r"\W+", "_", device.lower()).strip("_")
+    from minimind_fast.proof.verify import FLOAT32_NOISE, NORM_FACTOR
 
-
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.2g} us"
-
-
-def _cell(info: dict[str, Any], key: str, form: str) -> str:
-    value = info.get(key)
-    return "-" if value is None else form.format(value)
-
-
-def _work(info: dict[str, Any]) -> str:
-    if info.get("flops"):
-        return f"{info['flops'] / 1e9:,.3g} GFLOP"
-    return f"{info['bytes'] / 1e6:,.3g} MB" if info.get("bytes") else "-"
-
-
-def table(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
-    """One kind's rows, its groups one after another.
-
-    Args:
-        rows: of `read`.
-        on_gpu: with the columns that only a GPU fills.
-
-    Returns:
-        Lines of Markdown.
-    """
-    infos = [row["extra_info"] for row in rows]
-    others = [o for o in OTHERS if o in OTHERS[:3] and on_gpu or any(f"times_{o}" in info for info in infos)]
-    gpu = ("TFLOP/s", "of roof", "of same-shape matmul", "MFU", "with launches", "peak MB") if on_gpu else ()
-    names = ["group", "implementation", "median (p20-p80)", "tokens/s", *(f"x {other}" for other in others)]
-    names += [*gpu, "at least", "error (eager's)"]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for row in rows:
-        info = row["extra_info"]
-        spread = f"{_time(info['median_s'])} ({_time(info['p20_s'])}-{_time(info['p80_s'])})"
-        cells = [row["group"], info["implementation"], spread, _cell(info, "tokens_per_s", "{:,.0f}")]
-        cells += [_cell(info, f"times_{other}", "{:.2f}") for other in others]
-        if on_gpu:
-            peak = info.get("peak_bytes")
-            launches = info.get("with_launch_s")
-            cells.append(f"{info['flop_per_s'] / 1e12:,.0f}" if info.get("flop_per_s") else "-")
-            cells += [_cell(info, "share_of_roof", "{:.0%}"), _cell(info, "share_of_same_shape", "{:.0%}")]
-            cells.append(_cell(info, "mfu", "{:.1%}"))
-            cells += ["-" if launches is None else _time(launches), "-" if peak is None else f"{peak / 1e6:,.0f}"]
-        error = "-" if "error" not in info else f"{info['error']:.1e} ({info['eager_error']:.1e})"
-        error += ", above the rule" if info.get("above_the_rule") else ""
-        lines.append("| " + " | ".join([*cells, _work(info), error]) + " |")
-    return lines
-
-
-def without_a_time(skipped: dict[str, list[str]]) -> list[str]:
-    """Why rows are not there.
-
-    Args:
-        skipped: reason -> rows.
-
-    Returns:
-        Lines of Markdown, one a reason.
-    """
-    return [
-        f"- {' '.join(reason.split())}: {len(names)} rows, such as `{names[0]}`"
-        for reason, names in sorted(skipped.items(), key=lambda item: -len(item[1]))
-    ]
-
-
-def _figure(title: str, height: float = 4.0) -> tuple[Any, Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
-    axes.set_title(title)
-    return plt, figure, axes
-
-
-def _bars(rows: list[dict[str, Any]], key: str, scale: float, label: str, title: str, file: Path) -> bool:
-    """Horizontal bars of one number, the implementations of a group together; False if there is nothing to show."""
-    shown = [r for r in rows if r["extra_info"].get(key)]
-    if not shown:
-        return False
-    groups = list(dict.fromkeys(r["group"] for r in shown))
-    plt, figure, axes = _figure(title, 1.5 + 0.45 * len(groups))
-    slots = {id(r): sum(o["group"] == r["group"] for o in shown[:i]) for i, r in enumerate(shown)}
-    for name in dict.fromkeys(r["extra_info"]["implementation"] for r in shown):
-        mine = [r for r in shown if r["extra_info"]["implementation"] == name]
-        places = [groups.index(r["group"]) + 0.2 * slots[id(r)] for r in mine]
-        axes.barh(places, [r["extra_info"][key] * scale for r in mine], 0.19, label=name, color=COLOURS.get(name))
-    axes.set(xlabel=label, yticks=[i + 0.2 for i in range(len(groups))], yticklabels=groups)
-    axes.invert_yaxis()
-    axes.legend()
-    axes.grid(alpha=0.3, axis="x")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    return True
-
-
-def _curves(rows: list[dict[str, Any]], file: Path) -> bool:
-    """Tokens/s of the training step against T; False below two T."""
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in rows:
-        info = row["extra_info"]
-        if info["kind"] == "model step":
-            lines.setdefault((info["preset"], info["implementation"]), []).append(
-                (info["tokens"], info["tokens_per_s"])
-            )
-    if not any(len({t for t, _ in points}) > 1 for points in lines.values()):
-        return False
-    plt, figure, axes = _figure("Training step")
-    for (preset, name), points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{preset}, {name}")
-    axes.set(xlabel="tokens in a step", ylabel="tokens/s", xscale="log")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    return True
-
-
-def write(found: dict[str, Any], folder: Path) -> Path:
-    """The machine's report, its rows and its charts.
-
-    Args:
-        found: of `read`.
-        folder: where they go.
-
-    Returns:
-        The Markdown file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    name, rows, roof = machine(found["device"]), found["benchmarks"], found["roofs"]
+    rows = found["rows"]
+    passed, where = sum(r["passed"] for r in rows), f"{found['device']}, torch {found['torch']}"
     lines = [
-        f"# {found['device']}",
+        f"By `minimind-fast verify`: {passed} of {len(rows)} cases pass ({where}).",
         "",
-        f"Made by `benchmarks/report.py` from `pytest benchmarks/`, torch {found['torch']}.",
+        "| op | dtype | cases | outputs and gradients | error over eager's: median | worst | |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines += ["", *found["limits"], ""]
-    rates = [f"{what} {roof[f'{what}_bytes_per_s'] / 1e9:,.0f} GB/s" for what in ("copy", "memset")]
-    rates.append(f"matmul {roof['matmul_flop_per_s'] / 1e12:.3g} TFLOP/s")
-    lines.append(f"Roofs of this run: {', '.join(rates)}.")
-    lines.append("Ratios are the other's time over this row's: above 1 is faster.")
-    charts = {
-        f"{name}_roof.png": _bars(
-            [
-                r
-                for r in rows
-                if r["extra_info"]["kind"] in ("kernel", "head", "attention", "MoE layer", "weight gradient")
-            ],
-            *("share_of_roof", 100, "% of the roof", "Share of the roof", folder / f"{name}_roof.png"),
-        ),
-        f"{name}_eager.png": not found["on_gpu"]
-        and _bars(
-            [r for r in rows if r["extra_info"]["implementation"] != "eager" and r["group"] != "data loading"],
-            *("times_eager", 1, "times eager's speed", "Beside eager PyTorch", folder / f"{name}_eager.png"),
-        ),
-        f"{name}_tokens.png": _curves(rows, folder / f"{name}_tokens.png"),
-        f"{name}_memory.png": _bars(
-            rows, "peak_bytes", 1e-6, "MB beyond the inputs", "Peak memory", folder / f"{name}_memory.png"
-        ),
-    }
-    lines += ["", *(f"![{file}]({file})" for file, drawn in charts.items() if drawn)]
-    for kind in ORDER:
-        mine = [r for r in rows if r["extra_info"]["kind"] == kind]
-        if mine:
-            lines += ["", f"## {kind[0].upper()}{kind[1:]}", "", *table(mine, found["on_gpu"])]
-    lines += ["", "## Goals", ""]
-    lines += ["Bounds in tokens/s, ms and TFLOP/s are for one H200; ratios are against rows of this run.", ""]
-    lines += goals.table([row["extra_info"] for row in rows], [folder, RESULTS])
-    if found["skipped"]:
-        lines += ["", "## Without a time", "", *without_a_time(found["skipped"])]
-    text = "\n".join(lines) + "\n"
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (folder / "suite.md").write_text(summary(found, name), encoding="utf-8")
-    return folder / f"{name}.md"
-
-
-def summary(found: dict[str, Any], name: str) -> str:
-    """Our rows in short, for the READMEs.
-
-    Args:
-        found: of `read`.
-        name: of the machine's report.
-    """
-    lines = [
-        f"`pytest benchmarks/` on {found['device']}, torch {found['torch']} ([all rows](benchmarks/results/{name}.md)).",
-        "",
-    ]
-    lines += ["| ours | time | tokens/s | x eager | x compile | x Liger | of roof |", "|---|---|---|---|---|---|---|"]
-    for row in found["benchmarks"]:
-        info = row["extra_info"]
-        if info["implementation"] == "ours" and not row["group"].endswith((" forward", " backward")):
-            cells = [row["group"], _time(info["median_s"]), _cell(info, "tokens_per_s", "{:,.0f}")]
-            cells += [_cell(info, f"times_{other}", "{:.2f}") for other in OTHERS[:3]]
-            lines.append("| " + " | ".join([*cells, _cell(info, "share_of_roof", "{:.0%}")]) + " |")
-    if not found["on_gpu"]:
-        lines += ["", *found["limits"]]
+    for op, dtype in dict.fromkeys((r["op"], r["dtype"]) for r in rows):
+        mine = [r for r in rows if (r["op"], r["dtype"]) == (op, dtype)]
+        ratios = [ours / eager for r in mine for eager, ours in comparisons(r) if max(eager, ours) > FLOAT32_NOISE]
+        middle, worst = (f"{f(ratios):.2f}" if ratios else "-" for f in (statistics.median, max))
+        checked, passed = sum(len(r["results"]) for r in mine), all(r["passed"] for r in mine)
+        lines.append(
+            f"| {op} | {dtype} | {len(mine)} | {checked} | {middle} | {worst} | {'pass' if passed else '**FAIL**'} |"
+        )
+    lines += ["", "`all` are whole models with every kernel on. A ratio is beside the point, and may pass above "]
+    lines[-1] += f"{NORM_FACTOR}, where errors are near the roundings of float32 sums, or few numbers make them up."
     return "\n".join(lines) + "\n"
 
 
+def draw_proof(found: dict[str, Any], file: Path) -> None:
+    """Every comparison as a point: eager's error to the right, the kernel's upwards, the rule as a line.
+
+    Args:
+        found: as for `proof_table`.
+        file: to write.
+    """
+    import matplotlib
+
+    from minimind_fast.proof.verify import FLOAT32_NOISE, NORM_FACTOR
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 5.5), layout="constrained")
+    ops = list(dict.fromkeys(r["op"] for r in found["rows"]))
+    floor = 1e-9  # where both errors are 0 there is no point; one that is 0 stands on the edge
+    for i, op in enumerate(ops):
+        points = [pair for r in found["rows"] if r["op"] == op for pair in comparisons(r)]
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.scatter([max(v, floor) for v in x], [max(v, floor) for v in y], s=12, color=f"C{i}", label=op)
+    line = [floor * 10 ** (i / 8) for i in range(65)]
+    axis.plot(line, line, color="grey", linewidth=1)
+    axis.plot(line, [NORM_FACTOR * e + FLOAT32_NOISE for e in line], "--", color="black", linewidth=1, label="the rule")
+    axis.set(xscale="log", yscale="log", xlabel="error of eager PyTorch", ylabel="error of the kernel")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """table and picture of `minimind-fast verify --json FILE`: no kernel is less exact than the PyTorch that it replaces"""
+    found = json.loads(args.file.read_text(encoding="utf-8"))
+    head = found.get("made") or made()
+    # The head is written into the JSON too: `verify` knows no commit.
+    args.file.write_text(json.dumps({"made": head, **found}, indent=1) + "\n", encoding="utf-8")
+    args.file.with_suffix(".md").write_text(line(head) + proof_table(found), encoding="utf-8")
+    draw_proof(found, args.file.with_suffix(".png"))
+    print(proof_table(found))
+
+
+# ---------------------------------------------------------------------------------------------------------- the pipeline
+
+
+def pipeline(args: argparse.Namespace) -> None:
+    """table and curves of `make pipeline`, from the logs that its runs left"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from minimind_fast.stages.pipeline import STAGES
+
+    told = json.loads((args.folder / "pipeline.json").read_text(encoding="utf-8"))
+    head = {**made(), "command": "make pipeline"}
+    lines = [f"By `make pipeline` on {told['threads']} threads of {processor()}.", ""]
+    lines += ["| stage | begins with | its measure | before | after | minutes |", "|---|---|---|---|---|---|"]
+    for stage, begins, measure, before, after, seconds in told["rows"]:
+        minutes = f"{seconds / 60:.1f}" if seconds else ""
+        lines.append(f"| {stage} | {begins} | {measure} | {before:.3f} | {after:.3f} | {minutes} |")
+    lines += ["", f"All of it in {told['seconds'] / 60:.1f} minutes. The last model, asked:", ""]
+    lines += [f"> **{question}** {answer}\n>" for question, answer in told["answers"]]
+    lines[-1] = lines[-1].removesuffix("\n>")
+    lines += ["", "![curves](benchmarks/results/pipeline.png)"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "pipeline.md").write_text(line(head) + "\n".join(lines) + "\n", encoding="utf-8")
+    figure, axes = pyplot.subplots(1, len(STAGES), figsize=(2.4 * len(STAGES), 2.4), layout="constrained")
+    for stage, axis in zip(STAGES, axes, strict=True):
+        log = (args.folder / stage.name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        key = next(key for key in ("reward", "reward_margin", "loss") if any(key in json.loads(row) for row in log))
+        points = [(row["step"], row[key]) for row in map(json.loads, log) if key in row]
+        axis.plot(*zip(*points, strict=True))
+        axis.set(title=stage.name, xlabel="step", ylabel=key.replace("_", " "))
+        axis.grid(alpha=0.3)
+    figure.savefig(args.out / "pipeline.png", dpi=110)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ the first minute
+
+KEPT = ("Installing", "tiny:", "Validation loss", "Stopping", "The model continues", "  Once upon a time")
+
+
+def shorten(lines: Iterable[str]) -> list[str]:
+    """The lines worth showing of a run's whole output: none is changed, dots stand where some are left out.
+
+    Args:
+        lines: without their ends.
+    """
+    lines = list(lines)
+    steps = [i for i, text in enumerate(lines) if re.match(r"step +\d+/", text)]
+    done = next((i for i, text in enumerate(lines) if text.startswith("Done:")), len(lines))
+    chosen = {*steps[:2], *steps[-1:], *range(done, len(lines))}
+    chosen |= {i for i, text in enumerate(lines) if text.startswith(KEPT)}
+    heading = next((i for i, text in enumerate(lines) if text.startswith("The model continues")), 0)
+    if heading and not lines[heading - 1]:
+        chosen.add(heading - 1)
+    out, last = [], -1
+    for i in sorted(chosen):
+        out += ["..."] * (i > last + 1) + [lines[i]]
+        last = i
+    return out
+
+
+def minute(args: argparse.Namespace) -> None:
+    """what a newcomer sees: `make pretrain 2>&1 | python -m benchmarks.report minute`"""
+    lines = []
+    for text in sys.stdin:
+        print(text, end="", flush=True)  # passed on while it comes
+        lines.append(text.rstrip("\n"))
+    head = {**made(), "command": "make pretrain"}
+    where = f"{len(os.sched_getaffinity(0))} threads of {processor()}"
+    heading = f"Printed by `make pretrain` on {where}; lines are left out at the dots."
+    body = "\n".join(shorten(lines))
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = f"{line(head)}{heading}\n\n```text\n{body}\n```\n"
+    (args.out / "make_pretrain.md").write_text(text, encoding="utf-8")
+
+
+def pages(args: argparse.Namespace) -> None:
+    """the marked sections of READMEs and docs, and nothing else"""
+
+
+# name -> what it does, as its function's docstring says it
+MAKERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    maker.__name__: maker for maker in (suite, verify, pipeline, minute, pages)
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of this program."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
+    makers = parser.add_subparsers(dest="maker", required=True, metavar="MAKER")
+    add = {
+        name: makers.add_parser(name, help=maker.__doc__, description=maker.__doc__) for name, maker in MAKERS.items()
+    }
+    add["suite"].add_argument("files", nargs="+", type=Path, help="of `pytest benchmarks/ --benchmark-json=FILE`")
+    add["verify"].add_argument("file", nargs="?", type=Path, default=RESULTS / "verify.json", help="of verify --json")
+    add["pipeline"].add_argument(
+        "folder", nargs="?", type=Path, default=ROOT / "out" / "pipeline", help="its --save_dir"
+    )
+    for name in ("suite", "pipeline", "minute"):
+        add[name].add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write the report; refresh the READMEs if it is the committed results' folder.
+    """Make one report; refresh the pages if it lies among the committed results.
 
     Args:
         argv: arguments; the process's own if None.
@@ -296,19 +225,15 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 2 if a file cannot be used.
     """
-    parser = argparse.ArgumentParser(description="Tables, charts and the READMEs' numbers from the suite's JSON files.")
-    parser.add_argument("files", nargs="+", type=Path, help="written by pytest benchmarks/ --benchmark-json=FILE")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     try:
-        print(write(read(args.files), args.out))
+        MAKERS[args.maker](args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.out.resolve() == RESULTS.resolve():
-        for readme in READMES:
-            file = ROOT / readme
-            file.write_text(refreshed(file.read_text(encoding="utf-8")), encoding="utf-8")
+    written = args.file.parent if args.maker == "verify" else getattr(args, "out", RESULTS)
+    if written.resolve() == RESULTS.resolve():
+        marked.refresh()
     return 0
 
 

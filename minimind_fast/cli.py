@@ -1,6 +1,6 @@
 """`minimind-fast <command>`: finds the command's module, runs it, and turns errors into sentences.
 
-Purpose: one entry point for everything that is not training.
+Purpose: one entry point.
 Principle: a table from command to `module:function`; the module is imported when its command is called. The function
     takes the arguments after the command and returns the exit code. To add a command: one line in COMMANDS.
 Properties: exit code 0 when all went well, 1 when a check failed, 2 for wrong usage or input, 130 after Ctrl-C. A
@@ -14,6 +14,7 @@ import os
 import sys
 
 COMMANDS = {
+    "train": ("minimind_fast.commands.train:main", "run a training stage, or list the stages"),
     "chat": ("minimind_fast.commands.chat:main", "talk to a model in the terminal, or pipe one question in"),
     "generate": ("minimind_fast.commands.chat:generate_main", "continue texts"),
     "eval": ("minimind_fast.commands.evaluate:main", "sample answers, perplexity, multiple-choice accuracy"),

@@ -1,11 +1,15 @@
 """What every test file shares: where the real data lies, and the marks that need special machines."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+ROOT = Path(__file__).resolve().parents[1]
+# Processes that tests start run this checkout's package too, whatever the environment was installed from.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 # The same examples in every run: a failure can be repeated, and CI does not fail by the luck of a draw.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -14,16 +18,19 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data, MiniMind's tokenizers and golden models; not part of the repository."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
+    folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("needs the shared folder with real data beside the repository")
     return folder
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False")
+def pytest_collection_modifyitems(config, items):
+    asked = config.getoption("markexpr")
+    skips = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
+    if "slow" not in asked:
+        skips["slow"] = "minutes of installing and launching: run with -m slow, as CI does"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(no_gpu)
+        for name in skips.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=skips[name]))

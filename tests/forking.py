@@ -14,9 +14,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from minimind_fast import cli
+
 PRELOADED = ["torch._dynamo", "deepspeed", "deepspeed.runtime.engine", "torch.utils.tensorboard", "matplotlib.pyplot"]
-PRELOADED += [f"minimind_fast.{name}" for name in ("training.setup", "cli", "proof.verify")]
-PRELOADED += [f"minimind_fast.commands.{name}" for name in ("chat", "convert", "plan")]
+PRELOADED += ["minimind_fast.training.setup", *sorted({place.split(":")[0] for place, _ in cli.COMMANDS.values()})]
 
 
 class Forks:
@@ -36,7 +37,7 @@ class Forks:
         """Start a script or a command of `minimind-fast`.
 
         Args:
-            target: a path that ends in .py; any other is the command's name.
+            target: a path that ends in .py, a module with dots in its name (python -m), or a command's name.
             argv: its arguments.
             cwd: the folder that it runs in.
             log: file for its output and errors.
@@ -74,8 +75,10 @@ def become(target: str, argv: list[str], cwd: str, log: str, said: str, before: 
         sys.path.insert(0, str(Path(target).resolve().parent))
         runpy.run_path(target, run_name="__main__")
         return 0
-    from minimind_fast import cli
-
+    if "." in target:
+        sys.path.insert(0, cwd)
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+        return 0
     return cli.main(argv)
 
 

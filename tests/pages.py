@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", DOCS / "README.md", *sorted(DOCS.glob("*/*.md"))]
 
 

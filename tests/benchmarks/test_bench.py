@@ -10,24 +10,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # a script's own folder comes first there too
-
-import goals  # noqa: E402
-import harness  # noqa: E402
-import implementations  # noqa: E402
-import report  # noqa: E402
-import test_kernels  # noqa: E402
-import test_layers  # noqa: E402
-import test_steps  # noqa: E402
-import test_weight_gradients  # noqa: E402
-import timing  # noqa: E402
-
-from minimind_fast import ops  # noqa: E402
-from minimind_fast.config import ModelConfig  # noqa: E402
-from minimind_fast.ops import reference  # noqa: E402
-from minimind_fast.proof.roofline import Work  # noqa: E402
-from minimind_fast.proof.verify import Comparison  # noqa: E402
+from benchmarks import report, timing
+from benchmarks.record import ROOT
+from benchmarks.suite import (
+    goals,
+    harness,
+    implementations,
+    test_kernels,
+    test_layers,
+    test_steps,
+    test_weight_gradients,
+)
+from minimind_fast import ops
+from minimind_fast.config import ModelConfig
+from minimind_fast.ops import reference
+from minimind_fast.proof.roofline import Work
+from minimind_fast.proof.verify import Comparison
 
 
 class FakeCuda:
@@ -237,7 +235,15 @@ def _written(file: Path, device: str = "NVIDIA Test 1", on_gpu: bool = True, **c
             rows.append({"group": f"model step T={tokens}", "extra_info": row, "stats": {"data": [1, 2]}})
     rows.append({"group": "broken", "extra_info": {**info, "implementation": "liger", "median_s": None}})
     roofs = {"copy_bytes_per_s": 4e12, "memset_bytes_per_s": 3e12, "matmul_flop_per_s": 7e14}
-    head = {"device": device, "on_gpu": on_gpu, "torch": "2", "roofs": roofs, "limits": ["What it can tell."]}
+    made = {"date": "2030-01-02", "commit": "abc1234", "processor": device, "command": "pytest benchmarks/"}
+    head = {
+        "made": made,
+        "device": device,
+        "on_gpu": on_gpu,
+        "torch": "2",
+        "roofs": roofs,
+        "limits": ["What it can tell."],
+    }
     file.write_text(json.dumps({"benchmarks": rows, "minimind_fast": head, "machine_info": {"node": "my-host"}}))
     return file
 
@@ -245,8 +251,11 @@ def _written(file: Path, device: str = "NVIDIA Test 1", on_gpu: bool = True, **c
 def test_a_report_is_made_of_files(tmp_path):
     runs = [_written(tmp_path / "a.json"), _written(tmp_path / "b.json", median_s=1e-3)]
     out = tmp_path / "results"
-    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    assert report.main(["suite", *map(str, runs), "--out", str(out)]) == 0
     text = (out / "nvidia_test_1.md").read_text()
+    assert text.startswith(
+        "*Made 2030-01-02, commit abc1234, NVIDIA Test 1: `pytest benchmarks/`*\n\n# NVIDIA Test 1\n"
+    )
     assert "copy 4,000 GB/s" in text and "| 1,234,567 |" in text and "| 4.00 |" in text and "50%" in text
     assert "1 ms (1 ms-3 ms)" in text and "2 ms" not in text  # the later run of the same rows
     assert "broken" not in text  # no time
@@ -259,16 +268,25 @@ def test_a_report_is_made_of_files(tmp_path):
 
 def test_a_report_mixes_no_machines_and_takes_no_other_files(tmp_path, capsys):
     one, two = _written(tmp_path / "a.json"), _written(tmp_path / "b.json", device="NVIDIA Test 2")
-    assert report.main([str(one), str(two), "--out", str(tmp_path)]) == 2
+    assert report.main(["suite", str(one), str(two), "--out", str(tmp_path)]) == 2
     assert "NVIDIA Test 2" in capsys.readouterr().err
     (tmp_path / "c.json").write_text("{}")
-    assert report.main([str(tmp_path / "c.json"), "--out", str(tmp_path)]) == 2
+    assert report.main(["suite", str(tmp_path / "c.json"), "--out", str(tmp_path)]) == 2
     assert "not written by this suite" in capsys.readouterr().err
 
 
 def test_the_suite_runs_says_its_limits_and_keeps_pytest_benchmarks_options(tmp_path):
     file = tmp_path / "run.json"
-    run = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-p", "no:cacheprovider", "--threads", "1"]
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/suite/test_kernels.py",
+        "-p",
+        "no:cacheprovider",
+        "--threads",
+        "1",
+    ]
     run += ["--tokens", "16", "--presets", "minimind2-small", "-k", "swiglu and not compile and not linear"]
     run += ["-rs", f"--benchmark-json={file}", "--benchmark-min-rounds=4"]
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # pytest-benchmark rests under xdist
@@ -363,7 +381,7 @@ def test_a_report_has_ratios_to_peers_goals_and_reasons(tmp_path):
         "no time without\na right answer": ["c"],
     }
     file.write_text(json.dumps(data))
-    assert report.main([str(file), "--out", str(tmp_path / "out")]) == 0
+    assert report.main(["suite", str(file), "--out", str(tmp_path / "out")]) == 0
     written = tmp_path / "out" / "nvidia_test_1.md"
     text = written.read_text()
     head = next(line for line in text.splitlines() if line.startswith("| group | implementation"))
@@ -377,7 +395,7 @@ def test_a_report_has_ratios_to_peers_goals_and_reasons(tmp_path):
     assert text.count(", above the rule |") == 1
     assert "| project goal | bound | measured | verdict |" in text
     again = tmp_path / "again"  # a report's own rows make the same report
-    assert report.main([str(written.with_suffix(".json")), "--out", str(again)]) == 0
+    assert report.main(["suite", str(written.with_suffix(".json")), "--out", str(again)]) == 0
     assert (again / written.name).read_text() == text
 
 

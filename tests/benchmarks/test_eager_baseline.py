@@ -1,15 +1,12 @@
 """The baseline of every ratio does as much as MiniMind does, no more."""
 
-import runpy
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind_fast as mm
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmarks.peers import eager_minimind as eager
 
 
 class Operators(TorchDispatchMode):
@@ -27,11 +24,10 @@ class Operators(TorchDispatchMode):
 
 
 def test_operators_of_a_micro_step_are_minimind3s():
-    eager = runpy.run_path(str(BENCHMARKS / "eager_minimind.py"))
-    model = eager["EagerMiniMind"](mm.ModelConfig.preset("minimind3"))
+    model = eager.EagerMiniMind(mm.ModelConfig.preset("minimind3"))
     ids = torch.randint(3, 6400, (1, 16), generator=torch.Generator().manual_seed(0))
     with Operators() as forward, torch.autocast("cpu", torch.bfloat16):
-        loss = eager["loss"](model, ids, ids)
+        loss = eager.loss(model, ids, ids)
     with Operators() as backward:
         loss.backward()
     assert forward.counts.total() == 541
@@ -40,9 +36,8 @@ def test_operators_of_a_micro_step_are_minimind3s():
 
 
 def test_its_numbers_are_our_models():
-    eager = runpy.run_path(str(BENCHMARKS / "eager_minimind.py"))
     for preset in ("minimind2-small", "minimind3"):
         ours = mm.MiniMind(mm.ModelConfig.preset(preset, num_hidden_layers=2)).eval()
         ids = torch.randint(3, 6400, (2, 9), generator=torch.Generator().manual_seed(0))
         with mm.ops.use("none"), torch.no_grad():
-            torch.testing.assert_close(eager["EagerMiniMind"].from_ours(ours)(ids), ours(ids).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(eager.EagerMiniMind.from_ours(ours)(ids), ours(ids).logits, atol=1e-4, rtol=0)

@@ -2,15 +2,16 @@
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.record import ROOT
+from benchmarks.studies import engine_share
+
 ENGINES = ["ZeRO 0", "ZeRO 1", "ZeRO 1 plain"]
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +19,9 @@ def folder(tmp_path_factory):
     """Results of two steps of two micro-batches each, timed and clocked."""
     out = tmp_path_factory.mktemp("share")
     options = "--preset tiny --dtype float32 --tokens 64 --world 1 --accumulation 2 --warm 1 --turns 1 --clocked 1"
-    command = [sys.executable, "engine_share.py", *options.split(), "--threads", "1", "--out", str(out)]
-    command += ["--loops", *ENGINES]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "benchmarks.studies.engine_share", *options.split(), "--threads", "1"]
+    command += ["--out", str(out), "--loops", *ENGINES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
@@ -54,11 +55,6 @@ def test_what_is_clocked_is_in_this_deepspeed():
     from deepspeed.runtime.fp16 import unfused_optimizer
     from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        clocked = runpy.run_path(str(BENCHMARKS / "engine_share.py"))["CLOCKED"]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     optimizers = (bf16_optimizer, unfused_optimizer, stage3, stage_1_and_2)
     files = {
         "optimizer": optimizers,
@@ -67,7 +63,7 @@ def test_what_is_clocked_is_in_this_deepspeed():
         "overflow checker": (utils,),
     }
     files["coordinator"] = (partitioned_param_coordinator,)
-    for functions in clocked.values():
+    for functions in engine_share.CLOCKED.values():
         for owner in files.keys() & functions.keys():
             source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in files[owner])
             for name in functions[owner]:

@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pack_for_gpu
+from benchmarks.studies import loss_curves, real_run
+from minimind_fast.data import samples
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # a script's own folder comes first there too
-
-import loss_curves  # noqa: E402
-import pack_for_gpu  # noqa: E402
-import real_run  # noqa: E402
-
-from minimind_fast.data import samples  # noqa: E402
-
 BUTTON = ROOT / "benchmarks" / "gpu.sh"
 CALL_S = 600  # the longest that a command may run on such a machine
 FIRST = ["tests", "verify", "kernels", "steps", "train_step", "layers", "rest"]
@@ -73,10 +69,16 @@ def test_each_call_runs_all_its_parts_in_order(button, tmp_path, args, parts, na
     assert done.returncode == 0, done.stdout + done.stderr
     assert told(tmp_path / "out", name) == dict.fromkeys(parts, "passed")
     assert list(told(tmp_path / "out", name)) == parts and len(asked) == len(parts)
-    scripts = [re.search(r"(?:benchmarks|tests)/\w+\.py|-m minimind_fast\.\w+|-m gpu", line) for line in asked]
+    scripts = [
+        re.search(r"(?:benchmarks|tests)/[\w/]+\.py|-m (?:minimind_fast|benchmarks)\.\w+|-m gpu", line)
+        for line in asked
+    ]
     assert all(scripts), asked
     for line in asked:
-        for script in re.findall(r"(?:benchmarks|tests)/\w+\.py", line):
+        modules = [
+            f"{name.replace('.', '/')}.py" for name in re.findall(r"-m ((?:minimind_fast|benchmarks)[\w.]+)", line)
+        ]
+        for script in [*re.findall(r"(?:benchmarks|tests)/[\w/]+\.py", line), *modules]:
             assert (ROOT / script).is_file(), script
 
 
@@ -95,7 +97,7 @@ def test_the_budgets_of_a_call_fit_into_it(first):
 
 def test_a_part_that_fails_stops_no_other_and_all_that_was_written_is_in_the_archive(button, tmp_path):
     archive = tmp_path / "out" / "all.tar.gz"  # within what it holds, without holding itself
-    done, asked = button("--second", failing="real_run.py", ARCHIVE=str(archive))
+    done, asked = button("--second", failing="real_run", ARCHIVE=str(archive))
     assert done.returncode == 1 and len(asked) == len(SECOND)
     assert told(tmp_path / "out", "gpu_second") == dict.fromkeys(SECOND, "passed") | {"real_run": "failed (1)"}
     with tarfile.open(archive) as kept:
@@ -112,11 +114,11 @@ def test_parts_can_be_chosen(button, tmp_path):
 def test_what_is_missing_is_said_with_what_to_do(button, tmp_path):
     for args in ([], ["--second"]):
         done, asked = button(*args, lacking="deepspeed")
-        assert done.returncode == 1 and "pack_for_gpu.py" in done.stdout and not asked
+        assert done.returncode == 1 and "pack_for_gpu" in done.stdout and not asked
         done, asked = button(*args, lacking="gpu")
         assert done.returncode == 1 and "no GPU here" in done.stdout and "--dry-run" in done.stdout and not asked
     done, asked = button("--second", CORPUS=str(tmp_path / "nowhere"))
-    assert done.returncode == 1 and "No real text" in done.stdout and "pack_for_gpu.py" in done.stdout and not asked
+    assert done.returncode == 1 and "No real text" in done.stdout and "pack_for_gpu" in done.stdout and not asked
     assert button("--third")[0].returncode == 2
 
 
@@ -134,14 +136,15 @@ def test_wheels_that_travelled_are_installed_without_a_network(button, tmp_path)
 def packed(tmp_path, *more, sft="sft.jsonl"):
     command = [
         sys.executable,
-        str(ROOT / "benchmarks" / "pack_for_gpu.py"),
+        "-m",
+        "benchmarks.pack_for_gpu",
         "--no_wheels",
         "--out",
         tmp_path / "corpus",
     ]
     command += ["--data_path", samples.path("pretrain.jsonl"), "--val_data_path", samples.path("pretrain_val.jsonl")]
     command += ["--sft_data_path", samples.path(sft), "--tokenizer_path", samples.path("tokenizer"), *more]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_a_corpus_is_cut_to_size_and_found_again(tmp_path):
@@ -166,7 +169,7 @@ def test_a_corpus_with_a_bad_line_does_not_travel(tmp_path):
 
 
 def test_without_a_corpus_only_a_dry_run_goes_on(tmp_path):
-    with pytest.raises(ValueError, match="pack_for_gpu.py"):
+    with pytest.raises(ValueError, match="pack_for_gpu"):
         pack_for_gpu.find_corpus(tmp_path)
     assert pack_for_gpu.find_corpus(tmp_path, dry_run=True).pretrain == samples.path("pretrain.jsonl")
 
@@ -210,9 +213,9 @@ def test_a_nudge_is_less_than_rounding_to_the_format_may_be():
 
 
 def test_loss_curves_go_through_on_a_cpu_and_write_what_they_promise(tmp_path):
-    run = [sys.executable, str(ROOT / "benchmarks" / "loss_curves.py"), "--dry_run", "--steps", "2"]
+    run = [sys.executable, "-m", "benchmarks.studies.loss_curves", "--dry_run", "--steps", "2"]
     run += ["--corpus", str(tmp_path / "none"), "--out", str(tmp_path)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "loss_curves.json").read_text())
     assert result["within_noise"] and result["dry_run"] and not result["on_gpu"]

@@ -3,21 +3,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # a script's own folder comes first there too
-
-import train_step  # noqa: E402
-
-from minimind_fast.data import samples  # noqa: E402
-from minimind_fast.data.cache import build_cache  # noqa: E402
-from minimind_fast.data.packing import IGNORE_INDEX, PackedBatches  # noqa: E402
-from minimind_fast.data.tokenizer import Tokenizer  # noqa: E402
-from minimind_fast.training.config import TrainConfig  # noqa: E402
+from benchmarks.record import ROOT
+from benchmarks.studies import train_step
+from minimind_fast.data import samples
+from minimind_fast.data.cache import build_cache
+from minimind_fast.data.packing import IGNORE_INDEX, PackedBatches
+from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.training.config import TrainConfig
 
 
 @pytest.mark.parametrize(("device", "bf16"), [("cpu", True), ("cpu", False), ("gpu", True)])
@@ -61,8 +57,8 @@ def test_joined_rows_are_the_packs_tokens(tmp_path):
 
 def test_three_rungs_are_timed_compared_and_written(tmp_path):
     options = "--preset tiny --pack_tokens 1024 --warm 1 --steps 2 --turns 1 --threads 1 --rungs eager joined ours"
-    command = [sys.executable, "train_step.py", *options.split(), "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "benchmarks.studies.train_step", *options.split(), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "train_step_cpu.json").read_text())
     eager, joined, ours = found["rungs"]

@@ -4,7 +4,6 @@ import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,15 +11,11 @@ import torch
 import torch.nn.functional as F
 from kernel_helpers import DEVICE, DTYPES, HAS_GPU, assert_error_rule
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # a script's own folder comes first there too
-
-import liger_ops  # noqa: E402
-import moe_peers  # noqa: E402
-import split_k  # noqa: E402
-
-from minimind_fast.ops import reference  # noqa: E402
-from minimind_fast.proof.verify import compare  # noqa: E402
+from benchmarks.peers import liger_ops, moe_peers
+from benchmarks.record import ROOT
+from benchmarks.studies import split_k
+from minimind_fast.ops import reference
+from minimind_fast.proof.verify import compare
 
 EXPERTS, HIDDEN, FFN = 4, 16, 24  # rows of 16 bytes and more, as grouped_mm asks
 
@@ -218,7 +213,9 @@ def test_rows_are_split_until_the_card_is_full():
 AOT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import aot, split_k, torch
+import torch
+from benchmarks import aot
+from benchmarks.studies import split_k
 from torch._subclasses.fake_tensor import FakeTensorMode
 target = aot.TARGETS["sm_90"]
 for T, N, K in ((53191, 768, 768), (65536, 4864, 768)):
@@ -241,7 +238,7 @@ for T, N, K in ((53191, 768, 768), (65536, 4864, 768)):
 
 def test_split_k_compiles_for_a_hopper_card_without_spills():
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = [sys.executable, "-c", AOT, str(ROOT / "benchmarks")]
+    run = [sys.executable, "-c", AOT, str(ROOT)]
     done = subprocess.run(run, env=clean, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("wgmma.mma_async") == 2

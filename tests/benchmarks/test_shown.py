@@ -1,13 +1,6 @@
 """What the README shows is made from what was printed and measured: the newcomer's minute, the proof."""
 
-import sys
-from pathlib import Path
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import first_minute  # noqa: E402
-import verify_table  # noqa: E402
+from benchmarks import report
 
 OUTPUT = """Installing into .venv
 pip install
@@ -47,11 +40,11 @@ Next: generate"""
 
 
 def test_the_first_minute_keeps_whole_lines_and_marks_what_is_missing():
-    assert first_minute.shorten(OUTPUT.splitlines()) == SHOWN.splitlines()
+    assert report.shorten(OUTPUT.splitlines()) == SHOWN.splitlines()
 
 
 def test_a_run_that_died_is_shown_as_far_as_it_came():
-    assert first_minute.shorten(["tiny: 5.0M parameters", "error"]) == ["tiny: 5.0M parameters"]
+    assert report.shorten(["tiny: 5.0M parameters", "error"]) == ["tiny: 5.0M parameters"]
 
 
 def case(op, eager, ours, passed=True, dtype="float16"):
@@ -69,10 +62,10 @@ def test_the_proof_counts_cases_and_results_and_compares_only_errors_above_float
     ]
     rows += [case("swiglu", 1e-8, 1e-8, dtype="float32")]
     found = {"device": "a card", "torch": "2", "rows": rows}
-    text = verify_table.table(found)
+    text = report.proof_table(found)
     assert "4 of 5 cases pass (a card, torch 2)" in text
     assert "| rope | float16 | 3 | 6 | 0.80 | 1.10 | pass |" in text
     assert "| swiglu | float16 | 1 | 2 | 2.00 | 2.00 | **FAIL** |" in text
     assert "| swiglu | float32 | 1 | 2 | - | - | pass |" in text
-    verify_table.draw(found, tmp_path / "verify.png")
+    report.draw_proof(found, tmp_path / "verify.png")
     assert (tmp_path / "verify.png").stat().st_size > 1000

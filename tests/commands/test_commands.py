@@ -34,28 +34,28 @@ from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.training.cli import parse
 
 LM_EVAL = "lm_eval --model hf --model_args pretrained=out/hf,dtype=float32"
-NO_LM_EVAL = "lm-eval is not installed here; tests/test_exchange.py holds what its answers rest on"
+NO_LM_EVAL = "lm-eval is not installed here; tests/weights/test_exchange.py holds what its answers rest on"
 # What is not run -> why; test_docs.py holds its options to the scripts' own parsers. `make pipeline` is made, up to the
 # commands of its stages (`check_chain`).
 NOT_RUN = {
     "make test": "it is this suite",
     "make aot": "minutes; CI runs it after the suite",
-    "make bench": "minutes; tests/test_bench.py runs some of the suite",
-    "pytest benchmarks/ --benchmark-json=run.json": "minutes; tests/test_bench.py runs some of the suite",
-    "python benchmarks/report.py run.json": "needs the file of the line before; tests/test_bench.py runs it on others",
+    "make bench": "minutes; tests/benchmarks/test_bench.py runs some of the suite",
+    "pytest benchmarks/ --benchmark-json=run.json": "minutes; tests/benchmarks/test_bench.py runs some of the suite",
+    "python -m benchmarks.report suite run.json": "needs the file of the line before; test_bench.py has others",
     "source .venv/bin/activate": "the environment is that of the tests",
     "pip install 'lm-eval[hf]'": "needs a network",
     f"{LM_EVAL},add_bos_token=True --device cpu --batch_size 8 --include_path tasks --tasks my_choices": NO_LM_EVAL,
     f"{LM_EVAL} --device cpu --batch_size 8 --include_path tasks --tasks my_texts": NO_LM_EVAL,
     "pip install -c constraints.txt -e '.[serve]'": "needs a network",
-    "python benchmarks/pack_for_gpu.py --data_path pretrain.jsonl --val_data_path val.jsonl --sft_data_path chats.jsonl "
-    "--tokenizer_path FOLDER": "needs a network for wheels; tests/test_gpu_button.py packs without them",
-    "benchmarks/gpu.sh --dry-run": "minutes; tests/test_gpu_button.py goes through its parts",
-    "benchmarks/gpu.sh --second --dry-run": "minutes; tests/test_gpu_button.py goes through its parts",
-    "benchmarks/gpu.sh": "needs a GPU; tests/test_gpu_button.py goes through its parts",
-    "benchmarks/gpu.sh --second": "needs a GPU; tests/test_gpu_button.py goes through its parts",
-    "PARTS=verify benchmarks/gpu.sh": "needs a GPU; tests/test_gpu_button.py chooses parts",
-    "python train/pipeline.py --save_dir out/try --max_steps 3": "tests/test_pipeline.py runs the chain so",
+    "python -m benchmarks.pack_for_gpu --data_path pretrain.jsonl --val_data_path val.jsonl --sft_data_path chats.jsonl "
+    "--tokenizer_path FOLDER": "needs a network for wheels; tests/benchmarks/test_gpu_button.py packs without them",
+    "benchmarks/gpu.sh --dry-run": "minutes; tests/benchmarks/test_gpu_button.py goes through its parts",
+    "benchmarks/gpu.sh --second --dry-run": "minutes; tests/benchmarks/test_gpu_button.py goes through its parts",
+    "benchmarks/gpu.sh": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
+    "benchmarks/gpu.sh --second": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
+    "PARTS=verify benchmarks/gpu.sh": "needs a GPU; tests/benchmarks/test_gpu_button.py chooses parts",
+    "python train/pipeline.py --save_dir out/try --max_steps 3": "tests/stages/test_pipeline.py runs the chain so",
 }
 # What stands before the script -> why the script runs on one rank all the same. test_docs.py parses it.
 ON_ONE_RANK = {
@@ -67,7 +67,7 @@ ON_ONE_RANK = {
         f"torchrun --nnodes 2 --node_rank {rank} --nproc_per_node 8 --master_addr node1 --master_port 29500": "two machines"
         for rank in (0, 1)
     },
-    "deepspeed --num_gpus 2": "tests/test_training.py starts two ranks by the launchers",
+    "deepspeed --num_gpus 2": "tests/training/test_training.py starts two ranks by the launchers",
 }
 # Pretraining first, what goes on from it after: each page reads the folder that those before it left.
 FIRST = ["train_tokenizer", "train_pretrain", "cpu", "deepspeed", "README", "README_zh"]
@@ -124,7 +124,7 @@ def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("reader")
     for name in ("train", "benchmarks"):
         shutil.copytree(ROOT / name, made / name, ignore=shutil.ignore_patterns("results", "wheels", "corpus", "*.pyc"))
-    benchmark = made / "benchmarks" / "cpu_pretrain.py"
+    benchmark = made / "benchmarks" / "studies" / "cpu_pretrain.py"
     small = benchmark.read_text(encoding="utf-8").replace("ROWS, LENGTH = 8, 512", "ROWS, LENGTH = 2, 32")
     benchmark.write_text(small, encoding="utf-8")
     shutil.copytree(samples.path("tokenizer"), made / "minimind_tokenizer")
@@ -161,6 +161,8 @@ class Reader:
             self.serve([program, *rest])
         elif program == "minimind-fast":
             self.tool(rest)
+        elif rest[:1] == ["-m"]:
+            self.script(rest[1], rest[2:])
         else:
             at = next((i for i, word in enumerate(rest) if word.endswith(".py")), -1)
             assert at >= 0, "neither run nor in NOT_RUN with a reason"
@@ -177,11 +179,11 @@ class Reader:
         return text
 
     def script(self, path: str, argv: list[str]) -> None:
-        """A script of train/ or benchmarks/."""
+        """A script of train/, or a module of benchmarks/."""
         if (path, *argv) in self.done:  # the same by another launcher
             return
         self.done.add((path, *argv))
-        name = Path(path).stem
+        name = Path(path).stem if path.endswith(".py") else path.split(".")[-1]
         if name == "tokenizer":
             self.run(path, argv)
             self.left(f"{value(argv, '--save_dir', 'out/tokenizer')}/tokenizer.json")
@@ -301,7 +303,7 @@ def value(argv: list[str], option: str, default: str) -> str:
 def check_chain(argv: list[str]) -> None:
     """What `make` hands to train/pipeline.py is a chain of commands that each stage understands.
 
-    tests/test_pipeline.py runs the chain.
+    tests/stages/test_pipeline.py runs the chain.
     """
     assert argv[0] == "train/pipeline.py"
     pipeline = load_script("pipeline")

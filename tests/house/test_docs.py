@@ -1,6 +1,5 @@
-"""The docs and READMEs say what is so: pages, commands, options, defaults, data, links and numbers."""
+"""The docs and READMEs say what is so: commands, options, defaults, data, links and numbers. What they tell is theirs."""
 
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -8,16 +7,16 @@ import importlib
 import io
 import json
 import re
-import runpy
 import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
 from launching import load_script, own_config
-from pages import DOCS, PAGES, ROOT, commands, fenced
+from pages import CONTRIBUTING, DOCS, PAGES, ROOT, commands, fenced
 
 import minimind_fast
+from benchmarks import marked
 from minimind_fast import cli
 from minimind_fast.commands.plan import exchanged_bytes
 from minimind_fast.data import samples
@@ -30,7 +29,6 @@ from minimind_fast.rl.rewards import question
 from minimind_fast.training.cli import parse
 
 LANGUAGES = ("en", "zh")
-refresh = runpy.run_path(str(ROOT / "benchmarks" / "refresh_readme.py"))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 stage_pages = pytest.mark.parametrize(
     "page", sorted(DOCS.glob("*/train_*.md")), ids=lambda p: f"{p.parent.name}-{p.stem}"
@@ -54,17 +52,58 @@ def test_every_page_is_there_in_both_languages_and_in_the_index():
 
 
 @pytest.mark.parametrize("folder, prefix", [("kernels", "kernel_"), ("train", "train_")])
-def test_every_kernel_and_every_stage_has_a_page(folder, prefix):
-    files = {p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"}
-    assert files == {p.stem.removeprefix(prefix) for p in (DOCS / "en").glob(f"{prefix}*.md")}
+def test_a_page_of_a_kernel_or_a_stage_is_of_one_that_exists(folder, prefix):
+    for page in (DOCS / "en").glob(f"{prefix}*.md"):
+        assert (ROOT / folder / f"{page.stem.removeprefix(prefix)}.py").is_file(), page.name
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_relative_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text(encoding="utf-8"))):
         if not target.startswith(("http://", "https://")):
             assert "#" not in target, f"{target}: headings change; link the page"
             assert (page.parent / target).exists(), target
+
+
+FOLDERS = (
+    "minimind_fast",
+    "kernels",
+    "train",
+    "benchmarks",
+    "tests",
+    "docs",
+    "ops",
+    "data",
+    "weights",
+    "infer",
+    "serve",
+)
+FOLDERS += ("training", "rl", "proof", "commands")
+
+
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_named_in_the_text_exists(page):
+    """A file of the repository by its path, from the root or from the package; `X`, `OP`, `NAME` stand for a name."""
+    for name in re.findall(r"`([\w/.]+/[\w.]+\.(?:py|sh|md))`", page.read_text(encoding="utf-8")):
+        if name.split("/")[0] in FOLDERS and not re.search(
+            r"(?<![A-Za-z])[A-Z]+(?![a-z])", name.removesuffix("README.md")
+        ):
+            assert (ROOT / name).exists() or (ROOT / "minimind_fast" / name).exists(), name
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_architecture_page_names_no_file_that_is_not_there(language):
+    text = (DOCS / language / "architecture.md").read_text(encoding="utf-8")
+    sections = re.split(r"^### `([\w/]+)/`.*$", text, flags=re.M)
+    named = [(f, name) for f, body in zip(sections[1::2], sections[2::2], strict=True) for name in rows(body)]
+    assert len(named) > 50, "the page's lists are not read"
+    for folder, name in named:
+        assert (ROOT / folder / name).exists(), f"{folder}/{name}"
+
+
+def rows(text: str) -> list[str]:
+    """The names at the head of a list's lines."""
+    return re.findall(r"^- `([\w./*]+)`", text, flags=re.M)
 
 
 # ----------------------------------------------------------------------------------------------------------- the numbers
@@ -73,10 +112,13 @@ def test_every_relative_link_leads_somewhere(page):
 @every_page
 def test_marked_sections_are_up_to_date(page):
     text = page.read_text(encoding="utf-8")
-    assert refresh["refreshed"](text) == text, "run python benchmarks/refresh_readme.py"
-    found = re.findall(r"<!-- results:(\w+) -->\n.+?<!-- /results -->", text, re.S)
-    wanted = {"cpu": "cpu_pretrain", **{p.stem: f"aot_{p.stem[7:]}" for p in (DOCS / "en").glob("kernel_*.md")}}
-    assert page.stem not in wanted or wanted[page.stem] in found
+    assert marked.refreshed(text) == text, "run python -m benchmarks.report pages"
+
+
+def test_a_stale_section_is_seen():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    stale = text.replace("useful tokens/s |", "tokens |")
+    assert stale != text and marked.refreshed(stale) == text
 
 
 def test_no_page_denies_that_a_gpu_was_measured_once_one_was():
@@ -87,43 +129,6 @@ def test_no_page_denies_that_a_gpu_was_measured_once_one_was():
         p.name for p in PAGES if re.search("not yet run on a GPU|还没有在 GPU 上运行过", p.read_text(encoding="utf-8"))
     ]
     assert not (measured and deny)
-
-
-# page -> the file and its constants that the page explains; (NAME, unit) where it tells them in another unit.
-EXPLAINED = {
-    "kernel_rms_norm": (
-        "kernels/rms_norm.py",
-        ["COLUMNS_PER_WARP", "VALUES_PER_THREAD_FWD", "VALUES_PER_THREAD_BWD", "WARPS_PER_SM_BWD"],
-    ),
-    "kernel_rope": ("kernels/rope.py", ["VALUES_PER_THREAD", "VALUES_PER_THREAD_NORM_BWD", "WARPS_PER_SM_BWD"]),
-    "kernel_swiglu": ("kernels/swiglu.py", ["BLOCK_F", "TILE"]),
-    "kernel_linear_cross_entropy": ("kernels/linear_cross_entropy.py", [("CHUNK_BYTES", 2**20), "MIN_CHUNK_ROWS"]),
-    "kernel_linear_kl": ("kernels/linear_kl.py", [("CHUNK_BYTES", 2**20), "MIN_CHUNK_ROWS"]),
-    "kernel_moe_route": (
-        "kernels/moe_route.py",
-        ["TILE_T_FEW", "TILE_T_MANY", "TILE_T_SHORT", "FEW_EXPERTS", "BLOCK_D", "DW_PROGRAMS", "MAX_EXPERTS"],
-    ),
-    "kernel_moe_mlp": ("kernels/moe_mlp.py", ["DW_TILES"]),
-    "cpu": ("minimind_fast/ops/cpu/fused.py", ["HEAD_ROWS"]),
-    "packing": ("minimind_fast/data/packing.py", ["LOOK_AHEAD_PIECES"]),
-}
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("page", EXPLAINED)
-def test_block_sizes_told_are_those_of_the_code(page, language):
-    """From the source, not by import: Triton decides at its import how kernels run."""
-    text = (DOCS / language / f"{page}.md").read_text(encoding="utf-8").replace(",", "")
-    numbers = {int(n) for n in re.findall(r"\d+", re.sub(r"<!-- results.*?/results -->", "", text, flags=re.S))}
-    file, names = EXPLAINED[page]
-    values: dict[str, int] = {}
-    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign):
-            with contextlib.suppress(Exception):  # what is no constant
-                exec(compile(ast.Module([node], []), file, "exec"), values)
-    for name in names:
-        name, unit = (name, 1) if isinstance(name, str) else name
-        assert values[name] // unit in numbers, f"{name} = {values[name]}"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -140,10 +145,11 @@ def test_bytes_of_each_zero_stage_are_those_of_the_code(language):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_shares_of_the_pipeline_are_those_of_the_code(language):
+def test_shares_of_the_pipeline_that_are_told_are_those_of_the_code(language):
     text = (DOCS / language / "train_pipeline.md").read_text(encoding="utf-8")
-    told = re.findall(r"(\w+) (\d+)%", text)
-    assert told == [(stage.name, f"{100 * stage.share:.0f}") for stage in script("pipeline").STAGES]
+    shares = {stage.name: f"{100 * stage.share:.0f}" for stage in script("pipeline").STAGES}
+    told = [(name, share) for name, share in re.findall(r"(\w+) (\d+)%", text) if name in shares]
+    assert all(shares[name] == share for name, share in told)
 
 
 # ---------------------------------------------------------------------------------------------------------- the commands
@@ -187,7 +193,14 @@ def check_command(words: list[str]) -> None:
         from deepspeed.launcher.runner import parse_args
 
         args = parse_args(rest)
-        parse_options(re.fullmatch(r"train/(\w+)\.py", args.user_script)[1], args.user_args)
+        found = re.fullmatch(r"train/(\w+)\.py|minimind_fast\.stages\.(\w+)", args.user_script)
+        assert found is not None and bool(found[2]) == args.module, args.user_script
+        parse_options(found[1] or found[2], args.user_args)
+    elif program == "python" and rest[0] == "-m":
+        file = ROOT / f"{rest[1].replace('.', '/')}.py"
+        assert file.is_file(), rest[1]
+        source = file.read_text(encoding="utf-8")
+        assert all(f'"{option}"' in source for option in rest[2:] if option.startswith("--")), shlex.join(rest)
     elif program in ("python", "torchrun"):
         at = next(i for i, word in enumerate(rest) if word.endswith(".py"))
         assert (ROOT / rest[at]).is_file(), rest[at]
@@ -197,6 +210,8 @@ def check_command(words: list[str]) -> None:
         assert rest[at].startswith("train/") or all(f'"{o}"' in source for o in rest[at + 1 :] if o.startswith("--"))
     elif program == "minimind-fast":
         assert rest[0] in cli.COMMANDS, rest[0]
+        if rest[0] == "train":
+            return parse_options(rest[1], rest[2:]) if rest[1:] else None
         command = rest[:2] if rest[0] == "lora" else rest[:1]
         for option in (word for word in rest if word.startswith("--") and word != "--help"):
             assert re.search(rf"{option}(?![\w-])", help_of(*command)), f"minimind-fast {' '.join(command)} {option}"
@@ -207,7 +222,7 @@ def check_command(words: list[str]) -> None:
         assert program in ("pip", "pytest", "tensorboard", "lm_eval", "curl", "source"), f"unknown program {program}"
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_names_real_scripts_and_options(page):
     for words in commands(page.read_text(encoding="utf-8")):
         try:
@@ -234,13 +249,11 @@ def all_options() -> set[str]:
             names |= set(re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8")))
     stages = [stage.name for stage in script("pipeline").STAGES]
     names |= {f"{s}_{suffix}" for s in [*stages, "tokenizer"] for suffix in ("args", "data_path", "val_data_path")}
-    texts = [help_of(command) for command in cli.COMMANDS] + [help_of("lora", "merge")]
+    texts = [help_of(command) for command in cli.COMMANDS if command != "train"] + [help_of("lora", "merge")]
     return names | {"config"} | {name for text in texts for name in re.findall(r"--([\w-]+)", text)}
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if p.parent.parent == DOCS], ids=lambda p: f"{p.parent.name}-{p.stem}"
-)
+@every_page
 def test_every_option_named_in_the_text_exists(page):
     # Tables that set MiniMind's options beside ours name MiniMind's without dashes.
     for name in re.findall(r"`--(?:no_)?([\w-]+)", prose(page.read_text(encoding="utf-8"))):

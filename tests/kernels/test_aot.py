@@ -10,14 +10,14 @@ import pytest
 
 from minimind_fast import ops
 
-TOOL = Path(__file__).resolve().parents[2] / "benchmarks" / "aot.py"
+ROOT = Path(__file__).resolve().parents[2]
 # The compiler runs in a process of its own: Triton decides at its import between compiler and interpreter.
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
 def compile_all(folder: Path, *argv: str, timeout_s: int) -> dict:
-    run = [sys.executable, str(TOOL), "--out", str(folder), *argv]
-    done = subprocess.run(run, env=ENV, capture_output=True, text=True, timeout=timeout_s)
+    run = [sys.executable, "-m", "benchmarks.aot", "--out", str(folder), *argv]
+    done = subprocess.run(run, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return json.loads((folder / "kernels_aot.json").read_text())
 
@@ -70,7 +70,7 @@ def test_every_model_on_every_architecture(tmp_path, request):
 SPILLING = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-import aot
+from benchmarks import aot
 import triton
 import triton.language as tl
 
@@ -100,7 +100,7 @@ print(row["spill_bytes"], row["shared_bytes"], row["mma"], aot.problems(row), se
 
 def test_a_kernel_that_spills_and_does_not_fit_is_seen(tmp_path):
     script = tmp_path / "spilling.py"
-    script.write_text(SPILLING.format(folder=str(TOOL.parent)))
+    script.write_text(SPILLING.format(folder=str(ROOT)))
     done = subprocess.run([sys.executable, str(script)], env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     spills, shared, mma, found = done.stdout.strip().split("|")
@@ -109,7 +109,7 @@ def test_a_kernel_that_spills_and_does_not_fit_is_seen(tmp_path):
 
 
 def test_the_committed_table_is_of_every_architecture_and_clean():
-    file = TOOL.parent / "results" / "kernels_aot.json"
+    file = ROOT / "benchmarks" / "results" / "kernels_aot.json"
     rows = json.loads(file.read_text())["kernels"]
     assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
     assert {row["op"] for row in rows} == set(ops.NAMES)

@@ -1,0 +1,73 @@
+"""Committed results in the marked sections of READMEs and docs: `python -m benchmarks.report pages`.
+
+Purpose: no number in a README or in docs/ is typed by hand.
+Principle: between `<!-- results:NAME -->` and `<!-- /results -->` stands benchmarks/results/NAME.md without its
+    head; for aot_OP two tables made from kernels_aot.json.
+Properties: a test fails when a section and its file differ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from benchmarks.record import RESULTS, ROOT, body
+
+PAGES = (ROOT / "README.md", ROOT / "README_zh.md", *sorted(ROOT.glob("docs/*/*.md")))
+SECTION = re.compile(r"<!-- results:(\w+) -->\n(.*?)<!-- /results -->", re.DOTALL)
+
+
+def compiled(op: str) -> str:
+    """What Triton's compiler made of an op's kernels, and the bytes that its launches are given.
+
+    Args:
+        op: its name.
+
+    Returns:
+        Markdown: a row a kernel and a column a GPU, the worst over the models; then a row a model and pass.
+    """
+    found = json.loads((RESULTS / "kernels_aot.json").read_text(encoding="utf-8"))
+    targets = [target["name"] for target in found["targets"]]
+    rows = [row for row in found["kernels"] if row["op"] == op]
+    lines = [
+        "| registers / spilled bytes / shared KB | " + " | ".join(targets) + " |",
+        "|---" * (len(targets) + 1) + "|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        cells = []
+        for target in targets:
+            mine = [row for row in rows if row["kernel"] == kernel and row["target"] == target]
+            registers, spilled, shared = (
+                max(row[key] for row in mine) for key in ("registers", "spill_bytes", "shared_bytes")
+            )
+            cells.append(f"{registers} / {spilled} / {shared / 1024:.1f}")
+        lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
+    head = (f"T = {found['tokens']:,}, bf16", "pass", "launches", "MB moved", "MB at least", "matmul GFLOP")
+    lines += ["", "| " + " | ".join((*head, "floor on an H200, us")) + " |"]
+    lines.append("|---" * 7 + "|")
+    for row in (row for row in found["ops"] if row["op"] == op):
+        cells = (row["preset"], row["direction"], row["launches"], f"{row['bytes_moved'] / 1e6:,.0f}")
+        cells += (f"{row['floor_bytes'] / 1e6:,.0f}", f"{row['matmul_gflop']:,.0f}", f"{row['floor_us']:,.0f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def refreshed(text: str) -> str:
+    """The text with every marked section taken from its file.
+
+    Args:
+        text: of a README or of a page of docs/.
+    """
+
+    def section(found: re.Match[str]) -> str:
+        op = found[1].removeprefix("aot_")
+        text = compiled(op) if op != found[1] else body((RESULTS / f"{found[1]}.md").read_text(encoding="utf-8"))
+        return f"<!-- results:{found[1]} -->\n{text}<!-- /results -->"
+
+    return SECTION.sub(section, text)
+
+
+def refresh() -> None:
+    """Write every page anew."""
+    for file in PAGES:
+        file.write_text(refreshed(file.read_text(encoding="utf-8")), encoding="utf-8")

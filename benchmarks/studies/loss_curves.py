@@ -1,0 +1,285 @@
+"""Kernels on against off over a stretch of training on real text, beside what rounding alone does.
+
+    python -m benchmarks.studies.loss_curves [--corpus FOLDER] [--steps 200] [--dry_run]
+
+Purpose: an op that passes its own test may still be used wrongly. Here the same weights see the same batches with every
+    kernel on and with every kernel off, and the losses of each step lie side by side.
+Principle: two curves of a training run in 16 bits are never equal, so that the question is whether they differ by more
+    than rounding. Two further runs with kernels off say how much that is: one begins with weights that were moved by up
+    to half a unit of bf16's last place, and one is in float32. Distances are means over steps of the difference of losses.
+Properties: the real Trainer and engine. The exit code is 1 if kernels move the curve further than FACTOR times the larger
+    of the two noises, or if the loss did not fall. Writes loss_curves.json, .md and .png. In a dry run (a CPU) kernels run
+    in Triton's interpreter, in float32 and small: the path is tried, nothing is proven. On a CPU without --dry_run,
+    `--kernels auto` holds the CPU's own ops to the same rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import torch
+
+from benchmarks.pack_for_gpu import FOLDER, find_corpus
+from benchmarks.record import RESULTS, processor, write
+from minimind_fast import ops
+from minimind_fast.config import ModelConfig
+from minimind_fast.data.cache import build_cache, encode_pretrain
+from minimind_fast.data.packing import PackedBatches
+from minimind_fast.model import MiniMind
+from minimind_fast.training import setup as stage
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
+
+LEARNING_RATE, WARMUP = 5e-4, 20
+FACTOR = 2.0  # the two noises differ from each other by as much, and they are drawn once
+VAL_TOLERANCE = 0.005  # nats; what this project allows two ways of training to differ in validation loss
+LEAST_FALL = 0.5  # nats from the first tenth to the last: less is no training, and curves of that prove nothing
+SUMMATION = 1e-5  # nats that the mean of some thousand float32 losses itself may be off
+TINY = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)  # for the interpreter
+
+
+class Run(NamedTuple):
+    """One way of taking the same steps."""
+
+    kernels: str
+    dtype: str
+    nudged: bool = False
+
+
+def runs(kernels: str, dtype: str) -> dict[str, Run]:
+    """Name -> run; "off" is what the others are compared with.
+
+    Args:
+        kernels: of the run to be judged.
+        dtype: of all but the float32 one.
+    """
+    return {
+        "off": Run("none", dtype),
+        "on": Run(kernels, dtype),
+        "off, start nudged": Run("none", dtype, nudged=True),
+        "off, float32": Run("none", "float32"),
+    }
+
+
+@torch.no_grad()
+def nudge(model: MiniMind, eps: float) -> None:
+    """Move each weight by up to half a unit of a format's last place: less than rounding to it may.
+
+    Args:
+        model: changed in place.
+        eps: of the format.
+    """
+    draw = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.mul_(1 + eps * (torch.rand(p.shape, generator=draw) - 0.5))
+
+
+def train(
+    args: argparse.Namespace, name: str, run: Run, caches: list[Any], tokenizer: Any, start: Path
+) -> dict[str, Any]:
+    """One run.
+
+    Args:
+        args: of the command line.
+        name: of the run.
+        run: what is special about it.
+        caches: of training and of validation.
+        tokenizer: of both.
+        start: folder with the weights that every run begins with.
+
+    Returns:
+        losses of each step, val_loss after the last, seconds, and which implementation each op had.
+    """
+    config = TrainConfig(
+        batch_size=args.batch_size, max_seq_len=args.max_seq_len, accumulation_steps=1, learning_rate=LEARNING_RATE,
+        warmup_steps=min(WARMUP, args.steps // 2), dtype=run.dtype, kernels=run.kernels, save_dir=tempfile.mkdtemp(),
+    )  # fmt: skip
+    ops.use(run.kernels)
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 is the judge of the others here
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    model = load_pretrained(start)
+    if run.nudged:
+        nudge(model, torch.finfo(getattr(torch, run.dtype)).eps)
+    shape = dict(batch_tokens=args.batch_size * args.max_seq_len, max_seq_len=args.max_seq_len, seed=config.seed)
+    trainer = Trainer(
+        config, "loss", model, tokenizer, PackedBatches(caches[0], **shape), stage.next_token_loss, device
+    )
+    trainer.total_steps = args.steps
+    groups, losses, began = trainer.groups(), [], time.perf_counter()
+    for _ in range(args.steps):
+        group, window = next(groups), Window()
+        counted = sum(batch.num_targets for batch in group)
+        trainer.train_step(group, counted, window)
+        losses.append(window.sums["loss"] / counted)
+    losses = torch.stack(losses).tolist()  # waits for the device, once
+    seconds = time.perf_counter() - began
+    trainer.model.eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in PackedBatches(caches[1], **shape, shuffle=False):
+            total += float(stage.next_token_loss(trainer.engine, batch.to(device)).total)
+            count += batch.num_targets
+            if count >= args.val_tokens:
+                break
+    print(
+        f"{name:20} loss {losses[0]:.4f} to {losses[-1]:.4f}, validation {total / count:.4f}, {seconds:.0f} s",
+        flush=True,
+    )
+    told = {"seconds": seconds, "ops": trainer.kernels, "attention": trainer.attention[0]}
+    return {"losses": losses, "val_loss": total / count, **told, **run._asdict()}
+
+
+def judged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Distances from the run with kernels off, and whether the run with kernels on is within the noise.
+
+    Args:
+        found: name of the run -> its losses and val_loss.
+
+    Returns:
+        distances (name -> mean absolute, mean signed, and validation difference), noise, within_noise, reasons.
+    """
+    off = found["off"]
+    distances = {}
+    for name, run in found.items():
+        gaps = [a - b for a, b in zip(run["losses"], off["losses"], strict=True)]
+        absolute = statistics.fmean(map(abs, gaps))
+        distances[name] = {
+            "mean_absolute": absolute,
+            "mean_signed": statistics.fmean(gaps),
+            "val_loss": run["val_loss"] - off["val_loss"],
+        }
+    others = [d for name, d in distances.items() if name not in ("off", "on")]
+    noise = max(d["mean_absolute"] for d in others)
+    val_noise = max(abs(d["val_loss"]) for d in others)
+    on = distances["on"]
+    reasons = []
+    if not on["mean_absolute"] <= FACTOR * noise + SUMMATION:
+        reasons.append(f"losses differ by {on['mean_absolute']:.2g} on average where noise is {noise:.2g}")
+    if not abs(on["val_loss"]) <= max(VAL_TOLERANCE, FACTOR * val_noise):
+        reasons.append(f"validation losses differ by {on['val_loss']:.2g} where noise is {val_noise:.2g}")
+    return {"distances": distances, "noise": noise, "within_noise": not reasons, "reasons": reasons}
+
+
+def fall(losses: list[float]) -> float:
+    """Nats from the mean of the first tenth to that of the last."""
+    tenth = max(len(losses) // 10, 1)
+    return statistics.fmean(losses[:tenth]) - statistics.fmean(losses[-tenth:])
+
+
+def table(r: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [
+        f"By `benchmarks/studies/loss_curves.py` on {r['device']}, torch {r['torch']}: {r['preset']}, {r['steps']} "
+        f"optimizer steps of {r['tokens_a_step']:,} tokens, the same weights and batches in each run.",
+        "",
+        "| kernels | precision | mean distance from off | signed | validation loss | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in r["runs"].items():
+        d = r["distances"][name]
+        cells = (name, run["dtype"], f"{d['mean_absolute']:.5f}", f"{d['mean_signed']:+.5f}")
+        lines.append("| " + " | ".join((*cells, f"{run['val_loss']:.4f}", f"{d['val_loss']:+.4f}")) + " |")
+    verdict = "within" if r["within_noise"] else "NOT within (" + "; ".join(r["reasons"]) + ")"
+    lines += [
+        "",
+        f"Distances in nats per token. The kernels' curve is {verdict} {FACTOR:g} times the noise of rounding.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(r: dict[str, Any], picture: Path) -> None:
+    """The curves, and below them each run's distance from the run with kernels off.
+
+    Args:
+        r: the result.
+        picture: PNG to write.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    for i, (name, run) in enumerate(r["runs"].items()):
+        above.plot(run["losses"], label=name, color=f"C{i}", linewidth=1.2, linestyle="-" if i < 2 else ":")
+        if name != "off":
+            gaps = [a - b for a, b in zip(run["losses"], r["runs"]["off"]["losses"], strict=True)]
+            below.plot(gaps, label=name, color=f"C{i}", linewidth=1)
+    above.set(ylabel="loss, nats per token", title=f"{r['preset']} on {r['device']}")
+    below.set(xlabel="optimizer step", ylabel="loss minus off")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--corpus", type=Path, default=FOLDER, help="folder made by pack_for_gpu.py")
+    add("--preset", default="minimind3")
+    add("--steps", type=int, default=200)
+    add("--batch_size", type=int, default=16, help="a step holds batch_size * max_seq_len tokens")
+    add("--max_seq_len", type=int, default=512)
+    add("--val_tokens", type=int, default=65536, help="of the validation text, at most")
+    add("--kernels", default="all", help="of the run to be judged")
+    add("--dtype", default="bfloat16")
+    add("--hidden_size", type=int, default=0, help="override the preset's width")
+    add("--num_hidden_layers", type=int, default=0, help="override the preset's depth")
+    add("--out", type=Path, default=RESULTS)
+    add("--dry_run", action="store_true", help="small, on a CPU, kernels in Triton's interpreter")
+    args = parser.parse_args()
+    shape = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers") if getattr(args, name)}
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import, which is still to come
+        args.preset, args.dtype, shape = "tiny", "float32", TINY
+        args.steps, args.batch_size, args.max_seq_len, args.val_tokens = min(args.steps, 3), 1, 48, 48
+    elif not torch.cuda.is_available() and args.kernels == "all":
+        raise ValueError(
+            "PyTorch sees no GPU here. --dry_run goes through it on a CPU; --kernels auto judges the CPU's own ops"
+        )
+    corpus = find_corpus(args.corpus, args.dry_run)
+    stage.begin(TrainConfig(kernels="none"))
+    tokenizer = stage.Tokenizer.load(corpus.tokenizer)
+    folder = Path(tempfile.mkdtemp())
+    caches = [
+        build_cache(path, tokenizer, cache_dir=folder, encode=encode_pretrain) for path in (corpus.pretrain, corpus.val)
+    ]
+    model = MiniMind(ModelConfig.preset(args.preset, vocab_size=max(tokenizer.vocab_size, 6400), **shape))
+    save_pretrained(model, folder / "start", dtype=torch.float32)
+    found = {}
+    for name, run in runs(args.kernels, args.dtype).items():
+        found[name] = train(args, name, run, caches, tokenizer, folder / "start")
+        gc.collect()  # an engine holds itself in circles
+    on_gpu = torch.cuda.is_available()
+    result = {
+        "on_gpu": on_gpu,
+        "dry_run": args.dry_run,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU {processor()}",
+        "torch": str(torch.__version__),
+        "preset": args.preset,
+        "steps": args.steps,
+        "tokens_a_step": args.batch_size * args.max_seq_len,
+        "runs": found,
+        **judged(found),
+    }
+    if not args.dry_run and (fell := fall(found["off"]["losses"])) < LEAST_FALL:
+        result["within_noise"] = False
+        result["reasons"].append(f"the loss fell by {fell:.2f} nats only: too little training to tell anything")
+    write(args.out / "loss_curves", result, table(result))
+    draw(result, args.out / "loss_curves.png")
+    print("\n" + table(result))
+    if result["reasons"]:
+        raise ValueError("the curves are written, but they do not agree: " + "; ".join(result["reasons"]))
+
+
+if __name__ == "__main__":
+    stage.start(main)

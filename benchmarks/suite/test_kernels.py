@@ -1,0 +1,96 @@
+"""Each op forward, backward and both: eager, torch.compile of it, ours, Liger-Kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.suite.harness import Suite, others_may_fail
+from benchmarks.suite.implementations import NAMES, Bench, check, implementation
+from minimind_fast import ops
+from minimind_fast.config import ModelConfig
+from minimind_fast.proof.roofline import op_work
+from minimind_fast.proof.verify import preset_case
+
+# What goals are about comes first. The head's are about its loss, in a group of its own.
+ORDER = ("swiglu", "rms_norm", "rope", "moe_mlp", "linear_cross_entropy", "moe_route", "linear_kl")
+DIRECTIONS = ("forward", "backward", "both")
+# On a CPU: beyond its caches where that is cheap, little where the op multiplies matrices.
+CPU_TOKENS = {"swiglu": 2048, "rms_norm": 2048, "rope": 2048}
+
+
+def _rows(suite: Suite) -> list[tuple[Any, ...]]:
+    rows = []
+    for asked in suite.tokens(65536, 0):
+        for op in ORDER:
+            for preset in suite.presets(("minimind3", "minimind3-moe"), ("minimind2-small", "minimind3-moe")):
+                tokens = asked or CPU_TOKENS.get(op, 256)
+                # A mixture's other ops have shapes that a dense model has as well.
+                repeated = ModelConfig.preset(preset).use_moe and not op.startswith("moe") and not suite.everything
+                if preset_case(op, preset, 1) is not None and not repeated:
+                    rows += [(op, preset, tokens, name, way) for name in NAMES for way in DIRECTIONS]
+    return rows
+
+
+ROWS = {"test_kernel": _rows}
+
+
+def test_kernel(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
+    op, preset, tokens, name, direction = case
+    function = implementation(op, name, suite.device)
+    if isinstance(function, str):
+        pytest.skip(function)
+    if op == "linear_cross_entropy" and direction == "backward":
+        pytest.skip("in training its gradients are made in the forward: see both; forward is that of evaluation")
+    how = (op, preset, tokens, suite.dtype, suite.device)
+    with others_may_fail(name in ("eager", "ours")):
+        found = check(*how, name)
+        first = Bench(*how, seed=1)
+        benches = [first, *(Bench(*how, seed=1 + i) for i in range(1, suite.sets(first.size)))]
+        for bench in benches:
+            bench.both(function)  # gradients are drawn, functions compiled
+    errors = suite.hold_to(found, name == "ours")
+    config, rows = ModelConfig.preset(preset), tokens * (ModelConfig.preset(preset).num_experts_per_tok or 1)
+    matmuls = {
+        "linear_cross_entropy": (tokens, config.vocab_size, config.hidden_size),
+        "linear_kl": (tokens, config.vocab_size, config.hidden_size),
+        "moe_mlp": (rows, 2 * (config.moe_intermediate_size or 0), config.hidden_size),
+    }
+    group = f"{op} {preset} T={tokens}"
+    less = 0.0
+    if direction == "backward" and not suite.on_gpu:
+        graph = first.forward(function)
+        calls = [lambda: first.backward(graph, keep=True)]
+    elif direction == "forward":
+        calls = [lambda b=bench: b.forward(function, training=False) for bench in benches]
+    else:
+        calls = [lambda b=bench: b.both(function) for bench in benches]
+        if direction == "backward":  # a graph cannot hold half of autograd: both, less forward's median
+            alone = suite.median(f"{group} forward", name)
+            if alone is None:
+                pytest.skip("backward is both less forward, and forward was not measured in this run")
+            less = alone
+    suite.row(
+        benchmark,
+        f"{group} {direction}",
+        name,
+        calls,
+        op_work(op, config, direction, tokens, torch.finfo(suite.dtype).bits // 8),
+        capture=name in ("ours", "liger") or not op.startswith("moe"),  # the reference's sort and counts ask the host
+        less=less,
+        kind="kernel",
+        op=op,
+        preset=preset,
+        tokens=tokens,
+        dtype=suite.dtype_name,
+        direction=direction,
+        same_shape_flop_per_s=suite.same_shape(*matmuls[op]) if op in matmuls else None,
+        peak_bytes=suite.peak_bytes(lambda: first.both(function)),
+        **errors,
+    )
+
+
+def test_every_op_is_in_a_group() -> None:
+    assert sorted(ORDER) == sorted(ops.NAMES)
