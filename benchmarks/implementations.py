@@ -15,11 +15,11 @@ from typing import Any
 
 import liger_ops
 import torch
+from minimind_fast.proof.verify import DIFFERENTIABLE, Comparison, Draw, compare, poisoned_memory, preset_case
 from torch import Tensor
 
 from minimind_fast import ops
 from minimind_fast.ops import reference
-from minimind_fast.proof.verify import DIFFERENTIABLE, Comparison, Draw, compare, poisoned_memory, preset_case
 
 NAMES = ("eager", "compile", "ours", "liger")
 COMPILED_ON_CPU = ("rms_norm", "swiglu")  # the compiler takes seconds for each; these are enough to see what it does

@@ -8,11 +8,11 @@ import pytest
 import torch
 from harness import Suite, others_may_fail
 from implementations import NAMES, Bench, check, implementation
+from minimind_fast.proof.verify import preset_case
 
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.proof.roofline import op_work
-from minimind_fast.proof.verify import preset_case
 
 # What goals are about comes first. The head's are about its loss, in a group of its own.
 ORDER = ("swiglu", "rms_norm", "rope", "moe_mlp", "linear_cross_entropy", "moe_route", "linear_kl")

@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib
 
-from minimind_fast.proof.verify import FLOAT32_NOISE, NORM_FACTOR
+from minimind_fast.proof.rule import FLOAT32_NOISE, NORM_FACTOR
 
 RESULTS = Path(__file__).with_name("results") / "verify.json"
 

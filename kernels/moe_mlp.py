@@ -32,6 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, sum_partials
+
 MAX_EXPERTS = 128  # every program scans the counts in registers
 # Compute capabilities that give a program 163 KB of shared memory (8.0, 8.7) or 227: four stages of a 128 x 256 x 64
 # tile take 144 KB where mma reads registers and 192 where wgmma reads shared memory. 8.6, 8.9, 12.0 have 99 KB.
@@ -335,32 +337,6 @@ def _moe_dw_kernel(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
-def _sum_partials_kernel(
-    partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
-    for start in range(0, num_partials, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num_partials)[:, None] & (at < size)[None, :]
-        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + at, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=at < size)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _sum_partials(partial: Tensor, out: Tensor) -> None:
-    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
-    num_partials, size = partial.shape[0], out.numel()
-    rows = min(32, triton.next_power_of_2(num_partials))
-    params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
-    _sum_partials_kernel[(triton.cdiv(size, params["BLOCK"]),)](partial, out, num_partials, size, **params)
-
-
 class _Launcher:
     """The sizes of one call, and each kernel's launch from them."""
 
@@ -413,12 +389,12 @@ class _Launcher:
         params.pop("GROUP_M")
         splits = _dw_splits(self.E, M, N, self.S, params["BLOCK_M"], params["BLOCK_N"])
         tiles = triton.cdiv(M, params["BLOCK_M"]) * triton.cdiv(N, params["BLOCK_N"])
-        partial = out if splits == 1 else out.new_empty((splits, self.E, M, N), dtype=_wide(out))
+        partial = out if splits == 1 else out.new_empty((splits, self.E, M, N), dtype=accum_dtype(out))
         _moe_dw_kernel[(tiles * splits * self.E,)](
             a, b, self.counts, self.order, partial, M, N, self.E, self.top_k, splits, gather_a, **params
         )
         if splits > 1:
-            _sum_partials(partial, out)
+            sum_partials(partial, out)
 
 
 @torch.library.custom_op("minimind_fast::moe_mlp_fwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -491,7 +467,7 @@ def _moe_mlp_bwd(
             D, F, launch.E, launch.top_k, want_d_hidden, want_d_down, want_d_weights, **params,
         )  # fmt: skip
         if want_d_weights:
-            _sum_partials(partial, d_weights)
+            sum_partials(partial, d_weights)
         if want_dx:
             dx = launch.rows(d_hidden, gate_up, 2 * F, D, transposed=False, scale=None)
         if want_d_gate_up:
@@ -524,12 +500,8 @@ def _backward(ctx, dy, _):
     return dx, d_weights, None, None, None, d_gate_up, d_down, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("moe_mlp's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
 _moe_mlp_fwd.register_autograd(_backward, setup_context=_save)
-_moe_mlp_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_moe_mlp_bwd, "moe_mlp")
 
 
 def moe_mlp(x: Tensor, routing: Plan, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, sum_partials
+
 MAX_EXPERTS = 128  # a (tokens, experts) tile is held in registers
 # Tokens of a tile. 64 with few experts: 1024 programs at T = 65,536, several waves of a memory-bound kernel. 128 with
 # many, forward only: the prefix over tiles costs tiles^2 E, and the backward would spill. 16 for short inputs: more
@@ -341,39 +343,13 @@ def _route_dw_kernel(
     tl.store(partial_ptr + at, acc, mask=live_e[:, None] & live_d[None, :])
 
 
-@triton.jit
-def _sum_partials_kernel(
-    partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
-    for start in range(0, num_partials, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num_partials)[:, None] & (at < size)[None, :]
-        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + at, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=at < size)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _sum_partials(partial: Tensor, out: Tensor) -> None:
-    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
-    num_partials, size = partial.shape[0], out.numel()
-    rows = min(32, triton.next_power_of_2(num_partials))
-    params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
-    _sum_partials_kernel[(triton.cdiv(size, params["BLOCK"]),)](partial, out, num_partials, size, **params)
-
-
 def _num_documents(cu_seqlens: Tensor | None) -> int:
     return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _empty_results(x: Tensor, E: int, top_k: int, documents: int) -> tuple[Tensor, ...]:
     """weights, experts, counts, order, inverse, aux_loss, scores; slope (documents, E), scale () for the backward."""
-    T, wide = x.shape[0], _wide(x)
+    T, wide = x.shape[0], accum_dtype(x)
     return (
         x.new_empty((T, top_k), dtype=wide),
         x.new_empty((T, top_k), dtype=torch.int32),
@@ -487,7 +463,7 @@ def _route_bwd(
             _route_dw_kernel[(triton.cdiv(D, params["BLOCK_D"]), splits)](
                 d_logits, x, partial, T, tokens_each, D, E, precision, **params
             )
-            _sum_partials(partial, dw)
+            sum_partials(partial, dw)
     return dx, dw
 
 
@@ -512,12 +488,8 @@ def _backward(ctx, d_weights, d_experts, d_counts, d_order, d_inverse, d_aux, d_
     return dx if want_dx else None, dw if want_dw else None, None, None, None, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("moe_route's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
 _route_fwd.register_autograd(_backward, setup_context=_save)
-_route_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_route_bwd, "moe_route")
 
 
 def moe_route(

@@ -1,14 +1,16 @@
 """What the kernel tests share: the process they run in, the error rule, poisoned memory, broken variants.
 
 Purpose:    one place that says when a kernel counts as right, so that every kernel is held to the same rule.
-Principle:  the error rule and the poison are those of `minimind-fast verify` (proof/verify.py),
+Principle:  the error rule and the poison are those of `minimind-fast verify` (proof/rule.py),
             so that tests and the report that a user runs cannot disagree.
 Properties: import this module before anything imports triton: it chooses the interpreter where there is no GPU
             (Triton decides at import). The interpreter is wrong in bfloat16, so there bfloat16 is tested on a GPU only.
 """
 
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from minimind_fast.proof.verify import compare, poisoned_memory
+from minimind_fast.proof.rule import compare, poisoned_memory
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -117,24 +119,35 @@ def assert_op(
 
 
 def broken_variant(module: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
-    """Load a copy of a kernel file with one piece of its source replaced, under its own op names.
+    """Load a copy of a kernel file with one piece of its source, or of what it shares, replaced; ops under other names.
 
     Args:
         module: the healthy kernel module.
-        folder: an empty folder for the copy (Triton reads a kernel's source from a file).
-        old, new: the text to replace, which must occur in the file, and what to write there.
+        folder: an empty folder for the copies (Triton reads a kernel's source from a file).
+        old, new: the text to replace, which must occur in the file or in kernels/common.py, and what to write there.
     Returns:
         The module of the broken copy.
     """
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
-    assert old in source, f"{old!r} does not occur in {module.__name__}: mend the test"
     name = f"broken_{module.__name__.rsplit('.', 1)[-1]}_{abs(hash((str(folder), old, new)))}"
-    source = source.replace(old, new, 1).replace("minimind_fast::", f"{name}::")
+    if old in source:
+        source = source.replace(old, new, 1)
+    else:
+        common = importlib.import_module("minimind_fast.kernels.common")
+        shared = Path(str(common.__file__)).read_text(encoding="utf-8")
+        assert old in shared, f"{old!r} occurs neither in {module.__name__} nor in {common.__name__}: mend the test"
+        _load(f"{name}_common", folder, shared.replace(old, new, 1))
+        assert common.__name__ in source, f"{module.__name__} does not use {common.__name__}"
+        source = source.replace(common.__name__, f"{name}_common")
+    return _load(name, folder, source.replace("minimind_fast::", f"{name}::"))
+
+
+def _load(name: str, folder: Path, source: str) -> ModuleType:
     path = folder / f"{name}.py"
     path.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy
 

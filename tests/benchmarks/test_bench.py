@@ -26,8 +26,8 @@ import timing  # noqa: E402
 from minimind_fast import ops  # noqa: E402
 from minimind_fast.config import ModelConfig  # noqa: E402
 from minimind_fast.ops import reference  # noqa: E402
-from minimind_fast.proof.roofline import Work  # noqa: E402
-from minimind_fast.proof.verify import Comparison  # noqa: E402
+from minimind_fast.ops.registry import Work  # noqa: E402
+from minimind_fast.proof.rule import Comparison  # noqa: E402
 
 
 class FakeCuda:

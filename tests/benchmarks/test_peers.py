@@ -20,7 +20,7 @@ import moe_peers  # noqa: E402
 import split_k  # noqa: E402
 
 from minimind_fast.ops import reference  # noqa: E402
-from minimind_fast.proof.verify import compare  # noqa: E402
+from minimind_fast.proof.rule import compare  # noqa: E402
 
 EXPERTS, HIDDEN, FFN = 4, 16, 24  # rows of 16 bytes and more, as grouped_mm asks
 
