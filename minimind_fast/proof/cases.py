@@ -30,7 +30,7 @@ LARGE_TOKENS = 8192
 
 def _model_cases(op: Op, tokens: int, **sizes: int) -> list[Case]:
     """Every model's call, and the last of them strided; nothing where no model calls the op."""
-    cases = [op.preset_case(preset, tokens, **sizes) for preset in MODELS]
+    cases = [op.preset_case(preset, tokens, training=False, **sizes) for preset in MODELS]
     found = [case for case in cases if case is not None]
     return [*found, *(replace(case, name=f"{case.name} strided", strided=True) for case in found[-1:])]
 

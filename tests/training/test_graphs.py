@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind_fast as mm
 from minimind_fast.model import MoE, Teacher
-from minimind_fast.proof import verify
+from minimind_fast.proof.rule import NORM_FACTOR, compare
 from minimind_fast.training import graphs
 from minimind_fast.training.config import TrainConfig
 
@@ -347,6 +347,6 @@ def test_on_a_gpu(preset):
         if not truth.config.use_moe:  # there near ties are decided by rounding, and gradients with them
             pairs += [(got[1][n], wanted[1][n], exact[1][n]) for n in exact[1]]
         for a, b, c in pairs:
-            result = verify.compare(a, b, c.double(), norm_factor=verify.NORM_FACTOR + 3 * a.numel() ** -0.5)
+            result = compare(a, b, c.double(), norm_factor=NORM_FACTOR + 3 * a.numel() ** -0.5)
             assert result.passed, result.reason
     assert len(model.forward.graphs) == 1
