@@ -142,7 +142,7 @@ def describe(device_type: str) -> dict[str, str]:
     Raises:
         ValueError: a kernel asked for by name cannot run there.
     """
-    if device_type == "cuda" and torch.cuda.is_available():
+    if device_type == "cuda" and torch.cuda.is_initialized():
         prepare(torch.device("cuda", torch.cuda.current_device()))  # before any CUDA graph is captured
     return {name: choose(name, device_type)[1] for name in NAMES}
 

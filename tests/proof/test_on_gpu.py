@@ -30,7 +30,7 @@ TOKENS = {"cuda": 1000, "cpu": 5}
 
 def as_trained(op, device):
     """The op as a model calls it; small where the interpreter runs."""
-    preset = "minimind3-moe" if ops.OPS[op].of_mixtures else "minimind3"
+    preset = next(name for name in ("minimind3", "minimind3-moe") if ops.OPS[op].preset_case(name, 1))
     sizes = {} if device == "cuda" else dict(vocab_size=96, intermediate_size=48, moe_intermediate_size=48)
     case = ops.OPS[op].preset_case(preset, TOKENS[device], training=True, **sizes)
     assert case is not None
