@@ -18,7 +18,7 @@ from launching import load_script, own_config
 from pages import DOCS, PAGES, ROOT, commands, fenced
 
 import minimind_fast
-from minimind_fast import cli, ops
+from minimind_fast import cli
 from minimind_fast.commands.plan import exchanged_bytes
 from minimind_fast.data import samples
 from minimind_fast.data.cache import BadRow, string_field
@@ -53,13 +53,10 @@ def test_every_page_is_there_in_both_languages_and_in_the_index():
             assert f"({language}/{name})" in index, f"docs/README.md does not link {language}/{name}"
 
 
-def test_every_stage_has_a_page():
-    stages = {p.stem for p in (ROOT / "train").glob("*.py")} - {"__init__"}
-    assert stages == {p.stem.removeprefix("train_") for p in (DOCS / "en").glob("train_*.md")}
-
-
-def test_the_pages_of_kernels_are_those_that_the_records_name():
-    assert {op.page for op in ops.OPS.values()} - {""} == {p.stem for p in (DOCS / "en").glob("kernel_*.md")}
+@pytest.mark.parametrize("folder, prefix", [("kernels", "kernel_"), ("train", "train_")])
+def test_every_kernel_and_every_stage_has_a_page(folder, prefix):
+    files = {p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert files == {p.stem.removeprefix(prefix) for p in (DOCS / "en").glob(f"{prefix}*.md")}
 
 
 @every_page
