@@ -10,6 +10,7 @@ Properties: import this module before anything imports triton: it chooses the in
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +125,8 @@ def broken_variant(module: ModuleType, folder: Path, old: str, new: str) -> Modu
     Args:
         module: the healthy kernel module.
         folder: an empty folder for the copies (Triton reads a kernel's source from a file).
-        old, new: the text to replace, which must occur in the file or in kernels/common.py, and what to write there.
+        old: the text to replace, which must occur in the file or in a helper of kernels/ that it imports.
+        new: what to write there.
     Returns:
         The module of the broken copy.
     """
@@ -133,12 +135,15 @@ def broken_variant(module: ModuleType, folder: Path, old: str, new: str) -> Modu
     if old in source:
         source = source.replace(old, new, 1)
     else:
-        common = importlib.import_module("minimind_fast.kernels.common")
-        shared = Path(str(common.__file__)).read_text(encoding="utf-8")
-        assert old in shared, f"{old!r} occurs neither in {module.__name__} nor in {common.__name__}: mend the test"
-        _load(f"{name}_common", folder, shared.replace(old, new, 1))
-        assert common.__name__ in source, f"{module.__name__} does not use {common.__name__}"
-        source = source.replace(common.__name__, f"{name}_common")
+        for part in re.findall(r"^from (minimind_fast\.kernels\.\w+) import", source, re.M):
+            text = Path(str(importlib.import_module(part).__file__)).read_text(encoding="utf-8")
+            if old in text:
+                copy = f"{name}_{part.rsplit('.', 1)[-1]}"
+                _load(copy, folder, text.replace(old, new, 1))
+                source = source.replace(part, copy)
+                break
+        else:
+            raise LookupError(f"{old!r} occurs neither in {module.__name__} nor in what it shares: mend the test")
     return _load(name, folder, source.replace("minimind_fast::", f"{name}::"))
 
 

@@ -17,7 +17,7 @@ every_op = pytest.mark.parametrize("op", ops.OPS.values(), ids=lambda op: op.nam
 def test_each_file_in_the_folder_is_an_op_with_a_kernel_file_of_its_name():
     names = {path.stem for path in Path(records.__path__[0]).glob("*.py")} - {"__init__"}
     assert names == set(ops.NAMES)
-    assert names == {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__", "common"}
+    assert all((ROOT / "kernels" / f"{name}.py").is_file() for name in names)
 
 
 def test_pages_of_kernels_are_those_that_records_name():
