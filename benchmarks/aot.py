@@ -43,8 +43,9 @@ from triton.runtime.jit import JITFunction
 from benchmarks.record import write
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
+from minimind_fast.ops.cases import Case, Draw
+from minimind_fast.proof.cases import MODELS
 from minimind_fast.proof.roofline import op_work
-from minimind_fast.proof.verify import DIFFERENTIABLE, MODELS, Case, Draw, preset_case
 
 TOKENS = 65536
 COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12  # measured on an H200
@@ -170,7 +171,7 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
     """Run a case's forward and backward on fake tensors and return the launches.
 
     Args:
-        case: of `preset_case`.
+        case: an op as a model calls it.
         preset: named in the rows.
         dtype: of the inputs.
         target: the card that the launchers see.
@@ -182,7 +183,7 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
     _let_fakes_run_the_launchers(case.op)
     with _no_card(target) as launches, FakeTensorMode(allow_non_fake_inputs=True):
         tensors = case.tensors(Draw(dtype))
-        leaves = [tensors[k].requires_grad_() for k in DIFFERENTIABLE[case.op] if tensors[k] is not None]
+        leaves = [tensors[k].requires_grad_() for k in ops.OPS[case.op].differentiable if tensors[k] is not None]
         outputs = case.call(kernel, tensors)
         forward = len(launches)
         outputs = [out for out in outputs if out.requires_grad]
@@ -320,7 +321,7 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
     torch.set_num_threads(1)
     for op in names:
         for preset in presets:
-            case = preset_case(op, preset, TOKENS, weighted=True)
+            case = ops.OPS[op].preset_case(preset, TOKENS, training=True)
             same = {"op": op, "preset": preset, "target": name, "dtype": dtype}
             try:
                 launches = [] if case is None else record(case, preset, getattr(torch, dtype), target)

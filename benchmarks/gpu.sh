@@ -119,7 +119,7 @@ elif [[ $second == 1 ]]; then
   part generation 50 "$python" -m benchmarks.studies.generation --rows 1 8 64 --new 128 --out "$out/gpu_generation.json"
 elif [[ $dry == 1 ]]; then
   part tests 200 "$python" -m pytest -m gpu -p no:cacheprovider -rs tests/proof/test_verify.py tests/kernels/test_swiglu.py tests/proof/test_on_gpu.py
-  part verify 300 "$python" -m minimind_fast.proof.verify --ops swiglu --dtype float32 --json "$out/verify.json"
+  part verify 300 "$python" -m minimind_fast.commands.verify --ops swiglu --dtype float32 --json "$out/verify.json"
   suite kernels 240 benchmarks/suite/test_kernels.py -k "swiglu and not compile"
   suite steps 240 benchmarks/suite/test_steps.py
   part train_step 240 "$python" -m benchmarks.studies.train_step --preset tiny --pack_tokens 2048 --rungs eager joined ours --out "$out"
@@ -128,7 +128,7 @@ elif [[ $dry == 1 ]]; then
 else
   part tests 115 "$python" -m pytest -m gpu "${several[@]}" -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
     --ignore tests/training/test_gpu_training.py --deselect tests/proof/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
-  part verify 85 "$python" -m minimind_fast.proof.verify --device cuda --json "$out/verify.json"
+  part verify 85 "$python" -m minimind_fast.commands.verify --device cuda --json "$out/verify.json"
   [[ ! -f $out/verify.json ]] || part verify_report 10 "$python" -m benchmarks.report verify "$out/verify.json"
   suite kernels 90 benchmarks/suite/test_kernels.py
   suite steps 70 benchmarks/suite/test_steps.py

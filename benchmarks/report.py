@@ -45,7 +45,7 @@ def proof_table(found: dict[str, Any]) -> str:
     Args:
         found: what `minimind-fast verify --json` wrote.
     """
-    from minimind_fast.proof.verify import FLOAT32_NOISE, NORM_FACTOR
+    from minimind_fast.proof.rule import FLOAT32_NOISE, NORM_FACTOR
 
     rows = found["rows"]
     passed, where = sum(r["passed"] for r in rows), f"{found['device']}, torch {found['torch']}"
@@ -76,8 +76,7 @@ def draw_proof(found: dict[str, Any], file: Path) -> None:
         file: to write.
     """
     import matplotlib
-
-    from minimind_fast.proof.verify import FLOAT32_NOISE, NORM_FACTOR
+    from minimind_fast.proof.rule import FLOAT32_NOISE, NORM_FACTOR
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

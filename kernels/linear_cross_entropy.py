@@ -28,7 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from minimind_fast.config import IGNORE_INDEX
+from minimind_fast.kernels.common import (
+    accum_dtype,
+    add_product,
+    as_matrix,
+    as_vector,
+    padded,
+    refuse_second_derivative,
+)
+
 # A chunk's logits: 2,560 rows at V = 6400 in 16 bits. L2 holds 40 MB on an A100, 50 MB on an H100 (not yet measured).
 CHUNK_BYTES = 32 << 20
 # Each chunk reads and writes d_W's float32 sum, 8 D V bytes, beside 8 D V FLOPs a row in its four matmuls: an H200 does 184
@@ -65,12 +74,7 @@ def buffer_bytes(T: int, D: int, V: int, itemsize: int, with_grad_weights: bool 
     """
     rows = min(_chunk_rows(V, itemsize), T)
     kept = T * D * itemsize if with_grad_weights else 0
-    return rows * _padded(V) * itemsize + 2 * T * 4 + V * D * 4 + kept
-
-
-def _padded(V: int) -> int:
-    """Row stride of the logits: Triton makes loads of 16 bytes only of a stride that 16 divides."""
-    return (V + 15) // 16 * 16
+    return rows * padded(V) * itemsize + 2 * T * 4 + V * D * 4 + kept
 
 
 def _launch_params(V: int) -> dict[str, int]:
@@ -172,24 +176,10 @@ def _linear_cross_entropy_scale_kernel(source_ptr, factor_ptr, out_ptr, numel, B
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at < numel)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _flat(x: Tensor) -> Tensor:
-    """-> (T,) with adjacent values; copies only what is not."""
-    return x.reshape(-1).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """View as (T, D); copies only what has no such view."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def _logits_buffer(T: int, weight: Tensor) -> Tensor:
     """-> (rows, V) for the logits of a chunk, overwritten by each."""
     V, itemsize = weight.shape[0], weight.element_size()
-    return weight.new_empty(min(_chunk_rows(V, itemsize), T), _padded(V))[:, :V]
+    return weight.new_empty(min(_chunk_rows(V, itemsize), T), padded(V))[:, :V]
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -207,17 +197,6 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         logits = buffer[: rows.stop - rows.start]
         torch.mm(x[rows], weight.t(), out=logits)
         yield rows, logits
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a^T @ b to a float32 (float64 for float64) sum, the products of 16-bit values never rounded to 16 bits."""
-    if total.dtype == a.dtype:
-        total.addmm_(a.t(), b)
-    elif a.device.type == "cuda":
-        # The matmul reads 16 bits and writes float32. Batched, because addmm's first versions refuse a float32 summand.
-        torch.baddbmm(total[None], a.t()[None], b[None], out_dtype=total.dtype, out=total[None])
-    else:
-        total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
 
 
 def _scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -242,10 +221,10 @@ def _linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> logprobs, entropy (empty if not asked for), lse times the temperature."""
     shape, V = hidden.shape[:-1], weight.shape[0]
-    logprobs, lse = (hidden.new_empty(shape, dtype=_wide(hidden)) for _ in range(2))
-    entropy = hidden.new_empty(shape if with_entropy else 0, dtype=_wide(hidden))
+    logprobs, lse = (hidden.new_empty(shape, dtype=accum_dtype(hidden)) for _ in range(2))
+    entropy = hidden.new_empty(shape if with_entropy else 0, dtype=accum_dtype(hidden))
     if targets.numel() > 0:
-        x, t, params = _rows(hidden), _flat(targets), _launch_params(V)
+        x, t, params = as_matrix(hidden), as_vector(targets), _launch_params(V)
         out, L, h = logprobs.view(-1), lse.view(-1), entropy.view(-1)
         with torch.cuda.device_of(hidden):
             for rows, logits in _chunks(x, weight):
@@ -258,7 +237,7 @@ def _linear_cross_entropy_fwd(
 
 @_linear_cross_entropy_fwd.register_fake
 def _(hidden, weight, targets, temperature, with_entropy):
-    shape, dtype = hidden.shape[:-1], _wide(hidden)
+    shape, dtype = hidden.shape[:-1], accum_dtype(hidden)
     entropy = hidden.new_empty(shape if with_entropy else 0, dtype=dtype)
     return hidden.new_empty(shape, dtype=dtype), entropy, hidden.new_empty(shape, dtype=dtype)
 
@@ -278,10 +257,10 @@ def _linear_cross_entropy_bwd(
 ) -> tuple[Tensor, Tensor]:
     """-> d_hidden, d_weight, each empty where not wanted."""
     d_hidden = hidden.new_empty(hidden.shape if want_hidden else 0)
-    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=_wide(weight))
+    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=accum_dtype(weight))
     if targets.numel() > 0:
-        x, t, L, g = _rows(hidden), _flat(targets), _flat(lse), _flat(grad)
-        h, g_h = (L, g) if grad_entropy is None else (_flat(entropy), _flat(grad_entropy))
+        x, t, L, g = as_matrix(hidden), as_vector(targets), as_vector(lse), as_vector(grad)
+        h, g_h = (L, g) if grad_entropy is None else (as_vector(entropy), as_vector(grad_entropy))
         V = weight.shape[0]
         with torch.cuda.device_of(hidden):
             for rows, logits in _chunks(x, weight):
@@ -292,7 +271,7 @@ def _linear_cross_entropy_bwd(
                 if want_hidden:
                     torch.mm(logits, weight, out=d_hidden.view(-1, hidden.shape[-1])[rows])
                 if want_weight:
-                    _add_product(total, logits, x[rows])
+                    add_product(total, logits, x[rows])
     return d_hidden, total.to(weight.dtype, copy=False)
 
 
@@ -313,11 +292,11 @@ def _linear_cross_entropy_both(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> logprobs; d_hidden and d_weight (float32) for the incoming gradient grad_weights, empty where not wanted."""
-    logprobs = hidden.new_empty(hidden.shape[:-1], dtype=_wide(hidden))
+    logprobs = hidden.new_empty(hidden.shape[:-1], dtype=accum_dtype(hidden))
     d_hidden = hidden.new_empty(hidden.shape if want_hidden else 0)
-    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=_wide(weight))
+    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=accum_dtype(weight))
     if targets.numel() > 0:
-        x, t, out, g = _rows(hidden), _flat(targets), logprobs.view(-1), _flat(grad_weights)
+        x, t, out, g = as_matrix(hidden), as_vector(targets), logprobs.view(-1), as_vector(grad_weights)
         lse = torch.empty_like(out)
         V = weight.shape[0]
         params = _launch_params(V)
@@ -335,14 +314,14 @@ def _linear_cross_entropy_both(
                 if want_hidden:
                     torch.mm(logits, weight, out=d_hidden.view(-1, hidden.shape[-1])[rows])
                 if want_weight:
-                    _add_product(total, logits, x[rows])
+                    add_product(total, logits, x[rows])
     return logprobs, d_hidden, total
 
 
 @_linear_cross_entropy_both.register_fake
 def _(hidden, weight, targets, grad_weights, temperature, want_hidden, want_weight):
-    total = torch.empty(weight.shape if want_weight else 0, dtype=_wide(weight), device=weight.device)
-    logprobs = hidden.new_empty(hidden.shape[:-1], dtype=_wide(hidden))
+    total = torch.empty(weight.shape if want_weight else 0, dtype=accum_dtype(weight), device=weight.device)
+    logprobs = hidden.new_empty(hidden.shape[:-1], dtype=accum_dtype(hidden))
     return logprobs, hidden.new_empty(hidden.shape if want_hidden else 0), total
 
 
@@ -358,6 +337,8 @@ def _linear_cross_entropy_scale(
     square = (w * w).sum()
     s = torch.where(square > 0, (g * w).sum() / square, 0.0)
     kept = ((g - s * w).abs() <= PROMISE * g.abs().amax()).all()
+    # A gradient of inf or nan breaks no promise: it gives nan, as anywhere else.
+    torch.ops.minimind_fast.note_promise(~kept & g.isfinite().all())
     s = torch.where(kept, s, float("nan"))
     return _scaled(d_hidden, s, d_hidden.dtype), _scaled(total, s, d_hidden.dtype)
 
@@ -398,16 +379,10 @@ def _backward_both(ctx, grad, *_):
     return d_hidden if want_hidden else None, d_weight if want_weight else None, *nothing[2:]
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "linear_cross_entropy's kernel has no second derivative: use mm.ops.use('none') for this computation."
-    )
-
-
 _linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
 _linear_cross_entropy_both.register_autograd(_backward_both, setup_context=_save_both)
 for _op in (_linear_cross_entropy_bwd, _linear_cross_entropy_scale):
-    _op.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+    refuse_second_derivative(_op, "linear_cross_entropy")
 
 
 def linear_cross_entropy(
@@ -429,8 +404,8 @@ def linear_cross_entropy(
         grad_weights: (...) float32, constant: a promise that the gradient which comes back is one number times these
             (ignored targets aside), as for a weighted mean of the log-probabilities. The gradients are then computed in the
             forward, which saves a quarter of the matmuls; in 16 bits d_hidden is rounded once more when it is multiplied by
-            that number, unless the number is a power of two. If the promise is broken by more than 1e-5 of the largest
-            gradient, both results are nan.
+            that number, unless the number is a power of two. A promise broken by more than 1e-5 of the largest
+            gradient is an error on a CPU; on a GPU both gradients are nan and `ops.check_promises()` raises it.
     Returns:
         logprobs (...) float32 (float64 for float64), 0 where ignored; with `return_entropy` also entropy, likewise.
     Raises:

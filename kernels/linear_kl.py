@@ -29,6 +29,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import (
+    accum_dtype,
+    add_product,
+    as_matrix,
+    as_vector,
+    padded,
+    refuse_second_derivative,
+)
+
 # The logits of a chunk, both models': 1,280 rows at V = 6400 in 16 bits. L2 holds 40 MB on an A100, 50 MB on an H100 (not
 # yet measured).
 CHUNK_BYTES = 32 << 20
@@ -58,12 +67,7 @@ def buffer_bytes(T: int, D: int, V: int, itemsize: int) -> int:
     Returns:
         Bytes: one chunk of both logits, two lse and the divergence, d_W's float32 sum.
     """
-    return 2 * min(_chunk_rows(V, itemsize), T) * _padded(V) * itemsize + 3 * T * 4 + V * D * 4
-
-
-def _padded(V: int) -> int:
-    """Row stride of the logits: Triton makes loads of 16 bytes only of a stride that 16 divides."""
-    return (V + 15) // 16 * 16
+    return 2 * min(_chunk_rows(V, itemsize), T) * padded(V) * itemsize + 3 * T * 4 + V * D * 4
 
 
 def _launch_params(V: int) -> dict[str, int]:
@@ -156,20 +160,6 @@ def _linear_kl_bwd_kernel(
             tl.store(student_at + cols, tl.zeros((BLOCK_V,), dtype=narrow), mask=cols < V)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _flat(x: Tensor) -> Tensor:
-    """-> (T,) with adjacent values; copies only what is not."""
-    return x.reshape(-1).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """View as (T, columns); copies only what has no such view."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def _chunks(x: Tensor, weight: Tensor, y: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Compute the logits of one chunk after another, in one buffer for each model.
 
@@ -182,24 +172,13 @@ def _chunks(x: Tensor, weight: Tensor, y: Tensor, teacher: Tensor) -> Iterator[t
     """
     T, V, itemsize = x.shape[0], weight.shape[0], weight.element_size()
     most = min(_chunk_rows(V, itemsize), T)
-    buffers = weight.new_empty(2, most, _padded(V))[:, :, :V]
+    buffers = weight.new_empty(2, most, padded(V))[:, :, :V]
     for start in range(0, T, most):
         rows = slice(start, min(start + most, T))
         student, teachers = buffers[:, : rows.stop - rows.start]
         torch.mm(x[rows], weight.t(), out=student)
         torch.mm(y[rows], teacher.t(), out=teachers)
         yield rows, student, teachers
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a^T @ b to a float32 (float64 for float64) sum, the products of 16-bit values never rounded to 16 bits."""
-    if total.dtype == a.dtype:
-        total.addmm_(a.t(), b)
-    elif a.device.type == "cuda":
-        # The matmul reads 16 bits and writes float32. Batched, because addmm's first versions refuse a float32 summand.
-        torch.baddbmm(total[None], a.t()[None], b[None], out_dtype=total.dtype, out=total[None])
-    else:
-        total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
 
 
 @torch.library.custom_op("minimind_fast::linear_kl_fwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -214,14 +193,16 @@ def _linear_kl_fwd(
 ) -> tuple[Tensor, Tensor]:
     """-> kl, lse (2, T): the student's and the teacher's, times the temperature."""
     V = weight.shape[0]
-    kl = hidden.new_empty(hidden.shape[:-1], dtype=_wide(hidden))
+    kl = hidden.new_empty(hidden.shape[:-1], dtype=accum_dtype(hidden))
     T = kl.numel()
-    lse = hidden.new_empty(2, T, dtype=_wide(hidden))
+    lse = hidden.new_empty(2, T, dtype=accum_dtype(hidden))
     if T > 0:
         k = kl.view(-1)
-        m = k if mask is None else _flat(mask)
+        m = k if mask is None else as_vector(mask)
         with torch.cuda.device_of(hidden):
-            for rows, student, teacher in _chunks(_rows(hidden), weight, _rows(teacher_hidden), teacher_weight[:V]):
+            for rows, student, teacher in _chunks(
+                as_matrix(hidden), weight, as_matrix(teacher_hidden), teacher_weight[:V]
+            ):
                 _linear_kl_fwd_kernel[(student.shape[0],)](
                     student, teacher, m[rows], k[rows], lse[:, rows], T, student.stride(0), 1.0 / temperature,
                     V, mask is not None, reverse, **_launch_params(V),
@@ -231,8 +212,8 @@ def _linear_kl_fwd(
 
 @_linear_kl_fwd.register_fake
 def _(hidden, weight, teacher_hidden, teacher_weight, mask, temperature, reverse):
-    kl = hidden.new_empty(hidden.shape[:-1], dtype=_wide(hidden))
-    return kl, hidden.new_empty(2, kl.numel(), dtype=_wide(hidden))
+    kl = hidden.new_empty(hidden.shape[:-1], dtype=accum_dtype(hidden))
+    return kl, hidden.new_empty(2, kl.numel(), dtype=accum_dtype(hidden))
 
 
 @torch.library.custom_op("minimind_fast::linear_kl_bwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -253,13 +234,13 @@ def _linear_kl_bwd(
     """-> d_hidden, d_weight, each empty where not wanted."""
     V = weight.shape[0]
     d_hidden = hidden.new_empty(hidden.shape if want_hidden else 0)
-    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=_wide(weight))
+    total = weight.new_zeros(weight.shape if want_weight else 0, dtype=accum_dtype(weight))
     T = kl.numel()
     if T > 0:
-        x, k, g, both = _rows(hidden), _flat(kl), _flat(grad), lse.contiguous()
-        m = k if mask is None else _flat(mask)
+        x, k, g, both = as_matrix(hidden), as_vector(kl), as_vector(grad), lse.contiguous()
+        m = k if mask is None else as_vector(mask)
         with torch.cuda.device_of(hidden):
-            for rows, student, teacher in _chunks(x, weight, _rows(teacher_hidden), teacher_weight[:V]):
+            for rows, student, teacher in _chunks(x, weight, as_matrix(teacher_hidden), teacher_weight[:V]):
                 _linear_kl_bwd_kernel[(student.shape[0],)](
                     student, teacher, m[rows], k[rows], both[:, rows], g[rows], T, student.stride(0),
                     1.0 / temperature, V, mask is not None, reverse, **_launch_params(V),
@@ -267,7 +248,7 @@ def _linear_kl_bwd(
                 if want_hidden:
                     torch.mm(student, weight, out=d_hidden.view(-1, hidden.shape[-1])[rows])
                 if want_weight:
-                    _add_product(total, student, x[rows])
+                    add_product(total, student, x[rows])
     return d_hidden, total.to(weight.dtype, copy=False)
 
 
@@ -295,12 +276,8 @@ def _backward(ctx, grad, _):
     return d_hidden if want_hidden else None, d_weight if want_weight else None, None, None, None, None, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("linear_kl's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
 _linear_kl_fwd.register_autograd(_backward, setup_context=_save)
-_linear_kl_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_linear_kl_bwd, "linear_kl")
 
 
 def linear_kl(

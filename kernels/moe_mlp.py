@@ -32,14 +32,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, sum_partials
+from minimind_fast.kernels.grouped_matmul import _moe_combine_kernel, _moe_dw_kernel, halves, locate, matmul, quarters
+
 MAX_EXPERTS = 128  # every program scans the counts in registers
 # Compute capabilities that give a program 163 KB of shared memory (8.0, 8.7) or 227: four stages of a 128 x 256 x 64
 # tile take 144 KB where mma reads registers and 192 where wgmma reads shared memory. 8.6, 8.9, 12.0 have 99 KB.
 ROOMY = (80, 87, 90, 100, 103)
-# dW: one expert alone should give most multiprocessors (132 on an H200) a tile, or the sums of an expert with most of
-# the tokens would last longer than all the others. By this rule MiniMind3's d_gate_up (114 tiles) is whole, its d_down
-# (60) in 2, MiniMind2's in 2 and 3: 53 to 70 MB of partials, 3 to 6% of those matmuls' time by a model of their bytes.
-# No split under 512 rows, nor where the partials of many experts would need more memory than this.
+# Split dW so that one hot expert cannot outlast the rest: its tiles should fill most multiprocessors (132 on an H200).
+# MiniMind3's d_gate_up (114 tiles) stays whole, its d_down (60) is cut in 2, MiniMind2's in 2 and 3: 53 to 70 MB of
+# partials, 3 to 6% of the matmuls' time by a count of bytes. No split under 512 rows, or for partials beyond this size.
 DW_TILES, DW_MIN_ROWS, DW_PARTIAL_BYTES = 100, 512, 128 << 20
 # The gather-sum: 2048 values in 4 warps, two 16-byte loads a thread and choice.
 COMBINE_TILE, COMBINE_BLOCK_D = 2048, 256
@@ -106,56 +108,6 @@ def _dw_splits(E: int, M: int, N: int, slots: int, block_m: int, block_n: int) -
 
 
 @triton.jit
-def _locate(
-    counts_ptr, E: tl.constexpr, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """-> this program's expert, first row, end of the expert's rows (at or below the first: no work), column block."""
-    column_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    within = pid % (GROUP_M * column_blocks)
-    tile = pid // (GROUP_M * column_blocks) * GROUP_M + within % GROUP_M
-    e = tl.arange(0, BLOCK_E)
-    counts = tl.load(counts_ptr + e, mask=e < E, other=0)
-    tiles = (counts + BLOCK_M - 1) // BLOCK_M
-    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
-    start = tl.sum(tl.where(e < expert, counts, 0), axis=0)
-    end = start + tl.sum(tl.where(e == expert, counts, 0), axis=0)
-    first = start + (tile - tl.sum(tl.where(e < expert, tiles, 0), axis=0)) * BLOCK_M
-    return expert.to(tl.int64), first, end, within // GROUP_M
-
-
-@triton.jit
-def _matmul(
-    a_at, b_at, acc, k, K: tl.constexpr, stride: tl.constexpr, wide: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """acc += a b over depth K, from pointers to the first tiles; b's rows are `stride` apart, a's columns adjacent."""
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            a = tl.load(a_at, mask=(k < K - start)[None, :], other=0.0)
-            b = tl.load(b_at, mask=(k < K - start)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=wide)
-        a_at += BLOCK_K
-        b_at += BLOCK_K * stride
-    return acc
-
-
-@triton.jit
-def _halves(acc, M: tl.constexpr, N: tl.constexpr):
-    """(M, 2N) -> its left and right (M, N). Columns N apart are in the same thread's registers: nothing moves."""
-    return tl.split(tl.permute(tl.reshape(acc, (M, 2, N)), (0, 2, 1)))
-
-
-@triton.jit
-def _quarters(acc, M: tl.constexpr, N: tl.constexpr):
-    left, right = _halves(acc, M, 2 * N)
-    return _halves(left, M, N) + _halves(right, M, N)
-
-
-@triton.jit
 def _moe_gate_up_kernel(
     x_ptr, gate_up_ptr, counts_ptr, order_ptr, hidden_ptr, act_ptr,
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
@@ -163,7 +115,7 @@ def _moe_gate_up_kernel(
 ):  # fmt: skip
     """act = silu(gate) * up of the gathered rows; hidden keeps gate | up for the backward."""
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    expert, first, end, column = _locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    expert, first, end, column = locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if first >= end:
         return
     row = first + tl.arange(0, BLOCK_M)
@@ -176,9 +128,9 @@ def _moe_gate_up_kernel(
     a_at = x_ptr + token[:, None].to(tl.int64) * D + k[None, :]
     b_at = gate_up_ptr + (expert * (2 * F) + weight_row)[None, :] * D + k[:, None]
     acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=wide)
-    acc = _matmul(a_at, b_at, acc, k, D, 1, wide, BLOCK_K)
+    acc = matmul(a_at, b_at, acc, k, D, 1, wide, BLOCK_K)
 
-    gate, up = _halves(acc, BLOCK_M, BLOCK_N)
+    gate, up = halves(acc, BLOCK_M, BLOCK_N)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = live[:, None] & (f < F)[None, :]
     within = tl.arange(0, BLOCK_M)[:, None]
@@ -199,7 +151,7 @@ def _moe_rows_kernel(
 ):  # fmt: skip
     """Sorted rows a (S, K) times their expert's (K, N); SCATTER (top_k = 1) writes each row, scaled, to its token."""
     wide: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    expert, first, end, column = _locate(counts_ptr, E, N, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    expert, first, end, column = locate(counts_ptr, E, N, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if first >= end:
         return
     row = first + tl.arange(0, BLOCK_M)
@@ -209,36 +161,13 @@ def _moe_rows_kernel(
     a_at = a_ptr + tl.minimum(row, end - 1)[:, None].to(tl.int64) * K + k[None, :]
     b_at = weight_ptr + expert * (K * N) + k[:, None] * STRIDE_K + (n % N)[None, :] * STRIDE_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
-    acc = _matmul(a_at, b_at, acc, k, K, STRIDE_K, wide, BLOCK_K)
+    acc = matmul(a_at, b_at, acc, k, K, STRIDE_K, wide, BLOCK_K)
     if SCATTER:
         row = tl.load(order_ptr + row, mask=live, other=0)
         if HAS_SCALE:
             acc = acc * tl.load(scale_ptr + row, mask=live, other=0.0)[:, None]
     out_at = out_ptr + row[:, None].to(tl.int64) * N + n[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _moe_combine_kernel(
-    rows_ptr, inverse_ptr, scale_ptr, out_ptr, num_tokens,
-    D: tl.constexpr, TOP_K: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out[t] = sum_j scale[t, j] rows[inverse[t, j]]."""
-    wide: tl.constexpr = tl.float64 if rows_ptr.dtype.element_ty == tl.float64 else tl.float32
-    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    pid = tl.program_id(0)
-    t = pid // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    live = t < num_tokens
-    mask = live[:, None] & (d < D)[None, :]
-    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=wide)
-    for j in range(TOP_K):
-        row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
-        value = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(wide)
-        if HAS_SCALE:
-            value = value * tl.load(scale_ptr + t * TOP_K + j, mask=live, other=0.0)[:, None]
-        total += value
-    tl.store(out_ptr + t[:, None].to(tl.int64) * D + d[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -250,7 +179,7 @@ def _moe_d_hidden_kernel(
 ):  # fmt: skip
     """d-hidden (S, 2F), w * act (S, F) for d-down, and this column block's share of the routing weights' gradient."""
     wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    expert, first, end, column = _locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
+    expert, first, end, column = locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if first >= end:
         return
     row = first + tl.arange(0, BLOCK_M)
@@ -261,18 +190,18 @@ def _moe_d_hidden_kernel(
     a_at = dy_ptr + (slot // TOP_K)[:, None].to(tl.int64) * D + k[None, :]
     b_at = down_ptr + expert * (D * F) + k[:, None] * F + (f % F)[None, :]
     d_act = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
-    d_act = _matmul(a_at, b_at, d_act, k, D, F, wide, BLOCK_K)
+    d_act = matmul(a_at, b_at, d_act, k, D, F, wide, BLOCK_K)
 
     weight = tl.load(weights_ptr + slot, mask=live, other=0.0)[:, None]
     d_weights = tl.zeros((BLOCK_M,), dtype=wide)
     # An eighth of the columns at a time, so that only an eighth's g, u and results are in registers.
     PART: tl.constexpr = BLOCK_N // 8
-    left, right = _halves(d_act, BLOCK_M, BLOCK_N // 2)
+    left, right = halves(d_act, BLOCK_M, BLOCK_N // 2)
     hidden_ptr += first.to(tl.int64) * (2 * F)  # int32 offsets from here on: half the registers
     d_hidden_ptr += first.to(tl.int64) * (2 * F)
     act_ptr += first.to(tl.int64) * F
     within = tl.arange(0, BLOCK_M)[:, None]
-    parts = _quarters(left, BLOCK_M, PART) + _quarters(right, BLOCK_M, PART)
+    parts = quarters(left, BLOCK_M, PART) + quarters(right, BLOCK_M, PART)
     for part in tl.static_range(8):
         d_act = parts[part]
         f = column * BLOCK_N + part * PART + tl.arange(0, PART)
@@ -294,71 +223,6 @@ def _moe_d_hidden_kernel(
             tl.store(d_hidden_ptr + hidden_at + F, (d_act * silu).to(d_hidden_ptr.dtype.element_ty), mask=mask)
     if WANT_D_WEIGHTS:
         tl.store(partial_ptr + column.to(tl.int64) * num_slots + slot, d_weights, mask=live)
-
-
-@triton.jit
-def _moe_dw_kernel(
-    a_ptr, b_ptr, counts_ptr, order_ptr, out_ptr,
-    M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr,
-    GATHER_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """out[split, expert] (M, N) = a^T b over one piece of the expert's rows; one of a (., M), b (., N) is by token."""
-    wide: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    blocks: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M * blocks_n
-    pid = tl.program_id(0)
-    tile, split = pid % blocks, pid // blocks % SPLITS
-    # The longest sums start first, or a full expert would begin when the others have ended.
-    e = tl.arange(0, BLOCK_E)
-    counts = tl.load(counts_ptr + e, mask=e < E, other=-1)
-    ahead = (counts[None, :] > counts[:, None]) | ((counts[None, :] == counts[:, None]) & (e[None, :] < e[:, None]))
-    rank = tl.sum(ahead.to(tl.int32), axis=1)
-    expert = tl.sum(tl.where(rank == pid // (blocks * SPLITS), e, 0), axis=0)
-    start = tl.sum(tl.where(e < expert, counts, 0), axis=0)
-    count = tl.sum(tl.where(e == expert, counts, 0), axis=0)
-    each = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK_K) * BLOCK_K
-    low = start + tl.minimum(split * each, count)
-    high = start + tl.minimum((split + 1) * each, count)
-
-    m = tile // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
-    for step in range(low, high, BLOCK_K):
-        row = step + tl.arange(0, BLOCK_K)
-        live = row < high
-        token = tl.load(order_ptr + row, mask=live, other=0) // TOP_K
-        a_row, b_row = (token, row) if GATHER_A else (row, token)
-        a = tl.load(a_ptr + a_row[:, None].to(tl.int64) * M + (m % M)[None, :], mask=live[:, None], other=0.0)
-        b = tl.load(b_ptr + b_row[:, None].to(tl.int64) * N + (n % N)[None, :], mask=live[:, None], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee", out_dtype=wide)
-    out_at = out_ptr + ((split * E + expert).to(tl.int64) * M + m[:, None]) * N + n[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _sum_partials_kernel(
-    partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
-    for start in range(0, num_partials, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num_partials)[:, None] & (at < size)[None, :]
-        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + at, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=at < size)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _sum_partials(partial: Tensor, out: Tensor) -> None:
-    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
-    num_partials, size = partial.shape[0], out.numel()
-    rows = min(32, triton.next_power_of_2(num_partials))
-    params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
-    _sum_partials_kernel[(triton.cdiv(size, params["BLOCK"]),)](partial, out, num_partials, size, **params)
 
 
 class _Launcher:
@@ -413,12 +277,12 @@ class _Launcher:
         params.pop("GROUP_M")
         splits = _dw_splits(self.E, M, N, self.S, params["BLOCK_M"], params["BLOCK_N"])
         tiles = triton.cdiv(M, params["BLOCK_M"]) * triton.cdiv(N, params["BLOCK_N"])
-        partial = out if splits == 1 else out.new_empty((splits, self.E, M, N), dtype=_wide(out))
+        partial = out if splits == 1 else out.new_empty((splits, self.E, M, N), dtype=accum_dtype(out))
         _moe_dw_kernel[(tiles * splits * self.E,)](
             a, b, self.counts, self.order, partial, M, N, self.E, self.top_k, splits, gather_a, **params
         )
         if splits > 1:
-            _sum_partials(partial, out)
+            sum_partials(partial, out)
 
 
 @torch.library.custom_op("minimind_fast::moe_mlp_fwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -491,7 +355,7 @@ def _moe_mlp_bwd(
             D, F, launch.E, launch.top_k, want_d_hidden, want_d_down, want_d_weights, **params,
         )  # fmt: skip
         if want_d_weights:
-            _sum_partials(partial, d_weights)
+            sum_partials(partial, d_weights)
         if want_dx:
             dx = launch.rows(d_hidden, gate_up, 2 * F, D, transposed=False, scale=None)
         if want_d_gate_up:
@@ -524,12 +388,8 @@ def _backward(ctx, dy, _):
     return dx, d_weights, None, None, None, d_gate_up, d_down, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("moe_mlp's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
 _moe_mlp_fwd.register_autograd(_backward, setup_context=_save)
-_moe_mlp_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_moe_mlp_bwd, "moe_mlp")
 
 
 def moe_mlp(x: Tensor, routing: Plan, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, sum_partials
+from minimind_fast.kernels.route_plan import _balance_document_kernel, _route_plan_kernel
+
 MAX_EXPERTS = 128  # a (tokens, experts) tile is held in registers
 # Tokens of a tile. 64 with few experts: 1024 programs at T = 65,536, several waves of a memory-bound kernel. 128 with
 # many, forward only: the prefix over tiles costs tiles^2 E, and the backward would spill. 16 for short inputs: more
@@ -50,7 +53,7 @@ DW_PROGRAMS = 256
 
 
 class Routing(NamedTuple):
-    """The same fields as the reference's Routing: kernels import nothing of the package."""
+    """The same fields as the reference's Routing: kernels import no ops."""
 
     weights: Tensor  # (T, top_k) float32
     experts: Tensor  # (T, top_k) int32
@@ -147,109 +150,6 @@ def _route_fwd_kernel(
 
 
 @triton.jit
-def _balance(load, mass, E: tl.constexpr, TOP_K: tl.constexpr, wide: tl.constexpr):
-    """-> E sum_e f_e P_e, its derivative by one token's s_e, and the number of tokens, of one document."""
-    length = tl.sum(load, axis=0) // TOP_K
-    tokens = tl.maximum(length, 1).to(wide)
-    share = load.to(wide) / (tokens * TOP_K)
-    return E * tl.sum(share * (mass / tokens), axis=0), E * share / tokens, length
-
-
-@triton.jit
-def _balance_document_kernel(
-    cu_ptr, valid_ptr, scores_ptr, experts_ptr, loss_ptr, length_ptr, slope_ptr, num_tokens,
-    E: tl.constexpr, TOP_K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Balancing loss of one document; tokens before the first and after the last belong to those, as in eager."""
-    wide: tl.constexpr = scores_ptr.dtype.element_ty
-    document = tl.program_id(0)
-    e = tl.arange(0, BLOCK_E)
-    first = tl.load(cu_ptr + document).to(tl.int32)
-    end = tl.load(cu_ptr + document + 1).to(tl.int32)
-    first = tl.where(document == 0, 0, first)
-    end = tl.where(document == tl.num_programs(0) - 1, num_tokens, end)
-    load = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    mass = tl.zeros((BLOCK_E,), dtype=wide)
-    for start in range(first, end, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        counted = t < end
-        if HAS_VALID:
-            counted = counted & (tl.load(valid_ptr + t, mask=counted, other=0) != 0)
-        mask = counted[:, None] & (e < E)[None, :]
-        mass += tl.sum(tl.load(scores_ptr + t[:, None].to(tl.int64) * E + e[None, :], mask=mask, other=0.0), axis=0)
-        for j in range(TOP_K):
-            expert = tl.load(experts_ptr + t.to(tl.int64) * TOP_K + j, mask=counted, other=-1)
-            load += tl.sum((e[None, :] == expert[:, None]).to(tl.int32), axis=0)
-    loss, slope, length = _balance(load, mass, E, TOP_K, wide)
-    tl.store(loss_ptr + document, loss)
-    tl.store(length_ptr + document, length)
-    tl.store(slope_ptr + document.to(tl.int64) * E + e, slope, mask=e < E)
-
-
-@triton.jit
-def _route_plan_kernel(
-    experts_ptr, tile_counts_ptr, load_ptr, mass_ptr, loss_ptr, length_ptr,
-    counts_ptr, order_ptr, inverse_ptr, aux_ptr, scale_ptr, slope_ptr, num_tokens, num_tiles, num_documents,
-    E: tl.constexpr, TOP_K: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Place the slots of one tile; the first program also writes the counts and the balancing loss."""
-    wide: tl.constexpr = mass_ptr.dtype.element_ty
-    pid = tl.program_id(0)
-    e = tl.arange(0, BLOCK_E)
-    live_e = e < E
-    before = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    total = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for start in range(0, num_tiles, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num_tiles)[:, None] & live_e[None, :]
-        counts = tl.load(tile_counts_ptr + row[:, None] * E + e[None, :], mask=mask, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((row < pid)[:, None], counts, 0), axis=0)
-    base = tl.cumsum(total, axis=0) - total + before
-
-    t = pid * BLOCK_T + tl.arange(0, BLOCK_T)
-    live_t = t < num_tokens
-    slot = t * TOP_K
-    chosen = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
-    for j in range(TOP_K):
-        expert = tl.load(experts_ptr + slot + j, mask=live_t, other=-1)
-        chosen += (e[None, :] == expert[:, None]).to(tl.int32)
-    place = base[None, :] + tl.cumsum(chosen, axis=0) - chosen
-    for j in range(TOP_K):
-        expert = tl.load(experts_ptr + slot + j, mask=live_t, other=-1)
-        position = tl.sum(tl.where(e[None, :] == expert[:, None], place, 0), axis=1)
-        tl.store(inverse_ptr + slot + j, position, mask=live_t)
-        tl.store(order_ptr + position, slot + j, mask=live_t)
-
-    if pid == 0:
-        tl.store(counts_ptr + e, total, mask=live_e)
-        if HAS_DOCUMENTS:
-            loss = tl.zeros((BLOCK_ROWS,), dtype=wide)
-            documents = tl.zeros((BLOCK_ROWS,), dtype=tl.int32)
-            for start in range(0, num_documents, BLOCK_ROWS):
-                row = start + tl.arange(0, BLOCK_ROWS)
-                loss += tl.load(loss_ptr + row, mask=row < num_documents, other=0.0)
-                length = tl.load(length_ptr + row, mask=row < num_documents, other=0)
-                documents += (length > 0).to(tl.int32)
-            scale = 1.0 / tl.maximum(tl.sum(documents, axis=0), 1).to(wide)
-            tl.store(aux_ptr, tl.sum(loss, axis=0) * scale)
-            tl.store(scale_ptr, scale)
-        else:
-            load = tl.zeros((BLOCK_E,), dtype=tl.int32)
-            mass = tl.zeros((BLOCK_E,), dtype=wide)
-            for start in range(0, num_tiles, BLOCK_ROWS):
-                row = start + tl.arange(0, BLOCK_ROWS)
-                mask = (row < num_tiles)[:, None] & live_e[None, :]
-                load += tl.sum(tl.load(load_ptr + row[:, None] * E + e[None, :], mask=mask, other=0), axis=0)
-                mass += tl.sum(tl.load(mass_ptr + row[:, None] * E + e[None, :], mask=mask, other=0.0), axis=0)
-            loss, slope, _ = _balance(load, mass, E, TOP_K, wide)
-            tl.store(aux_ptr, loss)
-            tl.store(scale_ptr, 1.0)
-            tl.store(slope_ptr + e, slope, mask=live_e)
-
-
-@triton.jit
 def _route_bwd_kernel(
     d_weights_ptr, d_aux_ptr, d_scores_ptr, gate_ptr, scores_ptr, experts_ptr, slope_ptr, scale_ptr, cu_ptr, valid_ptr,
     d_logits_ptr, dx_ptr, num_tokens, num_documents, search_steps,
@@ -341,39 +241,13 @@ def _route_dw_kernel(
     tl.store(partial_ptr + at, acc, mask=live_e[:, None] & live_d[None, :])
 
 
-@triton.jit
-def _sum_partials_kernel(
-    partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
-    for start in range(0, num_partials, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        mask = (row < num_partials)[:, None] & (at < size)[None, :]
-        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + at, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=at < size)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _sum_partials(partial: Tensor, out: Tensor) -> None:
-    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
-    num_partials, size = partial.shape[0], out.numel()
-    rows = min(32, triton.next_power_of_2(num_partials))
-    params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
-    _sum_partials_kernel[(triton.cdiv(size, params["BLOCK"]),)](partial, out, num_partials, size, **params)
-
-
 def _num_documents(cu_seqlens: Tensor | None) -> int:
     return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _empty_results(x: Tensor, E: int, top_k: int, documents: int) -> tuple[Tensor, ...]:
     """weights, experts, counts, order, inverse, aux_loss, scores; slope (documents, E), scale () for the backward."""
-    T, wide = x.shape[0], _wide(x)
+    T, wide = x.shape[0], accum_dtype(x)
     return (
         x.new_empty((T, top_k), dtype=wide),
         x.new_empty((T, top_k), dtype=torch.int32),
@@ -487,7 +361,7 @@ def _route_bwd(
             _route_dw_kernel[(triton.cdiv(D, params["BLOCK_D"]), splits)](
                 d_logits, x, partial, T, tokens_each, D, E, precision, **params
             )
-            _sum_partials(partial, dw)
+            sum_partials(partial, dw)
     return dx, dw
 
 
@@ -512,12 +386,8 @@ def _backward(ctx, d_weights, d_experts, d_counts, d_order, d_inverse, d_aux, d_
     return dx if want_dx else None, dw if want_dw else None, None, None, None, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("moe_route's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
 _route_fwd.register_autograd(_backward, setup_context=_save)
-_route_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_route_bwd, "moe_route")
 
 
 def moe_route(

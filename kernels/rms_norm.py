@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import accum_dtype, as_rows, num_programs, refuse_second_derivative
+
 # A warp holds whole rows, so that the sums over D are shuffles and no program ever waits at a barrier: one warp up to
 # 1024 columns, doubled with D beyond. An SM keeps 32 such programs, so their number is never what limits the memory.
 COLUMNS_PER_WARP = 1024
@@ -39,8 +41,6 @@ VALUES_PER_THREAD_BWD = 16
 # of HBM asks for about 30 KB), and their partial rows of dw (132 x 15 x 3 KB = 6 MB) stay in L2 until they are added.
 # Without dw, one tile a program.
 WARPS_PER_SM_BWD, WARPS_PER_SM_BWD_WIDE, WIDE_COLUMNS = 15, 12, 768
-# Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
-CPU_PROGRAMS = 3
 # The sum of the partial rows: 64-byte pieces of 256 rows at a time, so that D / 16 programs share the work.
 DW_BLOCK_ROWS, DW_BLOCK_D, DW_NUM_WARPS = 256, 16, 8
 
@@ -214,35 +214,17 @@ def _rms_norm_dw_kernel(
     tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < D)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """View as (T, columns) with adjacent columns; copies only what has no such view."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _num_programs(x: Tensor, num_warps: int) -> int:
-    """Fix the grid of the backward by the card, not by the data, and with it the order of dw's sum."""
-    if not x.is_cuda:
-        return CPU_PROGRAMS
-    warps = WARPS_PER_SM_BWD if x.shape[-1] <= WIDE_COLUMNS else WARPS_PER_SM_BWD_WIDE
-    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(1, warps // num_warps)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("minimind_fast::rms_norm_fwd", mutates_args=(), device_types=("cuda", "cpu"))
 def _rms_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cast_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y, h (empty without a residual), rstd."""
     D = x.shape[-1]
-    y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_wide(x))
+    y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accum_dtype(x))
     h = x.new_empty(0 if residual is None else x.shape)
     if x.numel() > 0:
-        x2, params = _rows(x), _launch_params("fwd", D)
-        r2 = x2 if residual is None else _rows(residual)
+        x2, params = as_rows(x), _launch_params("fwd", D)
+        r2 = x2 if residual is None else as_rows(residual)
         with torch.cuda.device_of(x):
             _rms_norm_fwd_kernel[(triton.cdiv(x2.shape[0], params["ROWS"]),)](
                 x2, r2, weight.contiguous(), y, h, rstd, x2.shape[0], x2.stride(0), r2.stride(0), eps,
@@ -254,7 +236,7 @@ def _rms_norm_fwd(
 @_rms_norm_fwd.register_fake
 def _(x, residual, weight, eps, cast_first):
     h = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=_wide(x))
+    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=accum_dtype(x))
 
 
 @torch.library.custom_op("minimind_fast::rms_norm_bwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -274,12 +256,13 @@ def _rms_norm_bwd(
     dw = weight.new_empty(weight.shape if want_dw else 0)
     if h.numel() == 0:
         return dx, dw.zero_()
-    h2, dy2, params = _rows(h), _rows(dy), _launch_params("bwd", D)
-    dh2 = dy2 if dh is None else _rows(dh)
+    h2, dy2, params = as_rows(h), as_rows(dy), _launch_params("bwd", D)
+    dh2 = dy2 if dh is None else as_rows(dh)
     num_rows = h2.shape[0]
+    warps = WARPS_PER_SM_BWD if D <= WIDE_COLUMNS else WARPS_PER_SM_BWD_WIDE
     tiles = int(triton.cdiv(num_rows, params["ROWS"]))
-    programs = min(tiles, _num_programs(h, params["num_warps"])) if want_dw else tiles
-    partial = h.new_empty((programs, D) if want_dw else (0,), dtype=_wide(h))
+    programs = min(tiles, num_programs(h, warps, params["num_warps"])) if want_dw else tiles
+    partial = h.new_empty((programs, D) if want_dw else (0,), dtype=accum_dtype(h))
     with torch.cuda.device_of(h):
         _rms_norm_bwd_kernel[(programs,)](
             dy2, dh2, h2, weight.contiguous(), rstd, dx, partial, num_rows, dy2.stride(0), dh2.stride(0), h2.stride(0),
@@ -317,12 +300,8 @@ def _backward(ctx, dy, dh, _):
     )
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("rms_norm's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
 _rms_norm_fwd.register_autograd(_backward, setup_context=_save)
-_rms_norm_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_rms_norm_bwd, "rms_norm")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, cast_first: bool = False):

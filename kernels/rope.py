@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import accum_dtype, as_rows, num_programs, refuse_second_derivative
+
 # A program holds all heads of its tokens, so that the cosines are read once for all of them, and a head lies within
 # one warp, so that its norm is a shuffle. Up to this many values of q and k a thread: MiniMind3 has 48 with one token
 # in one warp (12 heads of 96, padded to 128), MiniMind2 80 with four tokens (head_dim 64) or two (80, 96).
@@ -40,8 +42,6 @@ MAX_WARPS = 16
 # for a grid that waits for room would give some programs twice the time: 9 x 5.4 KB in flight. Without dw, one tile a
 # program.
 WARPS_PER_SM_BWD = 9
-# Programs of the interpreter, where a program costs 0.4 ms: more than one, so that the sum of the partials is real.
-CPU_PROGRAMS = 3
 # The sum of the partial rows: 64-byte pieces of 256 rows at a time.
 DW_BLOCK_ROWS, DW_BLOCK_D, DW_NUM_WARPS = 256, 16, 8
 
@@ -281,24 +281,10 @@ def _rope_dw_kernel(
     tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < D)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """View as (T, columns) with adjacent columns; copies only what has no such view."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _heads(x: Tensor) -> Tensor:
     """View as (T, heads, hd) with adjacent hd; copies only what has no such view."""
     x = x.reshape(-1, *x.shape[-2:])
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _num_programs(x: Tensor, num_warps: int) -> int:
-    """Fix the grid of the backward by the card, not by the data, and with it the order of dw's sum."""
-    if not x.is_cuda:
-        return CPU_PROGRAMS
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return multiprocessors * max(1, WARPS_PER_SM_BWD // num_warps)
 
 
 @torch.library.custom_op("minimind_fast::rope_fwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -310,7 +296,7 @@ def _rope_fwd(
     q = qkv.new_empty(*qkv.shape[:-1], num_heads, head_dim)
     k = qkv.new_empty(*qkv.shape[:-1], num_kv_heads, head_dim)
     if qkv.numel() > 0:
-        x, has_norm = _rows(qkv), q_weight is not None or k_weight is not None
+        x, has_norm = as_rows(qkv), q_weight is not None or k_weight is not None
         params = _launch_params("fwd", num_heads, num_kv_heads, head_dim, has_norm)
         wq = x if q_weight is None else q_weight.contiguous()
         wk = x if k_weight is None else k_weight.contiguous()
@@ -342,16 +328,15 @@ def _rope_bwd(
     if dq.numel() == 0:
         return d_qkv, dw.zero_()
     dq, dk, dv = _heads(dq), _heads(dk), _heads(dv)
-    x = dq if qkv is None else _rows(qkv)
+    x = dq if qkv is None else as_rows(qkv)
     wq = dq if q_weight is None else q_weight.contiguous()
     wk = dq if k_weight is None else k_weight.contiguous()
     params = _launch_params("bwd", num_heads, num_kv_heads, head_dim, qkv is not None)
     tiles = int(triton.cdiv(dq.shape[0], params["BLOCK_T"]))
-    programs = min(tiles, _num_programs(dq, params["num_warps"])) if want_dw else tiles
-    wide = torch.float64 if dq.dtype == torch.float64 else torch.float32
+    programs = min(tiles, num_programs(dq, WARPS_PER_SM_BWD, params["num_warps"])) if want_dw else tiles
     # The norm that is not there leaves its half of the partial rows unwritten.
     new = dq.new_empty if q_weight is not None and k_weight is not None else dq.new_zeros
-    partial = new((programs, 2 * head_dim) if want_dw else (0,), dtype=wide)
+    partial = new((programs, 2 * head_dim) if want_dw else (0,), dtype=accum_dtype(dq))
     with torch.cuda.device_of(dq):
         _rope_bwd_kernel[(programs,)](
             dq, dk, dv, x, cos.contiguous(), sin.contiguous(), positions.contiguous(), wq, wk, d_qkv, partial,
@@ -375,11 +360,7 @@ def _(dq, dk, dv, cos, sin, positions, qkv, q_weight, k_weight, eps, want_dx, wa
     return d_qkv, dq.new_empty((2, head_dim) if want_dw else 0, dtype=dq.dtype if weight is None else weight.dtype)
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("rope's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
-_rope_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_rope_bwd, "rope")
 
 
 class _Rope(torch.autograd.Function):

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import as_rows, refuse_second_derivative
+
 # A tile is a few rows by 128 columns: 256 bytes of a 16-bit row, so whole cache lines, and 128 divides the ffn sizes of
 # the presets or nearly (1408 = 11 x 128, 1728 = 13.5, 2048 = 16, 2432 = 19). One row a program padded to a power of
 # two would idle 41% of its lanes at 2432.
@@ -88,18 +90,12 @@ def _swiglu_bwd_kernel(
     tl.store(d_gate_at + F, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """View as (T, columns) with adjacent columns; copies only what has no such view."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("minimind_fast::swiglu_fwd", mutates_args=(), device_types=("cuda", "cpu"))
 def _swiglu_fwd(gate_up: Tensor) -> Tensor:
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], F)
     if out.numel() > 0:
-        x, params = _rows(gate_up), _launch_params(F)
+        x, params = as_rows(gate_up), _launch_params(F)
         grid = (triton.cdiv(x.shape[0], params["BLOCK_T"]) * triton.cdiv(F, params["BLOCK_F"]),)
         with torch.cuda.device_of(x):
             _swiglu_fwd_kernel[grid](x, out, x.shape[0], x.stride(0), F, **params)
@@ -116,7 +112,7 @@ def _swiglu_bwd(grad: Tensor, gate_up: Tensor) -> Tensor:
     F = gate_up.shape[-1] // 2
     d_gate_up = gate_up.new_empty(gate_up.shape)
     if grad.numel() > 0:
-        x, g, params = _rows(gate_up), _rows(grad), _launch_params(F)
+        x, g, params = as_rows(gate_up), as_rows(grad), _launch_params(F)
         grid = (triton.cdiv(x.shape[0], params["BLOCK_T"]) * triton.cdiv(F, params["BLOCK_F"]),)
         with torch.cuda.device_of(x):
             _swiglu_bwd_kernel[grid](g, x, d_gate_up, x.shape[0], g.stride(0), x.stride(0), F, **params)
@@ -136,12 +132,8 @@ def _backward(ctx, grad):
     return _swiglu_bwd(grad, *ctx.saved_tensors)
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("swiglu's kernel has no second derivative: use mm.ops.use('none') for this computation.")
-
-
 _swiglu_fwd.register_autograd(_backward, setup_context=_save)
-_swiglu_bwd.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(_swiglu_bwd, "swiglu")
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ COMMANDS = {
         "what a run needs: memory, step time, hours and cost, on 1 to 1,024 GPUs",
     ),
     "serve": ("minimind_fast.commands.serve:main", "an OpenAI-compatible server and a chat page"),
-    "verify": ("minimind_fast.proof.verify:main", "check every kernel against the reference, and whole models"),
+    "verify": ("minimind_fast.commands.verify:main", "check every kernel against the reference, and whole models"),
 }
 
 

@@ -14,7 +14,6 @@ Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_d
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minimind_fast import ops
 from minimind_fast.config import IGNORE_INDEX, ModelConfig
 from minimind_fast.ops.documents import Documents
+from minimind_fast.ops.rotary import rope_tables
 
 INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)
 
@@ -60,41 +60,6 @@ class Packed(NamedTuple):
     def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd)."""
         return self.documents.attend(q, k, v, self.dropout)
-
-
-def rope_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's rotation angles, YaRN included.
-
-    Args:
-        config: gives head_dim, rope_theta, rope_scaling.
-        length: number of positions; max_position_embeddings if None.
-
-    Returns:
-        cos, sin: (length, hd // 2) float32.
-
-    Source: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023 (blend of interpolated and kept frequencies by wavelength).
-    """
-    head_dim = config.head_dim
-    assert head_dim is not None
-    length = length or config.max_position_embeddings
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    scale = 1.0
-    if config.rope_scaling:
-        yarn = config.rope_scaling
-        original = yarn["original_max_position_embeddings"]
-        scale = float(yarn.get("attention_factor", 1.0))
-        if config.max_position_embeddings > original:
-
-            def dimension(rotations: float) -> float:
-                """The pair that turns this often within the original context."""
-                return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-            low = max(math.floor(dimension(yarn["beta_fast"])), 0)
-            high = min(math.ceil(dimension(yarn["beta_slow"])), head_dim // 2 - 1)
-            ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-            frequencies = frequencies * (1 - ramp + ramp / yarn["factor"])
-    angles = torch.outer(torch.arange(length).float(), frequencies)
-    return angles.cos() * scale, angles.sin() * scale
 
 
 class RotaryTables(nn.Module):

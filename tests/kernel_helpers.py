@@ -1,14 +1,17 @@
 """What the kernel tests share: the process they run in, the error rule, poisoned memory, broken variants.
 
 Purpose:    one place that says when a kernel counts as right, so that every kernel is held to the same rule.
-Principle:  the error rule and the poison are those of `minimind-fast verify` (proof/verify.py),
+Principle:  the error rule and the poison are those of `minimind-fast verify` (proof/rule.py),
             so that tests and the report that a user runs cannot disagree.
 Properties: import this module before anything imports triton: it chooses the interpreter where there is no GPU
             (Triton decides at import). The interpreter is wrong in bfloat16, so there bfloat16 is tested on a GPU only.
 """
 
+import importlib
 import importlib.util
 import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +19,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from minimind_fast.proof.verify import compare, poisoned_memory
+from minimind_fast.proof.rule import compare, poisoned_memory
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -117,24 +120,39 @@ def assert_op(
 
 
 def broken_variant(module: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
-    """Load a copy of a kernel file with one piece of its source replaced, under its own op names.
+    """Load a copy of a kernel file with one piece of its source, or of what it shares, replaced; ops under other names.
 
     Args:
         module: the healthy kernel module.
-        folder: an empty folder for the copy (Triton reads a kernel's source from a file).
-        old, new: the text to replace, which must occur in the file, and what to write there.
+        folder: an empty folder for the copies (Triton reads a kernel's source from a file).
+        old: the text to replace, which must occur in the file or in a helper of kernels/ that it imports.
+        new: what to write there.
     Returns:
         The module of the broken copy.
     """
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
-    assert old in source, f"{old!r} does not occur in {module.__name__}: mend the test"
     name = f"broken_{module.__name__.rsplit('.', 1)[-1]}_{abs(hash((str(folder), old, new)))}"
-    source = source.replace(old, new, 1).replace("minimind_fast::", f"{name}::")
+    if old in source:
+        source = source.replace(old, new, 1)
+    else:
+        for part in re.findall(r"^from (minimind_fast\.kernels\.\w+) import", source, re.M):
+            text = Path(str(importlib.import_module(part).__file__)).read_text(encoding="utf-8")
+            if old in text:
+                copy = f"{name}_{part.rsplit('.', 1)[-1]}"
+                _load(copy, folder, text.replace(old, new, 1))
+                source = source.replace(part, copy)
+                break
+        else:
+            raise LookupError(f"{old!r} occurs neither in {module.__name__} nor in what it shares: mend the test")
+    return _load(name, folder, source.replace("minimind_fast::", f"{name}::"))
+
+
+def _load(name: str, folder: Path, source: str) -> ModuleType:
     path = folder / f"{name}.py"
     path.write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy
 

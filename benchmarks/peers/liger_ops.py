@@ -25,8 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from benchmarks.peers.eager_minimind import EagerAttention, EagerMiniMind, EagerMLP, Norm, repeat_kv
-from minimind_fast.config import ModelConfig
-from minimind_fast.ops.reference import IGNORE_INDEX, Routing
+from minimind_fast.config import IGNORE_INDEX, ModelConfig
+from minimind_fast.ops.routing import Routing
 
 tune_all = False  # the suite's choice
 # Of the mixture's autotuned kernels, a part of the name -> the configurations that are tried: its own fixed choice (that
@@ -107,7 +107,7 @@ def op(name: str) -> Callable | str:
     Returns:
         A function with the op's signature, or a reason.
     """
-    return or_reason(_OPS[name]) if name in _OPS else _NONE[name]
+    return or_reason(_OPS[name]) if name in _OPS else _NONE.get(name, "Liger has no such op")
 
 
 def or_reason(make: Callable[[], Any]) -> Any:

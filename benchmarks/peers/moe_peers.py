@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers import liger_ops
-from minimind_fast.ops.reference import Routing
+from minimind_fast.ops.routing import Routing
 
 Experts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 # In the order of their rows: what everybody has, then what must be installed. A compilation comes last.

@@ -97,7 +97,7 @@ def _gpu_ladder() -> list[Rung]:
     adam = replace(plain, key="adam", name="+ fused AdamW", fused_adam=True)
     whole = replace(adam, key="whole", name="+ one micro-batch in place of 8", micro_batches=1)
     varlen = replace(whole, key="attention", name="+ attention that knows documents", attention="auto")
-    names = [name for name in ops.NAMES if not name.startswith("moe") and name != "linear_kl"]
+    names = [name for name, op in ops.OPS.items() if op.in_forward and op.preset_case("minimind3", 1)]
     some = [",".join(names[: i + 1]) for i in range(len(names))]
     kernels = [replace(varlen, key=n, name=f"+ {n}", kernels=k) for n, k in zip(names, some, strict=True)]
     return [

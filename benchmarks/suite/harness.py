@@ -22,8 +22,8 @@ import torch
 from benchmarks.record import processor
 from benchmarks.timing import Playback, device_samples, matmul_flop_per_s, num_sets, percentiles, roofs
 from minimind_fast.ops import precision
-from minimind_fast.proof.roofline import Work
-from minimind_fast.proof.verify import Comparison
+from minimind_fast.ops.registry import Work
+from minimind_fast.proof.rule import Comparison
 from minimind_fast.training.log import peak_flops
 
 ALL_TOKENS = (6144, 16384, 53191, 65536, 131072)

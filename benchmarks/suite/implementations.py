@@ -1,7 +1,7 @@
 """Implementations of an op that stand side by side, and how they are called, checked and timed.
 
 Purpose:    eager, torch.compile of it, ours, Liger-Kernel where it is installed: one signature, one check.
-Principle:  inputs are a case of `verify.py`, at a model's shapes, as training calls the op: the head is promised its
+Principle:  inputs are a case of the op's record, at a model's shapes, as training calls the op: the head is promised its
             gradient. Truth is the reference in float64; the error rule is verify's own, on the very shape that is timed.
 Properties: inputs are drawn on the device from a seed. Kernels are checked in memory poisoned with NaN.
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from benchmarks.peers import liger_ops
 from minimind_fast import ops
-from minimind_fast.ops import reference
-from minimind_fast.proof.verify import DIFFERENTIABLE, Comparison, Draw, compare, poisoned_memory, preset_case
+from minimind_fast.ops.cases import Draw
+from minimind_fast.proof.rule import Comparison, compare, poisoned_memory
 
 NAMES = ("eager", "compile", "ours", "liger")
-COMPILED_ON_CPU = ("rms_norm", "swiglu")  # the compiler takes seconds for each; these are enough to see what it does
+# The compiler takes seconds for each; a few ops are enough to see what it does on a CPU.
+COMPILED_ON_CPU = [name for name, op in ops.OPS.items() if op.timing.compile_on_cpu]
 
 
 class DeviceDraw(Draw):
@@ -47,7 +48,9 @@ class Bench:
     """One input set of an op, ready to be run forward and backward.
 
     Args:
-        op, preset, tokens: as of `preset_case`.
+        op: its name.
+        preset: the model.
+        tokens: T.
         dtype: of the inputs.
         device: "cuda" or "cpu".
         seed: of the inputs.
@@ -57,15 +60,13 @@ class Bench:
     """
 
     def __init__(self, op: str, preset: str, tokens: int, dtype: torch.dtype, device: str, seed: int = 0) -> None:
-        case = preset_case(op, preset, tokens)
+        case = ops.OPS[op].preset_case(preset, tokens, training=True)
         if case is None:
             raise LookupError(f"{preset} does not call {op}")
         self.case, self.dtype, self.device = case, dtype, device
         draw = DeviceDraw(dtype, device, seed)
         self.tensors: dict[str, Any] = case.tensors(draw)
-        if op == "linear_cross_entropy":  # as training calls it
-            self.tensors["grad_weights"] = draw.normal(tokens, dtype=torch.float32)
-        self.leaves = [key for key in DIFFERENTIABLE[op] if self.tensors[key] is not None]
+        self.leaves = [key for key in ops.OPS[op].differentiable if self.tensors[key] is not None]
         for key in self.leaves:
             self.tensors[key].requires_grad_()
         self.draw, self.grads = draw, None
@@ -76,8 +77,8 @@ class Bench:
         return sum(t.numel() * t.element_size() for t in self.tensors.values() if t is not None)
 
     def forward(self, function: Callable, training: bool = True) -> list[Tensor]:
-        """The op's outputs that gradients come from; without training the head is promised no gradient."""
-        tensors = self.tensors if training else {k: t for k, t in self.tensors.items() if k != "grad_weights"}
+        """The op's outputs that gradients come from; without training no gradient is promised."""
+        tensors = self.tensors if training else {k: t for k, t in self.tensors.items() if k != self.case.promised}
         return [out for out in self.case.call(function, tensors) if out.requires_grad]
 
     def backward(self, outputs: list[Tensor], keep: bool = False, copies: bool = False) -> tuple[Tensor | None, ...]:
@@ -89,8 +90,8 @@ class Bench:
             copies: hand out copies of the outputs' gradients, as some peers write to what they are given.
         """
         if self.grads is None:
-            if "grad_weights" in self.tensors:
-                self.grads = [0.5 * self.tensors["grad_weights"]]
+            if self.case.promised:
+                self.grads = [0.5 * self.tensors[self.case.promised]]
             else:
                 self.grads = [self.draw.normal(*out.shape, dtype=out.dtype) for out in outputs]
         leaves = [self.tensors[key] for key in self.leaves]
@@ -113,7 +114,7 @@ class Bench:
         if double:
             self.tensors = {
                 key: t.detach().double().requires_grad_(key in self.leaves)
-                if t is not None and t.is_floating_point() and key not in ("cos", "sin", "grad_weights")
+                if t is not None and t.is_floating_point()
                 else t
                 for key, t in self.tensors.items()
             }
@@ -146,12 +147,12 @@ def implementation(op: str, name: str, device: str) -> Callable | str:
     Returns:
         A function with the op's signature, or a reason.
     """
-    eager = getattr(reference, op)
+    eager = ops.OPS[op].reference
     if name == "eager":
         return eager
     if name == "compile":
-        if op == "moe_mlp":
-            return "reads counts on the host: there is nothing whole to compile"
+        if not ops.OPS[op].timing.compiles:
+            return "the reference reads numbers on the host: there is nothing whole to compile"
         if device == "cpu" and op not in COMPILED_ON_CPU:
             return f"on a CPU the compiler is asked for {' and '.join(COMPILED_ON_CPU)} only"
         if device == "cpu":  # its backward is timed by itself there, so that its graph must outlive it
@@ -159,7 +160,7 @@ def implementation(op: str, name: str, device: str) -> Callable | str:
         return torch.compile(eager, dynamic=False)
     if name == "ours":
         with ops.use("auto"):  # ops' own choice for this device, which is called as it stands
-            function, _ = ops._choose(op, device)
+            function, _ = ops.choose(op, device)
         return "on a CPU ours is the reference itself" if function is eager else function
     if device == "cpu":
         return "Liger-Kernel's kernels run on a GPU only"
@@ -171,7 +172,7 @@ def expected(
     op: str, preset: str, tokens: int, dtype: torch.dtype, device: str
 ) -> tuple[Bench, dict[str, Tensor], dict[str, Tensor]]:
     """An input set, eager's results on it and the truth; the last ones are kept, as implementations follow each other."""
-    bench, plain = Bench(op, preset, tokens, dtype, device), getattr(reference, op)
+    bench, plain = Bench(op, preset, tokens, dtype, device), ops.OPS[op].reference
     eager = bench.results(plain)
     return bench, eager, bench.results(plain, double=True)
 

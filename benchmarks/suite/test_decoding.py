@@ -12,8 +12,9 @@ from benchmarks.suite.harness import Suite
 from minimind_fast.config import ModelConfig
 from minimind_fast.infer.decode import Decoder
 from minimind_fast.model import MiniMind
-from minimind_fast.proof.roofline import Work, causal_pairs, shape_of
-from minimind_fast.proof.verify import Comparison, compare
+from minimind_fast.ops.registry import Work
+from minimind_fast.proof.roofline import causal_pairs, shape_of
+from minimind_fast.proof.rule import Comparison, compare
 
 NEW = 16
 

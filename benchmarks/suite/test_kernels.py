@@ -12,13 +12,10 @@ from benchmarks.suite.implementations import NAMES, Bench, check, implementation
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.proof.roofline import op_work
-from minimind_fast.proof.verify import preset_case
 
-# What goals are about comes first. The head's are about its loss, in a group of its own.
-ORDER = ("swiglu", "rms_norm", "rope", "moe_mlp", "linear_cross_entropy", "moe_route", "linear_kl")
+# What the goals are about comes first. The head's are about its loss, in a group of its own.
+ORDER = sorted(ops.OPS.values(), key=lambda op: op.timing.place)
 DIRECTIONS = ("forward", "backward", "both")
-# On a CPU: beyond its caches where that is cheap, little where the op multiplies matrices.
-CPU_TOKENS = {"swiglu": 2048, "rms_norm": 2048, "rope": 2048}
 
 
 def _rows(suite: Suite) -> list[tuple[Any, ...]]:
@@ -26,11 +23,11 @@ def _rows(suite: Suite) -> list[tuple[Any, ...]]:
     for asked in suite.tokens(65536, 0):
         for op in ORDER:
             for preset in suite.presets(("minimind3", "minimind3-moe"), ("minimind2-small", "minimind3-moe")):
-                tokens = asked or CPU_TOKENS.get(op, 256)
+                tokens = asked or op.timing.cpu_tokens
                 # A mixture's other ops have shapes that a dense model has as well.
-                repeated = ModelConfig.preset(preset).use_moe and not op.startswith("moe") and not suite.everything
-                if preset_case(op, preset, 1) is not None and not repeated:
-                    rows += [(op, preset, tokens, name, way) for name in NAMES for way in DIRECTIONS]
+                repeated = ModelConfig.preset(preset).use_moe and not op.of_mixtures and not suite.everything
+                if op.preset_case(preset, 1) is not None and not repeated:
+                    rows += [(op.name, preset, tokens, name, way) for name in NAMES for way in DIRECTIONS]
     return rows
 
 
@@ -42,8 +39,9 @@ def test_kernel(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
     function = implementation(op, name, suite.device)
     if isinstance(function, str):
         pytest.skip(function)
-    if op == "linear_cross_entropy" and direction == "backward":
-        pytest.skip("in training its gradients are made in the forward: see both; forward is that of evaluation")
+    timing = ops.OPS[op].timing
+    if timing.no_backward and direction == "backward":
+        pytest.skip(timing.no_backward)
     how = (op, preset, tokens, suite.dtype, suite.device)
     with others_may_fail(name in ("eager", "ours")):
         found = check(*how, name)
@@ -52,12 +50,7 @@ def test_kernel(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         for bench in benches:
             bench.both(function)  # gradients are drawn, functions compiled
     errors = suite.hold_to(found, name == "ours")
-    config, rows = ModelConfig.preset(preset), tokens * (ModelConfig.preset(preset).num_experts_per_tok or 1)
-    matmuls = {
-        "linear_cross_entropy": (tokens, config.vocab_size, config.hidden_size),
-        "linear_kl": (tokens, config.vocab_size, config.hidden_size),
-        "moe_mlp": (rows, 2 * (config.moe_intermediate_size or 0), config.hidden_size),
-    }
+    config = ModelConfig.preset(preset)
     group = f"{op} {preset} T={tokens}"
     less = 0.0
     if direction == "backward" and not suite.on_gpu:
@@ -78,7 +71,7 @@ def test_kernel(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         name,
         calls,
         op_work(op, config, direction, tokens, torch.finfo(suite.dtype).bits // 8),
-        capture=name in ("ours", "liger") or not op.startswith("moe"),  # the reference's sort and counts ask the host
+        capture=name in ("ours", "liger") or not timing.reference_waits,
         less=less,
         kind="kernel",
         op=op,
@@ -86,11 +79,7 @@ def test_kernel(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         tokens=tokens,
         dtype=suite.dtype_name,
         direction=direction,
-        same_shape_flop_per_s=suite.same_shape(*matmuls[op]) if op in matmuls else None,
+        same_shape_flop_per_s=suite.same_shape(*timing.matmul(config, tokens)) if timing.matmul else None,
         peak_bytes=suite.peak_bytes(lambda: first.both(function)),
         **errors,
     )
-
-
-def test_every_op_is_in_a_group() -> None:
-    assert sorted(ORDER) == sorted(ops.NAMES)

@@ -15,11 +15,14 @@ from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import MLP, MoE
 from minimind_fast.ops.attention import BACKENDS, attention, resolve
-from minimind_fast.proof.roofline import Work, attention_work, op_work
-from minimind_fast.proof.verify import Comparison, _SameExperts, compare
+from minimind_fast.ops.registry import Work
+from minimind_fast.proof.models import SameExperts
+from minimind_fast.proof.roofline import attention_work, op_work
+from minimind_fast.proof.rule import Comparison, compare
 
 EAGER_TOKENS = 8192  # eager builds T x T scores; sdpa stands for it beyond
 DIRECTIONS = ("forward", "both")
+MIXTURE_OPS = [name for name, op in ops.OPS.items() if op.of_mixtures]
 
 
 def _attention_rows(suite: Suite) -> list[tuple[Any, ...]]:
@@ -193,7 +196,7 @@ def test_moe_layer(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         experts = moe_peers.find(name, suite.device)
         if isinstance(experts, str):
             pytest.skip(experts)
-    elif name == "ours" and all(ops._choose(op, suite.device)[1].startswith("reference") for op in ops.NAMES[-2:]):
+    elif name == "ours" and all(ops.choose(op, suite.device)[1].startswith("reference") for op in MIXTURE_OPS):
         pytest.skip("on a CPU ours is the reference itself")
     cu = offsets(document_lengths("512", tokens), suite.device)
 
@@ -218,7 +221,7 @@ def test_moe_layer(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
     layer = make(suite.dtype)
     x, grad = draw(0)
     # The same experts for all: near ties are decided by rounding, not by right and wrong.
-    with others_may_fail(experts is None), _SameExperts() as same:
+    with others_may_fail(experts is None), SameExperts() as same:
         theirs = run(layer, x, grad, "none")
         same.replay()
         truth = run(make(suite.dtype).double(), x, grad, "none")

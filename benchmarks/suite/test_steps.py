@@ -14,8 +14,10 @@ from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
-from minimind_fast.proof.roofline import OPTIMIZER_BYTES, Work, shape_of, step_work
-from minimind_fast.proof.verify import _SameExperts, compare
+from minimind_fast.ops.registry import Work
+from minimind_fast.proof.models import SameExperts
+from minimind_fast.proof.roofline import OPTIMIZER_BYTES, shape_of, step_work
+from minimind_fast.proof.rule import compare
 from minimind_fast.training import engine, graphs
 from minimind_fast.training import setup as stage
 from minimind_fast.training.config import TrainConfig
@@ -208,7 +210,7 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
     small = _batch(suite, config, kind, min(tokens, CHECKED_TOKENS), dense_rows, seed=1)
     rows, small_rows = ((b.input_ids.numel() // length, length) if dense_rows else (1, -1) for b in (batch, small))
     how = (small.input_ids, small.targets, small.cu_seqlens, small.max_seqlen)
-    experts = _SameExperts()  # near ties are decided by rounding, not by right and wrong
+    experts = SameExperts()  # near ties are decided by rounding, not by right and wrong
     with torch.no_grad(), experts:
         half = MiniMind(config).to(suite.device)
         half.load_state_dict(model.state_dict())

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.suite.harness import Suite
 from minimind_fast.config import ModelConfig
-from minimind_fast.proof.roofline import Work
-from minimind_fast.proof.verify import compare
+from minimind_fast.ops.registry import Work
+from minimind_fast.proof.rule import compare
 
 TOKENS = (65536, 6144, 53191)  # the most valuable first
 PIECES = (4, 16)  # of cuBLAS by hand

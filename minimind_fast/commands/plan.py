@@ -23,8 +23,9 @@ import torch
 
 from minimind_fast.config import PRESETS, ModelConfig
 from minimind_fast.ops import precision
+from minimind_fast.proof.cards import CARDS, Card
 from minimind_fast.proof.memory import ITEM_BYTES, MicroBatch, held, micro_batch, peak_bytes
-from minimind_fast.proof.roofline import CARDS, OPTIMIZER_BYTES, Card, shape_of, step_work
+from minimind_fast.proof.roofline import OPTIMIZER_BYTES, shape_of, step_work
 from minimind_fast.training.log import clock, peak_flops
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"

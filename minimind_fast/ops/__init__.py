@@ -1,47 +1,51 @@
 """What the model calls, and the one place that decides which implementation runs.
 
 Purpose: `ops.rms_norm(...)` and its siblings; `ops.use("none")` switches every Triton kernel off, `ops.use("swiglu")`
-    switches that one on and all others off, and so on: a difference in a run is traced by switching one op at a time.
-Principle: each op has a reference (`reference.<op>`) and a kernel (`kernels/<file>.<op>`) with the same signature.
-    The choice is a table filled by `use`; a call is one look-up.
-Properties: `auto` takes a kernel where the tensor is on a GPU; elsewhere what `cpu_ops.py` has, or else the reference. A
+    switches that one on and all others off: a difference in a run is traced by switching one op at a time.
+Principle: each op has a record (`records/<op>.py`) with a reference, perhaps a function of the CPU's own, and a kernel of
+    the same signature. `use` fills a table of modes; a call is one look-up. No op is named here.
+Properties: `auto` takes a kernel where the tensor is on a GPU; elsewhere the CPU's own function, or else the reference. A
     kernel asked for by name that cannot run is an error, never a silent fallback. With TRITON_INTERPRET=1 kernels asked
-    for by name run on a CPU.
+    for by name run on a CPU. Triton is imported when a kernel is first called. Imports kernels by name, and the config.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minimind_fast.ops import reference
+from minimind_fast.config import IGNORE_INDEX
+from minimind_fast.ops import registry
 from minimind_fast.ops.attention import attention
-from minimind_fast.ops.cpu import fused as cpu_ops
+from minimind_fast.ops.cpu import fused
 from minimind_fast.ops.precision import before_ampere
-from minimind_fast.ops.reference import IGNORE_INDEX, Routing
+from minimind_fast.ops.promises import BrokenPromise, check_promises, prepare
+from minimind_fast.ops.routing import Routing
 
-__all__ = ["IGNORE_INDEX", "Routing", "attention", "describe", "embedding", "use", "NAMES"]
+__all__ = [
+    "IGNORE_INDEX",
+    "NAMES",
+    "OPS",
+    "BrokenPromise",
+    "Routing",
+    "attention",
+    "check_promises",
+    "choose",
+    "describe",
+    "embedding",
+    "kernel",
+    "use",
+]
 
-# op -> the file in kernels/ that holds it. To add a kernel: one file there, one entry here, one in reference.py, one in
-# verify.py.
-_FILES = {
-    "rms_norm": "rms_norm",
-    "rope": "rope",
-    "swiglu": "swiglu",
-    "linear_cross_entropy": "linear_cross_entropy",
-    "linear_kl": "linear_kl",
-    "moe_route": "moe_route",
-    "moe_mlp": "moe_mlp",
-}
-NAMES = tuple(_FILES)
-
-
-_loaded: dict[str, Callable] = {}  # a table and not functools.cache, which torch.compile would look through
+OPS = registry.load()
+NAMES = tuple(OPS)
+# Tables and not functools.cache, which torch.compile would look through.
+_cpu_functions = {name: op.cpu_function() for name, op in OPS.items()}
+_loaded: dict[str, Callable] = {}
 
 
 def kernel(name: str) -> Callable:
@@ -51,11 +55,8 @@ def kernel(name: str) -> Callable:
         name: one of NAMES.
     """
     if name not in _loaded:
-        _loaded[name] = getattr(importlib.import_module(f"minimind_fast.kernels.{_FILES[name]}"), name)
+        _loaded[name] = OPS[name].kernel()
     return _loaded[name]
-
-
-_NEEDS_AMPERE = ("moe_route", "moe_mlp")  # compiled for a T4 they spill 4 to 14 KB a thread
 
 
 def _read(spec: str) -> dict[str, str]:
@@ -101,16 +102,27 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _choose(name: str, device_type: str) -> tuple[Callable, str]:
-    mode = _modes[name]
-    plain = getattr(reference, name)
+def choose(name: str, device_type: str) -> tuple[Callable, str]:
+    """Which implementation an op has on a device, and why.
+
+    Args:
+        name: one of NAMES.
+        device_type: "cuda" or "cpu".
+
+    Returns:
+        The function, and the reason for the log.
+
+    Raises:
+        ValueError: a kernel asked for by name cannot run there.
+    """
+    mode, op = _modes[name], OPS[name]
     if mode == "reference":
-        return plain, "reference: switched off"
+        return op.reference, "reference: switched off"
     if mode == "auto" and device_type != "cuda":
-        chunked = getattr(cpu_ops, name, None)
-        return (chunked, f"chunks: on {device_type}") if chunked else (plain, f"reference: on {device_type}")
-    if mode == "auto" and name in _NEEDS_AMPERE and before_ampere():
-        return plain, "reference: its dots find no tensor cores on this GPU"
+        own = _cpu_functions[name]
+        return (own, f"chunks: on {device_type}") if own else (op.reference, f"reference: on {device_type}")
+    if mode == "auto" and op.needs == "ampere" and before_ampere():
+        return op.reference, "reference: its dots find no tensor cores on this GPU"
     if mode == "auto":
         return kernel(name), "kernel: on a GPU"
     if device_type != "cuda" and not _interpreting():
@@ -130,25 +142,25 @@ def describe(device_type: str) -> dict[str, str]:
     Raises:
         ValueError: a kernel asked for by name cannot run there.
     """
-    return {name: _choose(name, device_type)[1] for name in NAMES}
+    if device_type == "cuda" and torch.cuda.is_initialized():
+        prepare(torch.device("cuda", torch.cuda.current_device()))  # before any CUDA graph is captured
+    return {name: choose(name, device_type)[1] for name in NAMES}
 
 
 def _dispatch(name: str) -> Callable:
     def call(first: Any, *args: Any, **kwargs: Any):
-        return _choose(name, first.device.type)[0](first, *args, **kwargs)
+        return choose(name, first.device.type)[0](first, *args, **kwargs)
 
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = getattr(reference, name).__doc__
+    call.__doc__ = OPS[name].reference.__doc__
     return call
 
 
-rms_norm = _dispatch("rms_norm")
-rope = _dispatch("rope")
-swiglu = _dispatch("swiglu")
-linear_cross_entropy = _dispatch("linear_cross_entropy")
-linear_kl = _dispatch("linear_kl")
-moe_route = _dispatch("moe_route")
-moe_mlp = _dispatch("moe_mlp")
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., Any]: ...  # ops.<name> of each record
+else:
+    globals().update({name: _dispatch(name) for name in NAMES})
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -162,4 +174,4 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
         (..., D).
     """
     inexact = weight.device.type == "cpu" and weight.dtype.itemsize == 2
-    return (cpu_ops.embedding if inexact else torch.nn.functional.embedding)(ids, weight)
+    return (fused.embedding if inexact else torch.nn.functional.embedding)(ids, weight)

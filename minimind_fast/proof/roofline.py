@@ -1,40 +1,26 @@
-"""The least that a machine must do: bytes and FLOPs of each op and of a training step, and how fast cards are.
+"""The least that a machine must do: bytes and FLOPs of each op and of a training step.
 
 Purpose: one count that the benchmarks, the compiler's table and `minimind-fast plan` share.
 Principle: the mandatory minimum. Bytes: each input and each output once, saved tensors as inputs of the backward; a
     matmul reads its operands and writes its result, three times a step. FLOPs: 2MNK a matmul, causal pairs only. Parts run
-    one after the other, each as fast as the slower of its bytes and its FLOPs.
-Properties: a floor, which nothing that stores its activations can undercut; nothing is measured here. Rates of a card are
-    90% of its data sheet's bandwidth and 80% of its dense bf16 peak, which is what an H200 gave: 4.3 TB/s, 790 TFLOP/s.
+    one after the other, each as fast as the slower of its bytes and its FLOPs. An op's own count stands in its record.
+Properties: a floor, which nothing that stores its activations can undercut; nothing is measured here.
 
 Shapes: T tokens, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E experts, V vocab.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import Experts, Head, MiniMind
-from minimind_fast.training.log import PEAK_TFLOPS
+from minimind_fast.ops import OPS
+from minimind_fast.ops.registry import Work
 
-TEACHER_HIDDEN = 768  # of the distillation case
-OPTIMIZER_BYTES = 30  # a parameter: fp32 gradient, master and two moments read, three of them and bf16 weights written
-
-
-class Work(NamedTuple):
-    """What something must do at least."""
-
-    bytes: float
-    flops: float = 0.0
-
-    def seconds(self, bytes_per_s: float, flop_per_s: float) -> float:
-        """The floor in time, when bytes and FLOPs overlap fully."""
-        return max(self.bytes / bytes_per_s, self.flops / flop_per_s)
+# Bytes a parameter: read fp32 gradient, master, m, v (16); write master, m, v (12) and the bf16 weight (2).
+OPTIMIZER_BYTES = 30
 
 
 def op_work(op: str, c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Work:
@@ -53,30 +39,11 @@ def op_work(op: str, c: ModelConfig, direction: str, tokens: int, element_bytes:
     Raises:
         ValueError: an unknown op.
     """
-    if direction == "both":
-        one, two = (op_work(op, c, d, tokens, element_bytes) for d in ("forward", "backward"))
-        return Work(one.bytes + two.bytes, one.flops + two.flops)
-    assert c.head_dim and c.intermediate_size and c.moe_intermediate_size and c.num_experts_per_tok
-    d, v, back = c.hidden_size, c.vocab_size, direction == "backward"
-    f = c.moe_intermediate_size if c.use_moe else c.intermediate_size
-    qk, kv = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim, c.num_key_value_heads * c.head_dim
-    values = {
-        "rms_norm": 4 * d,
-        "rope": (3 if c.qk_norm else 2) * qk + 2 * kv if back else 2 * qk,
-        "swiglu": (5 if back else 3) * f,
-        "linear_cross_entropy": (2 if back else 1) * d,
-        "linear_kl": 2 * d if back else d + TEACHER_HIDDEN,
-        "moe_route": (2 if back else 1) * d,
-        "moe_mlp": (3 if back else 2) * d,
-    }
-    if op not in values:
-        raise ValueError(f"unknown op {op!r}; choose of {', '.join(values)}")
-    flops = {
-        "linear_cross_entropy": 2 * d * v * (2 if back else 1),
-        "linear_kl": 4 * d * v if back else 2 * (d + TEACHER_HIDDEN) * v,
-        "moe_mlp": 6 * d * f * c.num_experts_per_tok * (2 if back else 1),
-    }.get(op, 0)
-    return Work(tokens * values[op] * element_bytes, tokens * flops)
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
+    directions = ("forward", "backward") if direction == "both" else (direction,)
+    parts = [OPS[op].work(c, d, tokens, element_bytes) for d in directions]
+    return Work(sum(part.bytes for part in parts), sum(part.flops for part in parts))
 
 
 def causal_pairs(tokens: int, document: float) -> float:
@@ -167,43 +134,3 @@ def step_work(c: ModelConfig, tokens: int, document: float, element_bytes: int =
         gathered = Work(6 * top_k * tokens * c.hidden_size * element_bytes * layers)
         parts["routing"] = Work(part("moe_route", layers).bytes + gathered.bytes)
     return parts
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a device can do.
-
-    Attributes:
-        name: as it calls itself, or a part of that.
-        memory_gib: of its memory.
-        bytes_per_s: a large copy, read plus written.
-        flop_per_s: a large bf16 matmul.
-        links_bytes_per_s: to the other devices of its node, one direction.
-        how: where the rates are from.
-    """
-
-    name: str
-    memory_gib: float
-    bytes_per_s: float
-    flop_per_s: float
-    links_bytes_per_s: float
-    how: str
-
-
-# name -> (memory in GiB, TB/s, GB/s to its neighbours in one direction: NVLink, else PCIe); vendors' data sheets.
-_SHEETS = {
-    "B200": (180, 8.0, 900),
-    "H200": (141, 4.8, 450),
-    "H100": (80, 3.35, 450),
-    "A100": (80, 2.04, 300),
-    "L40S": (48, 0.864, 32),
-    "RTX 5090": (32, 1.79, 64),
-    "RTX 4090": (24, 1.01, 32),
-    "RTX 3090": (24, 0.936, 32),
-}
-CARDS = {
-    name: Card(
-        name, memory, 0.9 * tb * 1e12, 0.8 * PEAK_TFLOPS[name] * 1e12, links * 1e9, "data sheet, see roofline.py"
-    )
-    for name, (memory, tb, links) in _SHEETS.items()
-}

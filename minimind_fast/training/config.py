@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, dataclass_transform
 
+from minimind_fast.ops import NAMES
+
 
 def option(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with a help text for the command line.
@@ -82,7 +84,7 @@ class TrainConfig:
         "training precision; 16 bits have fp32 masters; auto: bfloat16, or without it float32 on a CPU, float16 on a GPU",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
-    kernels: str = option("auto", "Triton kernels: auto, all, none or names such as rms_norm,swiglu")
+    kernels: str = option("auto", f"Triton kernels: auto, all, none, or some of {', '.join(NAMES)} joined by commas")
     attention: str = option("auto", "attention backend: auto, flash_attn, torch_varlen, sdpa or eager")
     zero_stage: int = option(
         -1, "DeepSpeed ZeRO stage 0-3 (-1: 1, or 0 in float32 on one rank)", choices=(-1, 0, 1, 2, 3)

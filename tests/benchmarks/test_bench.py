@@ -24,8 +24,8 @@ from benchmarks.suite import (
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.ops import reference
-from minimind_fast.proof.roofline import Work
-from minimind_fast.proof.verify import Comparison
+from minimind_fast.ops.registry import Work
+from minimind_fast.proof.rule import Comparison
 
 
 class FakeCuda:

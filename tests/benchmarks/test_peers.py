@@ -15,7 +15,7 @@ from benchmarks.peers import liger_ops, moe_peers
 from benchmarks.record import ROOT
 from benchmarks.studies import split_k
 from minimind_fast.ops import reference
-from minimind_fast.proof.verify import compare
+from minimind_fast.proof.rule import compare
 
 EXPERTS, HIDDEN, FFN = 4, 16, 24  # rows of 16 bytes and more, as grouped_mm asks
 

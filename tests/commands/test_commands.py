@@ -77,9 +77,7 @@ SIZES |= dict(num_threads=1, sample_tokens=2, cache_dir="cache")
 SHAPE = dict(hidden_size=64, num_hidden_layers=2)
 PLACE_OF_RESULT = {"export": 2, "import": 2, "lora merge": 4, "lora convert": 3}  # among the words of a tool
 NARROW = f"from minimind_fast.config import PRESETS\nfor preset in PRESETS.values(): preset.update({SHAPE})\n"
-FEW_CASES = (
-    "from minimind_fast.proof import verify\nverify.CASES = {op: cases[-2:] for op, cases in verify.CASES.items()}\n"
-)
+FEW_CASES = "from minimind_fast.proof.cases import CASES\nCASES.update({op: some[-2:] for op, some in CASES.items()})\n"
 SOMETHING = "import torch\ninput_ids = torch.randint(0, 6400, (1, 9))\ntargets = input_ids + 1\n"
 
 

@@ -11,8 +11,9 @@ import pytest
 from minimind_fast.cli import main as cli
 from minimind_fast.commands import plan
 from minimind_fast.config import ModelConfig
+from minimind_fast.proof.cards import CARDS, Card
 from minimind_fast.proof.memory import ITEM_BYTES, MicroBatch, held, micro_batch, peak_bytes
-from minimind_fast.proof.roofline import CARDS, Card, op_work, shape_of, step_work
+from minimind_fast.proof.roofline import op_work, shape_of, step_work
 
 # A process that trains under the product's engine and tells its peak, in bytes beyond what it had before the model.
 # Freed memory goes back at once (MALLOC_MMAP_THRESHOLD_), so that resident is what lives.

@@ -63,7 +63,7 @@ def test_every_model_on_every_architecture(tmp_path, request):
         found,
         {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"},
         {"minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"},
-        {"rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_kl", "moe_route", "moe_mlp"},
+        set(ops.NAMES),
     )
 
 
@@ -112,5 +112,5 @@ def test_the_committed_table_is_of_every_architecture_and_clean():
     file = ROOT / "benchmarks" / "results" / "kernels_aot.json"
     rows = json.loads(file.read_text())["kernels"]
     assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
-    assert {row["op"] for row in rows} == set(ops.NAMES)
+    assert {row["op"] for row in rows} >= {name for name, op in ops.OPS.items() if op.page}
     assert not [row for row in rows if row["problems"]]

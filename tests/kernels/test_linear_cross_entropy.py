@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minimind_fast import ops
 from minimind_fast.kernels import linear_cross_entropy as module
 from minimind_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from minimind_fast.ops import reference
@@ -131,7 +132,7 @@ def test_gradients_that_nobody_asked_for_are_not_computed(monkeypatch):
     def never(*_):
         raise AssertionError("d_weight was computed")
 
-    monkeypatch.setattr(module, "_add_product", never)
+    monkeypatch.setattr(module, "add_product", never)
     hidden, weight, targets = draw((6,), 12, 70, torch.float32)
     hidden.requires_grad_()
     for options in ({}, {"grad_weights": torch.ones(6, device=kh.DEVICE)}):
@@ -211,7 +212,8 @@ def test_targets_outside_the_vocabulary_give_nan():
     assert torch.equal(d_hidden.isnan().all(1), bad) and torch.equal(d_hidden.isnan().any(1), bad)
 
 
-def test_a_broken_promise_gives_nan():
+def test_a_broken_promise_is_told():
+    """On a CPU in the backward; on a GPU, which nothing waits for, by nan and at the next check."""
     hidden, weight, targets = draw((9,), 8, 30, torch.float32)
     promised = gradient(targets)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -225,10 +227,49 @@ def test_a_broken_promise_gives_nan():
         assert all(d.isfinite().all() for d in gradients(kept))
     broken = promised.clone()
     broken[0] *= 1.0 + 1e-3
-    for grad in (broken, promised + 1.0, promised.abs(), promised * float("nan")):
-        assert all(d.isnan().all() for d in gradients(grad))
+    assert all(d.isnan().all() for d in gradients(promised * float("nan")))  # no promise is broken by a loss of nan
+    ops.check_promises()
+
+    def assert_told(grad):
+        with pytest.raises(ops.BrokenPromise, match="one number times the sum of grad_weights.*leave grad_weights out"):
+            assert all(d.isnan().all() for d in gradients(grad))
+            ops.check_promises()
+        ops.check_promises()  # told once
+
+    for grad in (broken, promised + 1.0, promised.abs()):
+        assert_told(grad)
     promised = torch.zeros_like(promised)
-    assert all(d.isnan().all() for d in gradients(torch.ones_like(promised)))
+    assert_told(torch.ones_like(promised))
+
+
+@pytest.mark.gpu
+def test_a_broken_promise_in_a_cuda_graph_is_told():
+    hidden, weight, targets = draw((9,), 8, 30, torch.float32, ignored=0.0)
+    promised, grad = gradient(targets), gradient(targets) * 2.0
+    ops.describe("cuda")
+    hidden.requires_grad_()
+
+    def step():
+        out = linear_cross_entropy(hidden, weight, targets, grad_weights=promised)
+        return torch.autograd.grad(out, hidden, grad)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    ops.check_promises()
+    graph.replay()
+    ops.check_promises()
+    grad.mul_(torch.linspace(0.5, 1.0, 9, device="cuda"))
+    graph.replay()
+    grad.copy_(promised)
+    graph.replay()  # a promise that is kept again takes nothing back
+    with pytest.raises(ops.BrokenPromise):
+        ops.check_promises()
 
 
 def test_gradcheck():

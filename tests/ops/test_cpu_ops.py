@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from minimind_fast import ops
+from minimind_fast.config import IGNORE_INDEX as IGNORE
 from minimind_fast.ops import reference
 from minimind_fast.ops.cpu import fused as cpu_ops
-
-IGNORE = reference.IGNORE_INDEX
 
 
 def rms_inputs(rows=37, width=48, **_):
@@ -112,12 +111,16 @@ def test_no_residual_other_shapes_and_no_rows():
     assert cpu_ops.linear_cross_entropy(h, torch.randn(9, 16), none, grad_weights=torch.empty(0)).shape == (0,)
 
 
-def test_a_broken_promise_is_nan():
+def test_a_broken_promise_is_an_error_that_says_what_was_promised():
     given, targets, weights = head_inputs()
     hidden, weight = given["hidden"].requires_grad_(), given["weight"]
     out = cpu_ops.linear_cross_entropy(hidden, weight, targets, grad_weights=weights)
-    (grad,) = torch.autograd.grad((out * weights.flip(0)).sum(), hidden)
-    assert grad.isnan().all()
+    for wrong in ((out * weights.flip(0)).sum(), (out * weights).sum() + 0.01 * (out**2).sum()):
+        with pytest.raises(ops.BrokenPromise, match="one number times the sum of grad_weights.*leave grad_weights out"):
+            torch.autograd.grad(wrong, hidden, retain_graph=True)
+    (grad,) = torch.autograd.grad((out * weights).sum() * float("nan"), hidden, retain_graph=True)
+    assert grad.isnan().all()  # no promise is broken by a loss of nan
+    ops.check_promises()
 
 
 def test_auto_takes_them_for_training_only():

@@ -9,6 +9,7 @@ import torch
 
 import minimind_fast as mm
 from minimind_fast import ops
+from minimind_fast.config import PRESETS
 from minimind_fast.ops import reference
 
 X = torch.randn(5, 16)
@@ -138,7 +139,8 @@ print(mm.MiniMind(config)(torch.zeros(1, 4, dtype=torch.long)).logits.shape)
     assert done.stdout.strip() == "torch.Size([1, 4, 64])", done.stderr
 
 
-def test_the_model_takes_every_op_from_the_switch(monkeypatch):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_model_takes_every_op_from_the_switch_and_records_know_which(monkeypatch, preset):
     calls = set()
     for name in ops.NAMES:
 
@@ -147,7 +149,8 @@ def test_the_model_takes_every_op_from_the_switch(monkeypatch):
             return getattr(reference, _name)(*args, **kwargs)
 
         monkeypatch.setattr(ops, name, spy)
-    config = mm.ModelConfig.preset("minimind2-moe", num_hidden_layers=1, hidden_size=64, vocab_size=64)
+    sizes = dict(num_hidden_layers=1, hidden_size=64, vocab_size=64, max_position_embeddings=32)
+    config = mm.ModelConfig.preset(preset, **sizes)
     ids = torch.zeros(1, 4, dtype=torch.long)
     mm.MiniMind(config)(ids, targets=ids)
-    assert calls == set(ops.NAMES) - {"linear_kl"}
+    assert calls == {name for name, op in ops.OPS.items() if op.in_forward and op.preset_case(preset, 1)}

@@ -19,6 +19,7 @@ from minimind_fast.ops.attention import resolve
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.zero import deepspeed_config
 
+attention = sys.modules["minimind_fast.ops.attention"]  # the module: `ops.attention` is the op
 AVX2, ZEN4 = {"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True, "avx512_fp16": False}
 SAPPHIRE_RAPIDS = {"avx512_bf16": True, "amx_bf16": True, "avx512_fp16": True}
 GRAVITON = {"architecture": "aarch64", "bf16": True, "fp16_arith": True}

@@ -13,7 +13,8 @@ from minimind_fast import ops
 from minimind_fast.infer.decode import Decoder, PlainStep
 from minimind_fast.ops.attention import attention, resolve
 from minimind_fast.ops.attention import use as use_attention
-from minimind_fast.proof import verify
+from minimind_fast.proof.cases import evaluate
+from minimind_fast.proof.rule import NORM_FACTOR, compare
 
 # On a machine with a GPU Triton compiles, so that its CPU side cannot run there.
 on_either = pytest.mark.parametrize(
@@ -30,9 +31,9 @@ TOKENS = {"cuda": 1000, "cpu": 5}
 
 def as_trained(op, device):
     """The op as a model calls it; small where the interpreter runs."""
-    preset = "minimind3-moe" if op.startswith("moe") else "minimind3"
-    small = {} if device == "cuda" else {"vocab": 96, "width": 48}
-    case = verify.preset_case(op, preset, TOKENS[device], **small, weighted=True)
+    preset = next(name for name in ("minimind3", "minimind3-moe") if ops.OPS[op].preset_case(name, 1))
+    sizes = {} if device == "cuda" else dict(vocab_size=96, intermediate_size=48, moe_intermediate_size=48)
+    case = ops.OPS[op].preset_case(preset, TOKENS[device], training=True, **sizes)
     assert case is not None
     return case
 
@@ -49,11 +50,11 @@ def test_every_op_compiles_in_one_graph_and_changes_nothing(op, device):
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
         return tuple(o * 3 if o.is_floating_point() else o for o in outputs)
 
-    plain = verify.evaluate(case, between, DTYPE[device], device)
+    plain = evaluate(case, between, DTYPE[device], device)
     for dynamic in (False, True) if device == "cuda" else (False,):
         torch._dynamo.reset()
         compiled = torch.compile(between, fullgraph=True, dynamic=dynamic, backend=BACKEND[device])
-        for name, got in verify.evaluate(case, compiled, DTYPE[device], device).items():
+        for name, got in evaluate(case, compiled, DTYPE[device], device).items():
             torch.testing.assert_close(got, plain[name], rtol=2 * torch.finfo(DTYPE[device]).eps, atol=0.0)
 
 
@@ -87,9 +88,7 @@ def cut_model(preset, device, wide=False):
 def assert_step(got, plain, truth):
     """A step's result is no further from float64 than the plain step's, by norm."""
     for a, b, c in zip(got, plain, truth, strict=True):
-        result = verify.compare(
-            a.detach(), b.detach(), c.detach(), norm_factor=verify.NORM_FACTOR + 3 * a.numel() ** -0.5
-        )
+        result = compare(a.detach(), b.detach(), c.detach(), norm_factor=NORM_FACTOR + 3 * a.numel() ** -0.5)
         assert result.passed, result.reason
 
 
@@ -241,5 +240,5 @@ def test_fast_decoding_is_as_exact_in_bfloat16_as_plain_steps(device):
     assert how == {"cuda": "GraphStep", "cpu": "CpuStep"}[device]
     with ops.use("none"):
         plain, truth = run(model, False)[0], run(wide, False)[0]
-    result = verify.compare(got, plain, truth, norm_factor=verify.NORM_FACTOR)
+    result = compare(got, plain, truth, norm_factor=NORM_FACTOR)
     assert result.passed, result.reason

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from minimind_fast import ops
+from minimind_fast.commands import verify
 from minimind_fast.ops import reference
-from minimind_fast.proof import verify
+from minimind_fast.ops.cases import Draw
+from minimind_fast.proof.cases import CASES, MODELS, check
+from minimind_fast.proof.models import SameExperts, check_model
+from minimind_fast.proof.rule import NORM_FACTOR, compare
 # isort: on
 
 DEVICE = kernel_helpers.DEVICE
@@ -26,7 +30,7 @@ def three(dtype=torch.float32, size=200):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_rounded_truth_passes(dtype):
-    assert verify.compare(*three(dtype)).passed
+    assert compare(*three(dtype)).passed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -34,7 +38,7 @@ def test_one_element_off_by_a_few_roundings_fails(dtype):
     ours, eager, truth = three(dtype)
     worst = truth.abs().argmax()
     ours[worst] *= 1 + 24 * torch.finfo(dtype).eps
-    result = verify.compare(ours, eager, truth)
+    result = compare(ours, eager, truth)
     assert not result.passed and "1 of 200 elements" in result.reason
 
 
@@ -42,7 +46,7 @@ def test_many_elements_each_within_the_worst_of_eager_fail_by_norm():
     ours, eager, truth = three(torch.float16)
     eager[0] = eager[0] + 0.1
     ours += 0.05
-    result = verify.compare(ours, eager, truth)
+    result = compare(ours, eager, truth)
     assert not result.passed and "error norm" in result.reason
 
 
@@ -50,7 +54,7 @@ def test_many_elements_each_within_the_worst_of_eager_fail_by_norm():
 def test_an_unwritten_element_fails(value):
     ours, eager, truth = three()
     ours[7] = value
-    assert not verify.compare(ours, eager, truth).passed
+    assert not compare(ours, eager, truth).passed
 
 
 def test_inf_where_eager_has_inf_passes_and_so_does_the_truth_there():
@@ -58,52 +62,52 @@ def test_inf_where_eager_has_inf_passes_and_so_does_the_truth_there():
     truth[3], truth[4] = 1e6, 5.0
     eager[3] = eager[4] = ours[3] = float("inf")
     ours[4] = 5.0
-    assert verify.compare(ours, eager, truth).passed
+    assert compare(ours, eager, truth).passed
     ours[4] = 7.0
-    assert not verify.compare(ours, eager, truth).passed
+    assert not compare(ours, eager, truth).passed
 
 
 def test_another_shape_or_dtype_fails():
     ours, eager, truth = three()
-    assert not verify.compare(ours[:-1], eager, truth).passed
-    assert not verify.compare(ours.double(), eager, truth).passed
+    assert not compare(ours[:-1], eager, truth).passed
+    assert not compare(ours.double(), eager, truth).passed
 
 
 def test_integers_must_be_equal():
     plan = torch.arange(5, dtype=torch.int32)
-    assert verify.compare(plan, plan, plan).passed
-    assert not verify.compare(plan.flip(0), plan, plan).passed
+    assert compare(plan, plan, plan).passed
+    assert not compare(plan.flip(0), plan, plan).passed
 
 
 def test_an_error_of_twice_eager_fails_for_whole_models_too():
     _, eager, truth = three(torch.float16)
     noisy = (eager.double() + 1e-2).half()
     worse = (truth + 2 * (noisy.double() - truth)).half()
-    assert not verify.compare(worse, noisy, truth, norm_factor=verify.NORM_FACTOR).passed
+    assert not compare(worse, noisy, truth, norm_factor=NORM_FACTOR).passed
 
 
 def test_every_op_has_model_shapes_and_awkward_cases():
-    assert set(verify.CASES) == set(verify.DIFFERENTIABLE) == set(ops.NAMES)
-    for name, cases in verify.CASES.items():
+    assert set(CASES) == set(ops.NAMES)
+    for name, cases in CASES.items():
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
-        called = [m for m in verify.MODELS if verify.preset_case(name, m, 1) is not None]
+        called = [m for m in MODELS if ops.OPS[name].preset_case(m, 1) is not None]
         for model in called:
             assert any(model + " " in n for n in names), (name, model)
-        assert len(called) == (2 if name.startswith("moe") else 4 if name == "swiglu" else 5)
+        assert called and all(m.endswith("-moe") for m in called) == ops.OPS[name].of_mixtures
         assert any("no " in n for n in names) and any("one" in n for n in names)
 
 
 def test_cases_are_the_same_each_time_and_rounded_to_the_dtype():
-    case = verify.CASES["rope"][0]
-    a, b = (case.tensors(verify.Draw(torch.float16))["qkv"] for _ in range(2))
+    case = CASES["rope"][0]
+    a, b = (case.tensors(Draw(torch.float16))["qkv"] for _ in range(2))
     assert torch.equal(a, b) and a.dtype == torch.float16
-    assert not torch.equal(a, case.tensors(verify.Draw(torch.float16, seed=1))["qkv"])
+    assert not torch.equal(a, case.tensors(Draw(torch.float16, seed=1))["qkv"])
 
 
 def test_the_routers_cases_hold_no_near_ties():
-    for case in verify.CASES["moe_route"]:
-        t = case.tensors(verify.Draw(torch.float32))
+    for case in CASES["moe_route"]:
+        t = case.tensors(Draw(torch.float32))
         if t["x"].shape[0] and t["gate_weight"].shape[0] > case.options["top_k"]:
             logits = (t["x"] @ t["gate_weight"].t()).sort(-1, descending=True).values
             gaps = (logits[:, :-1] - logits[:, 1:])[:, : case.options["top_k"]]
@@ -125,28 +129,25 @@ class Spoil(torch.autograd.Function):
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_the_reference_passes_its_own_check_and_a_broken_one_fails(name):
     """A check that cannot fail is no check: each output and each gradient, spoilt in turn, must be seen."""
-    case = next(c for c in verify.CASES[name] if "T=" in c.name)
+    case = next(c for c in CASES[name] if "T=" in c.name)
     plain = getattr(reference, name)
-    healthy = verify.check(case, plain, torch.float32, "cpu")
+    healthy = check(case, plain, torch.float32, "cpu")
     assert all(result.passed for result in healthy.values())
 
-    tensors = case.tensors(verify.Draw(torch.float32))
-    wanted = [key for key in verify.DIFFERENTIABLE[name] if tensors[key] is not None]
+    tensors = case.tensors(Draw(torch.float32))
+    wanted = [key for key in ops.OPS[name].differentiable if tensors[key] is not None]
     assert wanted and set(healthy) >= {f"d {key}" for key in wanted}
     for key in wanted:
 
         def wrong_gradient(*args, _key=key, **kwargs):
-            if name == "moe_mlp":
-                kwargs = dict(zip(("x", "routing", "gate_up", "down"), args, strict=True))
-                args = ()
-                if _key == "weights":
-                    routing = kwargs["routing"]
-                    kwargs["routing"] = routing._replace(weights=Spoil.apply(routing.weights))
             if _key in kwargs:
                 kwargs[_key] = Spoil.apply(kwargs[_key])
+            for argument, value in kwargs.items():  # or it is a part of one
+                if _key in getattr(value, "_fields", ()):
+                    kwargs[argument] = value._replace(**{_key: Spoil.apply(getattr(value, _key))})
             return plain(*args, **kwargs)
 
-        results = verify.check(case, wrong_gradient, torch.float32, "cpu")
+        results = check(case, wrong_gradient, torch.float32, "cpu")
         assert {k for k, result in results.items() if not result.passed} == {f"d {key}"}
 
     outputs = [k for k in healthy if k.startswith("out")]
@@ -160,11 +161,11 @@ def test_the_reference_passes_its_own_check_and_a_broken_one_fails(name):
             parts[_i] = parts[_i] * 1.001 if parts[_i].is_floating_point() else parts[_i] + 1
             return tuple(parts)
 
-        assert not verify.check(case, wrong_output, torch.float32, "cpu")[key].passed, key
+        assert not check(case, wrong_output, torch.float32, "cpu")[key].passed, key
 
 
 def test_an_op_that_writes_to_its_input_or_leaves_memory_unwritten_fails():
-    case = next(c for c in verify.CASES["swiglu"] if "T=" in c.name)
+    case = next(c for c in CASES["swiglu"] if "T=" in c.name)
 
     def writes(gate_up):
         out = reference.swiglu(gate_up)
@@ -177,13 +178,13 @@ def test_an_op_that_writes_to_its_input_or_leaves_memory_unwritten_fails():
         return torch.cat([out[:1], hole[1:2], out[2:]])
 
     for broken in (writes, unwritten):
-        assert not all(r.passed for r in verify.check(case, broken, torch.float32, "cpu").values())
+        assert not all(r.passed for r in check(case, broken, torch.float32, "cpu").values())
 
 
 def test_whole_models_see_a_wrong_kernel(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ops, "kernel", lambda name: getattr(reference, name))
-    rows = list(verify.check_model("minimind3-moe", torch.float32, "cpu", ops.NAMES))
+    rows = list(check_model("minimind3-moe", torch.float32, "cpu", ops.NAMES))
     assert [row["op"] for row in rows] == [
         "rms_norm", "rope", "linear_cross_entropy", "moe_route", "moe_mlp", "all",
     ]  # fmt: skip
@@ -194,14 +195,14 @@ def test_whole_models_see_a_wrong_kernel(monkeypatch):
         return reference.rms_norm(x, weight, eps * 30, residual, cast_first)
 
     monkeypatch.setattr(ops, "kernel", lambda name: wrong if name == "rms_norm" else getattr(reference, name))
-    failed = {r["op"] for r in verify.check_model("minimind2-small", torch.float32, "cpu", ops.NAMES)
+    failed = {r["op"] for r in check_model("minimind2-small", torch.float32, "cpu", ops.NAMES)
               if not all(result.passed for result in r["results"].values())}  # fmt: skip
     assert failed == {"rms_norm", "all"}
 
 
 def test_choices_that_differ_between_experts_are_counted_and_held():
     x, gate = torch.randn(6, 8), torch.randn(4, 8)
-    with verify._SameExperts() as experts:
+    with SameExperts() as experts:
         before = ops.moe_route(x, gate, 2, True)
         experts.replay()
         after = ops.moe_route(-x, gate, 2, True)
@@ -216,7 +217,7 @@ def test_choices_that_differ_between_experts_are_counted_and_held():
 
 def command(*argv: str, **env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = [sys.executable, "-m", "minimind_fast.proof.verify", *argv]
+    run = [sys.executable, "-m", "minimind_fast.commands.verify", *argv]
     return subprocess.run(run, env=clean | env, capture_output=True, text=True, timeout=280)
 
 
@@ -228,7 +229,7 @@ def test_the_command_runs_itself_under_the_interpreter_and_says_so(tmp_path):
     assert "Triton's interpreter" in done.stdout and "bfloat16 and speed need a GPU" in done.stdout
     found = json.loads(file.read_text())
     assert found["passed"] and {row["dtype"] for row in found["rows"]} == {"float32", "float16"}
-    assert {row["case"] for row in found["rows"]} == {case.name for case in verify.CASES["swiglu"]}
+    assert {row["case"] for row in found["rows"]} == {case.name for case in CASES["swiglu"]}
     numbers = found["rows"][0]["results"]["d gate_up"]
     assert 0 < numbers["norm_error"] < 1e-6 and 0 < numbers["eager_norm_error"] < 1e-6
 

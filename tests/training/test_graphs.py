@@ -17,7 +17,7 @@ from minimind_fast.data.batches import Batch
 from minimind_fast.model import MoE, Teacher
 from minimind_fast.ops.attention import use as use_attention
 from minimind_fast.ops.documents import run
-from minimind_fast.proof import verify
+from minimind_fast.proof.rule import NORM_FACTOR, compare
 from minimind_fast.training import graphs
 from minimind_fast.training.config import TrainConfig
 
@@ -383,6 +383,6 @@ def test_on_a_gpu(preset):
         if not truth.config.use_moe:  # there near ties are decided by rounding, and gradients with them
             pairs += [(got[1][n], wanted[1][n], exact[1][n]) for n in exact[1]]
         for a, b, c in pairs:
-            result = verify.compare(a, b, c.double(), norm_factor=verify.NORM_FACTOR + 3 * a.numel() ** -0.5)
+            result = compare(a, b, c.double(), norm_factor=NORM_FACTOR + 3 * a.numel() ** -0.5)
             assert result.passed, result.reason
     assert len(model.forward.graphs) == 1

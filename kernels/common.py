@@ -1,0 +1,109 @@
+"""What several kernels share: views for launchers, sums of partial results, the refusal of second derivatives.
+
+Purpose:    one copy of each helper, so that a kernel file holds its own op only.
+Principle:  a helper takes tensors and sizes and knows no op.
+Properties: views copy only what has no such view. Sums run in a fixed order: two runs agree bitwise.
+
+Shapes: T tokens (all leading dimensions), D columns, V vocab.
+"""
+# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs of the interpreter, where each costs 0.4 ms: more than one, so that a sum of partials is a real sum.
+CPU_PROGRAMS = 3
+
+
+def accum_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """View as (T, D), any strides: what a matmul takes."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """View as (T, D) with adjacent columns: what our kernels load."""
+    x = as_matrix(x)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_vector(x: Tensor) -> Tensor:
+    """View as (T,) with adjacent values."""
+    return x.reshape(-1).contiguous()
+
+
+def padded(V: int) -> int:
+    """Return a row stride of logits that 16 divides: only then are Triton's loads 16 bytes wide."""
+    return (V + 15) // 16 * 16
+
+
+def num_programs(x: Tensor, warps_per_sm: int, num_warps: int) -> int:
+    """Fix the grid of a backward by the card, not by the data, and with it the order of dw's sum.
+
+    Args:
+        x: its device is the card.
+        warps_per_sm: warps that a multiprocessor holds at once.
+        num_warps: of a program.
+    """
+    if not x.is_cuda:
+        return CPU_PROGRAMS
+    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(1, warps_per_sm // num_warps)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a^T @ b to a float32 (float64 for float64) sum; products of 16-bit values are never rounded to 16 bits."""
+    if total.dtype == a.dtype:
+        total.addmm_(a.t(), b)
+    elif a.device.type == "cuda":
+        # The matmul reads 16 bits and writes float32. Batched, because addmm's first versions refuse a float32 summand.
+        torch.baddbmm(total[None], a.t()[None], b[None], out_dtype=total.dtype, out=total[None])
+    else:
+        total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
+    for start in range(0, num_partials, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < num_partials)[:, None] & (at < size)[None, :]
+        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + at, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+def sum_partials(partial: Tensor, out: Tensor) -> None:
+    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
+    num_partials, size = partial.shape[0], out.numel()
+    rows = min(32, triton.next_power_of_2(num_partials))
+    params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
+    _sum_partials_kernel[(triton.cdiv(size, params["BLOCK"]),)](partial, out, num_partials, size, **params)
+
+
+def refuse_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
+    """Make the gradient of a backward an error that says so.
+
+    Args:
+        op: the custom op of the backward.
+        name: of the public op.
+    """
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name}'s kernel has no second derivative: use mm.ops.use('none') for this computation.")
+
+    op.register_autograd(refuse, setup_context=_save_nothing)
+
+
+def _save_nothing(ctx, inputs, output) -> None:
+    pass

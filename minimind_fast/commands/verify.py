@@ -1,0 +1,93 @@
+"""`minimind-fast verify`: check every kernel against the reference in float64, then whole models.
+
+Purpose: the proof that the kernels on this machine are no less exact than plain PyTorch.
+Principle: reads the options, prints the rows of the report as they come, and says pass or fail by its exit code.
+Properties: runs the compiled kernels where there is a GPU, Triton's interpreter elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minimind_fast import ops
+from minimind_fast.proof.cases import MODELS
+from minimind_fast.proof.report import DTYPES, HEADER, format_row, report, report_by_processes, to_json
+
+
+def _names(text: str, known: Sequence[str], what: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(text)}; choose of {', '.join(known)}")
+    return names
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`minimind-fast verify`: check every kernel, then whole models, and say pass or fail.
+
+    Args:
+        argv: arguments after `verify`; the process's own if None.
+
+    Returns:
+        The exit code: 0 if everything passes, 1 if not (2 for wrong usage).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="minimind-fast verify", description=main.__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--ops", default=",".join(ops.NAMES), help="ops to check, joined by commas (default: all)")
+    parser.add_argument("--dtype", default="", help=f"of {', '.join(DTYPES)}, joined by commas (default: all that can)")
+    parser.add_argument("--device", default="", choices=("", "cpu", "cuda"), help="cuda where there is one, else cpu")
+    parser.add_argument("--models", choices=("yes", "no", "only"), default="yes", help="whole models, two layers each")
+    parser.add_argument("--preset", default=",".join(MODELS), help="which models (default: all)")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (0: in this one)")
+    parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
+    args = parser.parse_args(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    possible = list(DTYPES) if device == "cuda" else ["float32", "float16"]
+    try:
+        names, presets = _names(args.ops, ops.NAMES, "op"), _names(args.preset, MODELS, "preset")
+        dtypes = _names(args.dtype, list(DTYPES), "dtype") if args.dtype else possible
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: PyTorch sees no GPU here; leave --device out to check on the CPU")
+        if set(dtypes) - set(possible):
+            raise ValueError("--dtype bfloat16 needs a GPU: Triton's interpreter is wrong in bfloat16")
+    except ValueError as error:
+        parser.error(str(error))
+    jobs = args.jobs
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        jobs = max(jobs, 1)
+
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter: small cases"
+    print(f"torch {torch.__version__}, {where}, {', '.join(dtypes)}")
+    if device == "cpu":
+        print("No GPU: this proves the arithmetic in float32 and float16; bfloat16 and speed need a GPU.")
+    print(HEADER)
+    rows = []
+    if jobs:
+        found = report_by_processes(names, dtypes, device, args.models, presets, jobs)
+    else:
+        found = report(names, dtypes, device, args.models != "only", presets if args.models != "no" else ())
+    for row in found:
+        rows.append(row)
+        print(format_row(row), flush=True)
+    failed = [row for row in rows if not row["passed"]]
+    if args.json:
+        summary = {
+            "torch": torch.__version__,
+            "device": where,
+            "passed": not failed,
+            "rows": [to_json(r) for r in rows],
+        }
+        Path(args.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(rows) - len(failed)} of {len(rows)} pass" + "".join(f"\nFAIL {r['op']}: {r['case']}" for r in failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

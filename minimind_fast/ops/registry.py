@@ -1,0 +1,136 @@
+"""One record per op, and the table of all records.
+
+Purpose: everything that is to be known of an op stands in its record, `records/<op>.py`; the switch, the proof,
+    benchmarks, counts and docs read it there.
+Principle: the table is found by listing the folder, so a new file is a new op.
+Properties: making the table imports no kernel and no Triton. Tables are in the order of `place`, then of names.
+
+Shapes: T tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from minimind_fast.config import ModelConfig
+from minimind_fast.ops.cases import Case
+
+
+class Work(NamedTuple):
+    """What something must do at least."""
+
+    bytes: float
+    flops: float = 0.0
+
+    def seconds(self, bytes_per_s: float, flop_per_s: float) -> float:
+        """The floor in time, when bytes and FLOPs overlap fully."""
+        return max(self.bytes / bytes_per_s, self.flops / flop_per_s)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How the benchmarks time an op.
+
+    Attributes:
+        place: among the ops; what the goals are about comes first.
+        cpu_tokens: T on a CPU: beyond its caches where that is cheap, few where the op multiplies matrices.
+        matmul: (config, T) -> (m, n, k) of its largest matmul, timed beside it; None if it has none.
+        compiles: whether torch.compile makes one graph of the reference.
+        compile_on_cpu: compile it on a CPU too, which takes seconds.
+        reference_waits: the reference waits for the host, which no CUDA graph can hold.
+        no_backward: why its backward is not timed by itself; "" if it is.
+    """
+
+    place: int = 100
+    cpu_tokens: int = 256
+    matmul: Callable[[ModelConfig, int], tuple[int, int, int]] | None = None
+    compiles: bool = True
+    compile_on_cpu: bool = False
+    reference_waits: bool = False
+    no_backward: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """All that is known of an op. Its kernel is `<name>` in `kernels/<name>.py`.
+
+    Attributes:
+        name: the op's, its kernel file's and its word on the command line.
+        reference: its meaning in plain PyTorch; in float64 the truth of the error rule.
+        differentiable: the tensors of its cases that gradients go to.
+        work: (config, "forward" or "backward", T, bytes of an activation) -> what it must do at least.
+        model_case: (config, T) -> the op as a model calls it; None where that model does not.
+        cases: awkward calls: odd sizes, one row, no rows, huge and tiny values.
+        training_case: the same as model_case, but as a training step calls it; model_case if None.
+        large_cases: calls that only a GPU has the memory for, beside the models' own.
+        small: config fields cut down for the interpreter, as for example vocab_size.
+        small_tokens: T of the models' cases in the interpreter.
+        cpu: "module:function" for training on a CPU, or "" for the reference.
+        needs: "ampere": on an older GPU the reference runs; "" for none.
+        of_mixtures: an op of mixtures of experts only.
+        in_forward: whether a model's own forward calls it, so that whole models prove it.
+        place: in tables and lists.
+        timing: how it is timed.
+        page: of docs/, without the language and the suffix; "" if it has none.
+    """
+
+    name: str
+    reference: Callable
+    differentiable: tuple[str, ...]
+    work: Callable[[ModelConfig, str, int, int], Work]
+    model_case: Callable[[ModelConfig, int], Case | None]
+    cases: tuple[Case, ...] = ()
+    training_case: Callable[[ModelConfig, int], Case | None] | None = None
+    large_cases: tuple[Case, ...] = ()
+    small: dict[str, int] = field(default_factory=dict)
+    small_tokens: int = 20
+    cpu: str = ""
+    needs: str = ""
+    of_mixtures: bool = False
+    in_forward: bool = True
+    place: int = 100
+    timing: Timing = Timing()
+    page: str = ""
+
+    def preset_case(self, preset: str, tokens: int, training: bool = False, **sizes: int) -> Case | None:
+        """The op as a model of MiniMind's calls it.
+
+        Args:
+            preset: the model's name.
+            tokens: T.
+            training: as a training step calls it.
+            sizes: config fields to set differently, smaller for the interpreter.
+
+        Returns:
+            The case; None where the model does not call the op.
+        """
+        make = self.training_case if training and self.training_case else self.model_case
+        case = make(ModelConfig.preset(preset, **sizes), tokens)
+        return None if case is None else replace(case, name=f"{preset} T={tokens}")
+
+    def kernel(self) -> Callable:
+        """The Triton implementation; imports Triton."""
+        return getattr(importlib.import_module(f"minimind_fast.kernels.{self.name}"), self.name)
+
+    def cpu_function(self) -> Callable | None:
+        """The CPU's own implementation, or None."""
+        if not self.cpu:
+            return None
+        module, function = self.cpu.split(":")
+        return getattr(importlib.import_module(module), function)
+
+
+def load() -> dict[str, Op]:
+    """Read the folder of records.
+
+    Returns:
+        name -> Op, in the order of tables.
+    """
+    package = importlib.import_module("minimind_fast.ops.records")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    found: list[Op] = [importlib.import_module(f"{package.__name__}.{name}").OP for name in names]
+    return {op.name: op for op in sorted(found, key=lambda op: (op.place, op.name))}

@@ -1,0 +1,153 @@
+"""The report: one row a case and dtype, from this process or from several.
+
+Purpose: what `minimind-fast verify` prints and writes.
+Principle: a row holds a Comparison for each output and each gradient.
+Properties: one process an op and one a model, several at a time: compiling is most of the time, and on a CPU Triton
+    chooses its interpreter at its import. There small cases run in float32 and float16: the interpreter is wrong in
+    bfloat16. A process that dies is a row that failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind_fast import ops
+from minimind_fast.proof.cases import CASES, MODELS, check, large_cases
+from minimind_fast.proof.models import check_model
+from minimind_fast.proof.rule import Comparison
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def report(
+    names: Sequence[str], dtypes: Sequence[str], device: str, alone: bool = True, presets: Sequence[str] = MODELS
+) -> Iterator[dict[str, Any]]:
+    """Check ops, then whole models.
+
+    Args:
+        names: ops.
+        dtypes: keys of DTYPES.
+        device: "cpu" or "cuda".
+        alone: each op by itself.
+        presets: of MODELS: whole models.
+
+    Yields:
+        One row a case and dtype: op, case, dtype, results (a Comparison for each tensor), passed, seconds.
+    """
+
+    def finish(row: dict[str, Any], dtype: str, started: float) -> dict[str, Any]:
+        passed = all(result.passed for result in row["results"].values())
+        return {**row, "dtype": dtype, "passed": passed, "seconds": round(time.perf_counter() - started, 2)}
+
+    for name in names if alone else ():
+        cases = CASES[name] + (large_cases(name) if device == "cuda" else [])
+        for case in cases:
+            for dtype in dtypes:
+                if case.only and dtype not in case.only:
+                    continue
+                started = time.perf_counter()
+                results = check(case, ops.kernel(name), DTYPES[dtype], device)
+                yield finish({"op": name, "case": case.name, "results": results}, dtype, started)
+    for preset in presets:
+        for dtype in dtypes:
+            started = time.perf_counter()
+            for row in check_model(preset, DTYPES[dtype], device, names):
+                yield finish(row, dtype, started)
+                started = time.perf_counter()
+
+
+HEADER = (
+    f"{'op':21}{'case':32}{'dtype':9} {'output error (eager)':>24} {'gradient error (eager)':>24} "
+    f"{'worst max':>10}  result"
+)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One line of the table; errors are norms relative to truth's, the worst tensor of each kind.
+
+    Args:
+        row: of `report`.
+
+    Returns:
+        The line, and one more for each tensor that failed.
+    """
+
+    def worst(keys: list[str]) -> str:
+        if not keys:
+            return ""
+        result = max((row["results"][k] for k in keys), key=lambda r: r.norm_error)
+        return f"{result.norm_error:.2e} ({result.eager_norm_error:.2e})"
+
+    is_gradient = [k for k in row["results"] if k.startswith("d ") or k == "gradients"]
+    outputs = [k for k in row["results"] if k not in is_gradient]
+    most = max((r.max_error for r in row["results"].values()), default=0.0)
+    note = ""
+    if "loss_difference" in row:
+        note = f"  on against off: loss {row['loss_difference']:.1e}, gradients {row['gradient_difference']:.1e}"
+        if row["expert_choices_that_differed"]:
+            note += f", {row['expert_choices_that_differed']} expert choices differed"
+    line = (
+        f"{row['op']:21}{row['case']:32}{row['dtype']:9} {worst(outputs):>24} {worst(is_gradient):>24} {most:10.1e}  "
+        f"{'pass' if row['passed'] else 'FAIL'}{note}"
+    )
+    failed = [f"    {key}: {r.reason}" for key, r in row["results"].items() if not r.passed]
+    return "\n".join([line, *failed])
+
+
+def to_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as plain data.
+
+    Args:
+        row: of `report`.
+    """
+    return {**row, "results": {key: vars(result) for key, result in row["results"].items()}}
+
+
+def from_json(row: dict[str, Any]) -> dict[str, Any]:
+    """The row that `to_json` gave.
+
+    Args:
+        row: plain data.
+    """
+    return {**row, "results": {key: Comparison(**numbers) for key, numbers in row["results"].items()}}
+
+
+def report_by_processes(
+    names: Sequence[str], dtypes: Sequence[str], device: str, models: str, presets: Sequence[str], jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The same report from one process an op and one a model, `jobs` at a time: compiling is most of the time."""
+    env = dict(os.environ)
+    if device == "cpu":  # Triton chooses the interpreter at its import
+        env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    same = ["--dtype", ",".join(dtypes), "--device", device, "--jobs", "0"]
+    tasks = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
+    if models != "no":
+        tasks += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
+
+    def run(task: list[str]) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            command = [sys.executable, "-m", "minimind_fast.commands.verify", *task, *same, "--json", str(file)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if file.exists():
+                return [from_json(row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        said = f"the process ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
+        case = " ".join(task)
+        return [
+            {"op": task[1], "case": case, "dtype": "", "passed": False, "results": {"run": Comparison(False, said)}}
+        ]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for rows in pool.map(run, tasks):
+            yield from rows

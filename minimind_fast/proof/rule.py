@@ -1,0 +1,122 @@
+"""The error rule: when a result counts as right.
+
+Purpose: tests, benchmarks and `minimind-fast verify` hold every result to one rule.
+Principle: truth is the reference in float64. For an output and for each gradient
+        |kernel - truth| <= |eager at the same dtype - truth| + tol.
+    By element: no element may be off by more than eager's worst element, plus one unit in the last place of its own
+    value, plus the float32 noise of a sum over values of the tensor's size (which element eager happens to hit exactly
+    is luck, and no measure). By norm: 1.25 times eager's error, plus the noise.
+Properties: integers must be equal; inf and nan are right where eager or truth has them. Kernels are run in memory
+    poisoned with NaN, so that an element nobody wrote is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A few roundings of a float32 sum, relative to the tensor's largest value.
+FLOAT32_NOISE = 16 * torch.finfo(torch.float32).eps
+NORM_FACTOR = 1.25
+
+
+@dataclass
+class Comparison:
+    """A result held to the error rule."""
+
+    passed: bool
+    reason: str = ""  # what broke the rule
+    max_error: float = 0.0  # largest |kernel - truth|
+    eager_max_error: float = 0.0
+    norm_error: float = 0.0  # ||kernel - truth|| / ||truth||
+    eager_norm_error: float = 0.0
+
+
+def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | None = None) -> Comparison:
+    """Hold a kernel's result to truth, with eager's own error at the same dtype as the measure.
+
+    Args:
+        kernel: the kernel's result, any shape, any dtype.
+        eager: the reference's result at the same dtype.
+        truth: the reference's result in float64, same shape. Integers must be equal.
+        norm_factor: use the rule by norm alone, with this factor (whole models, where an element's error has no owner).
+
+    Returns:
+        Comparison.
+
+    Source: cut-cross-entropy (error against high-precision truth, bounded by eager's own).
+    """
+    if not kernel.shape == eager.shape == truth.shape:
+        return Comparison(False, f"shapes differ: {kernel.shape} {eager.shape} {truth.shape}")
+    if kernel.dtype != eager.dtype:
+        return Comparison(False, f"kernel gives {kernel.dtype}, eager {eager.dtype}")
+    if kernel.numel() == 0:
+        return Comparison(True)
+    if not kernel.is_floating_point():
+        wrong = int((kernel != truth).sum())
+        return Comparison(not wrong, f"{wrong} of {kernel.numel()} integers differ" if wrong else "", wrong)
+    finfo = torch.finfo(kernel.dtype)
+    rounded_truth = truth.detach().to(kernel.dtype).double().flatten()
+    kernel, eager, truth = (t.detach().double().flatten() for t in (kernel, eager, truth))
+    if not (kernel.isfinite().all() and eager.isfinite().all()):
+        # Where eager overflows or meets inf and nan, the kernel may do the same, element for element, or know better.
+        same = (kernel == eager) | (kernel.isnan() & eager.isnan())
+        right = (kernel == rounded_truth) | (kernel.isnan() & rounded_truth.isnan())
+        rest = eager.isfinite() | ~(same | right)
+        kernel, eager, truth = kernel[rest], eager[rest], truth[rest]
+        if kernel.numel() == 0:
+            return Comparison(True)
+        if bad := int((~kernel.isfinite()).sum()):
+            return Comparison(False, f"{bad} elements are inf or nan, and not as eager's are")
+        # Where eager overflows and the kernel does not, eager is no measure.
+        eager = eager.where(eager.isfinite(), truth)
+    scale, size = truth.abs().max(), truth.norm()
+    error, allowed = (kernel - truth).abs(), (eager - truth).abs()
+    tiny = finfo.smallest_normal * finfo.eps
+    tol = finfo.eps * truth.abs() + FLOAT32_NOISE * scale + tiny
+    excess = error - allowed.max() - tol
+    result = Comparison(
+        True,
+        max_error=error.max().item(),
+        eager_max_error=allowed.max().item(),
+        norm_error=(error.norm() / size.clamp(min=tiny)).item(),
+        eager_norm_error=(allowed.norm() / size.clamp(min=tiny)).item(),
+    )
+    if (excess > 0).any() and norm_factor is None:
+        worst = excess.argmax()
+        result.passed = False
+        result.reason = (
+            f"{int((excess > 0).sum())} of {error.numel()} elements break the error rule; the worst is "
+            f"{kernel[worst]:.8g}, truth {truth[worst]:.8g}, eager {eager[worst]:.8g}, tolerance {tol[worst]:.3g} "
+            f"plus eager's worst {allowed.max():.3g}"
+        )
+        return result
+    noise = FLOAT32_NOISE * size + tiny * error.numel() ** 0.5
+    if error.norm() > (norm_factor or NORM_FACTOR) * allowed.norm() + noise:
+        result.passed = False
+        result.reason = f"error norm {error.norm():.4g}, eager's {allowed.norm():.4g}, truth's {size:.4g}"
+    return result
+
+
+@contextlib.contextmanager
+def poisoned_memory(device: str | torch.device = "cpu") -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN (integers: the largest), so that an element nobody wrote is seen.
+
+    Args:
+        device: where to check that the poison works.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    try:
+        if not torch.empty(3, device=device).isnan().all():
+            raise RuntimeError("this PyTorch does not fill empty tensors with NaN: unwritten elements would go unseen")
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before  # type: ignore[assignment]
