@@ -76,6 +76,7 @@ def draw_proof(found: dict[str, Any], file: Path) -> None:
         file: to write.
     """
     import matplotlib
+
     from minimind_fast.proof.rule import FLOAT32_NOISE, NORM_FACTOR
 
     matplotlib.use("Agg")

@@ -22,10 +22,11 @@ import torch.distributed as dist
 
 from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
-from minimind_fast.training import engine
-from minimind_fast.training import setup as stage
+from minimind_fast.training import setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.trainer import Window, learning_rate
+from minimind_fast.training.engine import param_groups
+from minimind_fast.training.log import Window
+from minimind_fast.training.trainer import learning_rate
 
 DOCUMENT = 512  # positions of each packed document, or all of a shorter batch
 
@@ -116,9 +117,10 @@ class BareLoop:
     """
 
     def __init__(self, model: MiniMind, config: TrainConfig, phases: Phases) -> None:
-        self.module, self.config, self.phases, self.step = model, config, phases, 0
+        self.module, self.options, self.phases, self.step = model, config, phases, 0
+        self.config = model.config  # what a loss asks of an engine
         self.world_size = dist.get_world_size()
-        groups = engine.param_groups(model, config.weight_decay)
+        groups = param_groups(model, config.weight_decay)
         self.weights: list[torch.Tensor] = [p for group in groups for p in group["params"]]
         self.masters: list[torch.Tensor] = self.weights
         if config.dtype == "bfloat16":
@@ -139,13 +141,13 @@ class BareLoop:
     def train_step(self, group: list[Batch], counted: float, window: Window, total_steps: int) -> None:
         """As `Trainer.train_step`."""
         phases = self.phases
-        lr = learning_rate(self.config, self.step, total_steps)
+        lr = learning_rate(self.options, self.step, total_steps)
         for options in self.optimizer.param_groups:
             options["lr"] = lr
         for i, batch in enumerate(group):
             batch = batch.to(self.flat.device, non_blocking=True)
             with phases("forward"):
-                out = stage.next_token_loss(self, replace(batch, factor=1.0 / counted))
+                out = setup.next_token_loss(self, replace(batch, factor=1.0 / counted))
                 loss = out.total / counted
                 if out.aux is not None:
                     loss = loss + out.aux / len(group) / self.world_size
@@ -155,7 +157,7 @@ class BareLoop:
             with phases("gradients"), torch.no_grad():
                 self._take_gradients(first=i == 0, last=i == len(group) - 1)
         with phases("norm, clip"):
-            torch.nn.utils.clip_grad_norm_(self.masters, self.config.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.masters, self.options.grad_clip)
         with phases("AdamW"):
             self.optimizer.step()
         with phases("weights"), torch.no_grad():

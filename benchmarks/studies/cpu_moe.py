@@ -23,9 +23,10 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.data.cache import build_cache
 from minimind_fast.data.packing import PackedBatches
 from minimind_fast.model import MiniMind
-from minimind_fast.training import setup as stage
+from minimind_fast.training import setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.training.log import Window
+from minimind_fast.training.run import Stage
 
 ROWS, LENGTH = 8, 512
 
@@ -48,15 +49,15 @@ def main() -> None:
         data_path=[args.data_path], tokenizer_path=args.tokenizer_path, batch_size=ROWS, max_seq_len=LENGTH,
         accumulation_steps=1, save_dir=tempfile.mkdtemp(), sample_tokens=0,
     )  # fmt: skip
-    device = stage.begin(config)
-    tokenizer = stage.load_tokenizer(config)
+    run = setup.begin(config, Stage("moe"))
+    tokenizer = setup.load_tokenizer(run.config)
     cache = build_cache(args.data_path, tokenizer, cache_dir=args.cache_dir or None)
     moe = ModelConfig.preset("minimind2-moe")
     runs: dict[str, Any] = {}
     for name, shape in (("moe", moe), ("dense", active_twin(moe))):
         torch.manual_seed(0)
         data = PackedBatches(cache, batch_tokens=ROWS * LENGTH, max_seq_len=LENGTH, seed=42)
-        trainer = Trainer(config, name, MiniMind(shape), tokenizer, data, stage.next_token_loss, device)
+        trainer = setup.make_trainer(run, MiniMind(shape), tokenizer, data, setup.next_token_loss)
         runs[name] = (trainer, trainer.groups())
     rates: dict[str, list[float]] = {"moe": [], "dense": []}
     for turn in range(args.turns):
@@ -106,4 +107,4 @@ def table(r: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

@@ -30,10 +30,11 @@ from benchmarks.record import RESULTS, environment, processor, write
 from minimind_fast.data.cache import build_cache
 from minimind_fast.data.packing import PackedBatches, PaddedBatches
 from minimind_fast.data.tokenizer import Tokenizer
-from minimind_fast.training import setup as stage
+from minimind_fast.training import ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.log import clock, peak_flops
-from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.training.log import Window, clock, peak_flops
+from minimind_fast.training.run import Stage
+from minimind_fast.training.trainer import Trainer
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8
@@ -94,7 +95,7 @@ def answer_as_baseline(args: argparse.Namespace) -> None:
         what = line.strip()
         result = baseline.take_step() if what == "step" else None
         if what == "val":
-            result = validation_loss(total, stage.one_pass(rows))
+            result = validation_loss(total, setup.one_pass(rows))
         print(json.dumps(result), flush=True)
 
 
@@ -165,9 +166,10 @@ def main() -> None:
         save_dir=tempfile.mkdtemp(), sample_tokens=0,
     )  # fmt: skip
     our_tokens = config.batch_size * LENGTH
-    device = stage.begin(config)
-    tokenizer = stage.load_tokenizer(config)
-    model = stage.load_model(config, tokenizer)
+    run, device = setup.begin(config, Stage("bench")), ranks.device()
+    config = run.config
+    tokenizer = setup.load_tokenizer(config)
+    model = setup.load_model(config, tokenizer)
     cache = build_cache(args.data_path, tokenizer, cache_dir=args.cache_dir or None)
     val_cache = build_cache(args.val_data_path, tokenizer, cache_dir=args.cache_dir or None)
     fp32, fp32_how = peak_flops(device, torch.float32)
@@ -180,7 +182,7 @@ def main() -> None:
     accumulation = max(1, round(our_tokens / mean_useful))
     baseline = BaselineProcess(args, model, accumulation)
     data = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
-    trainer = Trainer(config, "bench", model, tokenizer, data, stage.next_token_loss, device)
+    trainer = setup.make_trainer(run, model, tokenizer, data, setup.next_token_loss)
     trainer.total_steps = args.turns
     ours = Ours(trainer)
     some = PackedBatches(cache, batch_tokens=our_tokens, max_seq_len=LENGTH, seed=42)
@@ -203,7 +205,7 @@ def main() -> None:
     trainer.model.eval()
     val = {
         "baseline": baseline.ask("val"),
-        "ours": validation_loss(lambda b: stage.next_token_loss(trainer.engine, b).total, stage.one_pass(val_packs)),
+        "ours": validation_loss(lambda b: setup.next_token_loss(trainer.engine, b).total, setup.one_pass(val_packs)),
     }
     trainer.model.train()
     median = {name: statistics.median(values) for name, values in rates.items()}
@@ -268,4 +270,4 @@ fp32 and {m["matmul_bf16_gflops"]:.3g} in bf16 ({m["measured_by"]}). Our step: {
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

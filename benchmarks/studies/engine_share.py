@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,11 @@ from minimind_fast.data import samples
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
-from minimind_fast.training import engine as ds
-from minimind_fast.training import setup as stage
+from minimind_fast.training import ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import deepspeed_config
-from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.training.log import Window
+from minimind_fast.training.run import Stage
+from minimind_fast.training.trainer import Trainer
 
 PLAIN = "ZeRO 1 plain"  # with what DeepSpeed does by itself, where `engine` has it do otherwise
 LOOPS = ("bare", "ZeRO 0", "ZeRO 1", PLAIN, "ZeRO 2", "ZeRO 3")
@@ -94,7 +96,8 @@ def clock_engine(trainer: Trainer, phases: Phases) -> None:
         trainer: with its engine.
         phases: takes the times.
     """
-    engine, optimizer = trainer.engine, trainer.engine.optimizer
+    engine = trainer.engine._ds
+    optimizer = engine.optimizer
     offload = getattr(optimizer, "parameter_offload", None)
     owners = {
         "trainer": trainer,
@@ -112,9 +115,9 @@ def clock_engine(trainer: Trainer, phases: Phases) -> None:
                 phases.wrap(owners[owner], name, phase)
 
 
-def plain_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """`engine.deepspeed_config` without what it changes for speed."""
-    made = deepspeed_config(config, world_size)
+def plain_config(ds: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's DeepSpeed config without what is changed in it for speed."""
+    made = copy.deepcopy(dict(ds))
     del made["timers"], made["zero_optimization"]["reduce_bucket_size"]
     made.pop("communication_data_type", None)
     if "bf16" in made:
@@ -143,26 +146,26 @@ class Loop:
             dtype=args.dtype, num_threads=args.threads, learning_rate=5e-4, save_dir=tempfile.mkdtemp(),
             zero_stage=-1 if name == "bare" else int(name.split()[1]),
         )  # fmt: skip
-        self.device = stage.begin(config)
-        self.rank, self.world_size = ds.world()
+        run = setup.begin(config, Stage("share"))
+        self.device, (self.rank, self.world_size) = ranks.device(), ranks.world()
         model = make_model(args.preset)
         self.phases = Phases(self.device)
         data = FixedBatches(args.tokens, model.config.vocab_size, self.rank)
         self.batches = iter(data)
         if name == "bare":
-            self.bare = BareLoop(model.to(self.device), config, self.phases)
+            self.bare = BareLoop(model.to(self.device), run.config, self.phases)
             self.train_step: Callable[..., Any] = functools.partial(self.bare.train_step, total_steps=self.total_steps)
             self.trainer = None
         else:
             if name == PLAIN:
-                ds.deepspeed_config = plain_config
+                run = dataclasses.replace(run, deepspeed=plain_config(run.deepspeed))
             tokenizer = Tokenizer.load(samples.path("tokenizer"))
-            self.trainer = Trainer(config, "share", model, tokenizer, data, stage.next_token_loss, self.device)
+            self.trainer = setup.make_trainer(run, model, tokenizer, data, setup.next_token_loss)
             self.trainer.total_steps = self.total_steps
             self.train_step = self.trainer.train_step
             if name == PLAIN:
-                self.trainer.engine.enable_backward_allreduce = True
-                vars(self.trainer.engine.optimizer).pop("zero_grad", None)
+                self.trainer.engine._ds.enable_backward_allreduce = True
+                vars(self.trainer.engine._ds.optimizer).pop("zero_grad", None)
 
     def take(self, steps: int) -> dict[str, Any]:
         """Steps in a row.
@@ -202,7 +205,7 @@ class Loop:
         if self.trainer is None:
             whole, model = contextlib.nullcontext(), self.bare.module
         else:
-            whole, model = ds.gathered(self.trainer.engine), self.trainer.model
+            whole, model = self.trainer.engine.gathered(), self.trainer.model
         with whole:
             if self.rank == 0:
                 torch.save([p.detach().float().cpu() for p in model.parameters()], file)
@@ -220,7 +223,7 @@ def work(args: argparse.Namespace) -> None:
         what, value = line.split()
         done = loop.save(value) if what == "save" else getattr(loop, what)(int(value))
         print(json.dumps(done), flush=True)
-    ds.leave()
+    ranks.leave()
 
 
 class Ranks:
@@ -436,4 +439,4 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

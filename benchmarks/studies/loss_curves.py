@@ -33,10 +33,13 @@ from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.cache import build_cache, encode_pretrain
 from minimind_fast.data.packing import PackedBatches
+from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
-from minimind_fast.training import setup as stage
+from minimind_fast.ops.attention import chosen
+from minimind_fast.training import setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.training.log import Window
+from minimind_fast.training.run import Stage, resolve
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 LEARNING_RATE, WARMUP = 5e-4, 20
@@ -104,15 +107,15 @@ def train(
         warmup_steps=min(WARMUP, args.steps // 2), dtype=run.dtype, kernels=run.kernels, save_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     ops.use(run.kernels)
+    settled = resolve(config, Stage("loss"))
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 is the judge of the others here
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = load_pretrained(start)
     if run.nudged:
         nudge(model, torch.finfo(getattr(torch, run.dtype)).eps)
     shape = dict(batch_tokens=args.batch_size * args.max_seq_len, max_seq_len=args.max_seq_len, seed=config.seed)
-    trainer = Trainer(
-        config, "loss", model, tokenizer, PackedBatches(caches[0], **shape), stage.next_token_loss, device
-    )
+    data = PackedBatches(caches[0], **shape)
+    trainer = setup.make_trainer(settled, model, tokenizer, data, setup.next_token_loss)
     trainer.total_steps = args.steps
     groups, losses, began = trainer.groups(), [], time.perf_counter()
     for _ in range(args.steps):
@@ -126,7 +129,7 @@ def train(
     total = count = 0.0
     with torch.no_grad():
         for batch in PackedBatches(caches[1], **shape, shuffle=False):
-            total += float(stage.next_token_loss(trainer.engine, batch.to(device)).total)
+            total += float(setup.next_token_loss(trainer.engine, batch.to(device)).total)
             count += batch.num_targets
             if count >= args.val_tokens:
                 break
@@ -134,7 +137,8 @@ def train(
         f"{name:20} loss {losses[0]:.4f} to {losses[-1]:.4f}, validation {total / count:.4f}, {seconds:.0f} s",
         flush=True,
     )
-    told = {"seconds": seconds, "ops": trainer.kernels, "attention": trainer.attention[0]}
+    attention, _ = chosen(device.type, settled.dtype)
+    told = {"seconds": seconds, "ops": ops.describe(device.type), "attention": attention}
     return {"losses": losses, "val_loss": total / count, **told, **run._asdict()}
 
 
@@ -247,8 +251,8 @@ def main() -> None:
             "PyTorch sees no GPU here. --dry_run goes through it on a CPU; --kernels auto judges the CPU's own ops"
         )
     corpus = find_corpus(args.corpus, args.dry_run)
-    stage.begin(TrainConfig(kernels="none"))
-    tokenizer = stage.Tokenizer.load(corpus.tokenizer)
+    setup.begin(TrainConfig(kernels="none"), Stage("loss"))
+    tokenizer = Tokenizer.load(corpus.tokenizer)
     folder = Path(tempfile.mkdtemp())
     caches = [
         build_cache(path, tokenizer, cache_dir=folder, encode=encode_pretrain) for path in (corpus.pretrain, corpus.val)
@@ -282,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

@@ -23,13 +23,15 @@ import torch
 from benchmarks.peers.eager_minimind import EagerMiniMind, EagerTraining
 from benchmarks.peers.eager_minimind import loss as eager_loss
 from benchmarks.record import RESULTS, processor, write
-from minimind_fast.config import ModelConfig
+from minimind_fast.config import IGNORE_INDEX, ModelConfig
+from minimind_fast.data.batches import Batch
 from minimind_fast.data.cache import build_cache
-from minimind_fast.data.packing import IGNORE_INDEX, Batch, PaddedBatches
+from minimind_fast.data.packing import PaddedBatches
 from minimind_fast.model import MiniMind
-from minimind_fast.training import setup as stage
+from minimind_fast.training import setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.training.log import Window
+from minimind_fast.training.run import Run, Stage
 
 SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 LEARNING_RATE = 5e-4  # MiniMind's; at twice this, without warmup, two roundings of one loop end 0.04 apart
@@ -50,15 +52,13 @@ def judge(model: EagerMiniMind, rows: PaddedBatches) -> float:
     """Mean validation loss of a token, in float32."""
     total = count = 0.0
     with torch.no_grad():
-        for batch in stage.one_pass(rows)():
+        for batch in setup.one_pass(rows)():
             total += float(eager_loss(model, batch.input_ids, batch.targets)) * batch.num_targets
             count += batch.num_targets
     return total / count
 
 
-def run_seed(
-    args: argparse.Namespace, seed: int, config: TrainConfig, caches: list[Any], tokenizer: Any
-) -> dict[str, Any]:
+def run_seed(args: argparse.Namespace, seed: int, run: Run, caches: list[Any], tokenizer: Any) -> dict[str, Any]:
     """Both loops from one set of weights."""
     torch.manual_seed(seed)
     start = MiniMind(ModelConfig.preset("minimind2-small", **SHAPE))
@@ -66,9 +66,9 @@ def run_seed(
     rows = PaddedBatches(caches[0], batch_size=args.rows, max_seq_len=args.length)
     eager = EagerTraining(EagerMiniMind.from_ours(start).to(device), rows, 1, args.steps, LEARNING_RATE)
     for group in eager.optimizer.param_groups:
-        group.update(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        group.update(betas=(run.config.beta1, run.config.beta2), weight_decay=run.config.weight_decay)
     data = PackedRows(caches[0], batch_size=args.rows, max_seq_len=args.length)
-    trainer = Trainer(config, f"seed{seed}", start, tokenizer, data, stage.next_token_loss, device)
+    trainer = setup.make_trainer(run, start, tokenizer, data, setup.next_token_loss)
     trainer.total_steps = args.steps
     groups, curves = trainer.groups(), {"eager": [], "ours": []}
     for _ in range(args.steps):
@@ -102,14 +102,14 @@ def main() -> None:
         tokenizer_path=args.tokenizer_path, batch_size=args.rows, max_seq_len=args.length, accumulation_steps=1,
         learning_rate=LEARNING_RATE, save_dir=tempfile.mkdtemp(), beta2=0.999,
     )  # fmt: skip
-    stage.begin(config)
-    tokenizer = stage.load_tokenizer(config)
+    run = setup.begin(config, Stage("quality"))
+    tokenizer = setup.load_tokenizer(run.config)
     caches = [
         build_cache(path, tokenizer, cache_dir=args.cache_dir or None) for path in (args.data_path, args.val_data_path)
     ]
     runs = []
     for seed in range(args.seeds):
-        runs.append(run_seed(args, seed, config, caches, tokenizer))
+        runs.append(run_seed(args, seed, run, caches, tokenizer))
         print(f"seed {seed}: validation loss {runs[-1]['val_loss']}", flush=True)
     means = {name: statistics.mean(run["val_loss"][name] for run in runs) for name in ("eager", "ours")}
     result = {
@@ -160,4 +160,4 @@ def draw(r: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

@@ -32,16 +32,17 @@ import torch
 from benchmarks.peers.eager_minimind import EagerMiniMind, EagerTraining
 from benchmarks.record import RESULTS, environment, processor, write
 from minimind_fast import ops
+from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data import samples
+from minimind_fast.data.batches import Batch
 from minimind_fast.data.cache import TokenCache, build_cache
-from minimind_fast.data.packing import IGNORE_INDEX, Batch, PackedBatches, PaddedBatches
+from minimind_fast.data.packing import PackedBatches, PaddedBatches
 from minimind_fast.ops import precision
 from minimind_fast.ops.cpu import attention as attention_rows
-from minimind_fast.training import engine
-from minimind_fast.training import setup as stage
+from minimind_fast.training import ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.log import peak_flops
-from minimind_fast.training.trainer import Trainer, Window
+from minimind_fast.training.log import Window, peak_flops
+from minimind_fast.training.run import Stage
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 LEARNING_RATE = 5e-4
@@ -175,7 +176,7 @@ def make_step(args: argparse.Namespace, rung: Rung) -> Any:
     if not rung.own_attention:
         attention_rows._Rows = _PlainRows  # type: ignore[assignment]
     if not rung.kept_memory:
-        engine.keep_freed_memory = lambda: None
+        ranks.keep_freed_memory = lambda: None
     tokens = args.pack_tokens // rung.micro_batches
     config = TrainConfig(
         tokenizer_path=args.tokenizer_path, data_path=[args.data_path], batch_size=tokens // LENGTH, max_seq_len=LENGTH,
@@ -183,16 +184,16 @@ def make_step(args: argparse.Namespace, rung: Rung) -> Any:
         attention=rung.attention, use_compile=rung.compiled, zero_stage=rung.zero_stage, cuda_graphs=rung.graphs,
         num_threads=rung.threads or args.threads, save_dir=tempfile.mkdtemp(),
     )  # fmt: skip
-    device = stage.begin(config)
+    run, device = setup.begin(config, Stage("bench")), ranks.device()
     if not rung.fused_adam:
         torch.optim.AdamW = _UnfusedAdamW  # type: ignore[misc]
-    tokenizer = stage.load_tokenizer(config)
+    tokenizer = setup.load_tokenizer(run.config)
     cache = build_cache(args.data_path, tokenizer, cache_dir=args.cache_dir or None, log=lambda _: None)
     if rung.eager:
         return make_eager(args, rung, device, cache)
     model = load_pretrained(args.weights)
     data = PackedBatches(cache, batch_tokens=tokens, max_seq_len=LENGTH, seed=42)
-    trainer = Trainer(config, "bench", model, tokenizer, data, stage.next_token_loss, device)
+    trainer = setup.make_trainer(run, model, tokenizer, data, setup.next_token_loss)
     trainer.total_steps = args.steps
     groups = trainer.groups()
 
@@ -324,8 +325,8 @@ def start_weights(args: argparse.Namespace) -> str:
     """A folder with the weights that all rungs begin with."""
     folder = str(Path(tempfile.mkdtemp()) / "start")
     config = TrainConfig(preset=args.preset, tokenizer_path=args.tokenizer_path, num_threads=args.threads)
-    stage.begin(config)
-    model = stage.load_model(config, stage.load_tokenizer(config))
+    config = setup.begin(config, Stage("start")).config
+    model = setup.load_model(config, setup.load_tokenizer(config))
     save_pretrained(model, folder, dtype=torch.float32)
     return folder
 
@@ -361,4 +362,4 @@ def table(r: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    stage.start(main)
+    setup.start(main)

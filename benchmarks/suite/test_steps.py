@@ -18,9 +18,10 @@ from minimind_fast.ops.registry import Work
 from minimind_fast.proof.models import SameExperts
 from minimind_fast.proof.roofline import OPTIMIZER_BYTES, shape_of, step_work
 from minimind_fast.proof.rule import compare
-from minimind_fast.training import engine, graphs
-from minimind_fast.training import setup as stage
+from minimind_fast.training import graphs, ranks, setup
 from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.engine import Engine
+from minimind_fast.training.zero import deepspeed_config
 
 FLAVOURS = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "ours": {"fused": True}}
 CHECKED_TOKENS = 4096  # of the truth in float32, whose logits are whole
@@ -153,18 +154,16 @@ class _Ours:
 
     def __init__(self, model: MiniMind, suite: Suite) -> None:
         self.config = TrainConfig(batch_size=1, accumulation_steps=1, dtype=suite.dtype_name)
-        self.engine = engine.initialize(model, self.config, engine.deepspeed_config(self.config, 1))
-        engine.set_lr(self.engine, 1e-5)
+        self.engine = Engine(model, self.config, deepspeed_config(self.config, 1))
 
     def logprobs(self, batch: Batch, rows: tuple[int, int]) -> torch.Tensor:
         return self.engine.module(batch.input_ids, batch.targets, batch.cu_seqlens, batch.max_seqlen).logprobs.float()
 
     def step(self, batch: Batch, rows: tuple[int, int]) -> None:
-        self.engine.set_gradient_accumulation_boundary(True)
-        out = stage.next_token_loss(self.engine, batch)
+        out = setup.next_token_loss(self.engine, batch)
         loss = out.total / batch.num_targets
-        self.engine.backward(loss if out.aux is None else loss + out.aux, scale_wrt_gas=False)
-        engine.finish_step(self.engine, 1.0)
+        self.engine.backward(loss if out.aux is None else loss + out.aux)
+        self.engine.step(1e-5)
 
 
 class _Replayed(_Ours):
@@ -203,7 +202,7 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
             pytest.skip(reason)
     dense_rows = kind != "mix" and not config.use_moe
     torch.manual_seed(0)
-    engine.prepare(torch.get_num_threads())
+    ranks.prepare(torch.get_num_threads())
     model = MiniMind(config).to(suite.device)
     batch = _batch(suite, config, kind, tokens, dense_rows, seed=0)
     length = int(kind) if dense_rows else batch.input_ids.numel()
