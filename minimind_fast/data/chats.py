@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from minimind_fast.data.cache import BadRow, Document
+from minimind_fast.data.cache import Document
+from minimind_fast.data.rows import BadRow
 from minimind_fast.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from minimind_fast.data.batches import Batch
-from minimind_fast.data.cache import BadRow, TokenCache
+from minimind_fast.data.cache import TokenCache
 from minimind_fast.data.chats import Chat, ChatEncoder, Layout, lay_out, read_chat
 from minimind_fast.data.packing import PackedBatches
+from minimind_fast.data.rows import BadRow
 from minimind_fast.data.tokenizer import Tokenizer
 
 SIDES = ("chosen", "rejected")

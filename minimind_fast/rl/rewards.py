@@ -26,8 +26,8 @@ import torch
 
 from minimind_fast import plugins
 from minimind_fast.data.batches import Batch
-from minimind_fast.data.cache import BadRow
 from minimind_fast.data.chats import Chat, read_chat
+from minimind_fast.data.rows import BadRow
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.score import score
 from minimind_fast.model import MiniMind

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data.batches import Batch, Position
-from minimind_fast.data.cache import BadRow, DataError, read_rows
 from minimind_fast.data.chats import PROMPTS, end_marker
+from minimind_fast.data.rows import BadRow, DataError, read_rows
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling, row_seed

@@ -6,9 +6,10 @@ import re
 import pytest
 
 from minimind_fast.data import samples
-from minimind_fast.data.cache import BadRow, DataError, build_cache
+from minimind_fast.data.cache import build_cache
 from minimind_fast.data.chats import Chat, ChatEncoder, lay_out, read_chat
 from minimind_fast.data.packing import PackedBatches
+from minimind_fast.data.rows import BadRow, DataError
 from minimind_fast.data.tokenizer import Tokenizer
 
 NAMES = ("ours", "minimind2", "minimind3")

@@ -92,7 +92,7 @@ def test_blank_lines_bom_and_crlf_are_fine(tmp_path, tokenizer):
 
 
 def test_several_files_in_order_and_many_chunks(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("minimind_fast.data.cache.CHUNK_BYTES", 100)
+    monkeypatch.setattr("minimind_fast.data.rows.CHUNK_BYTES", 100)
     parts = [[f"a{i} 天" for i in range(70)], [f"b{i}" for i in range(50)]]
     paths = [write(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(parts)]
     cache = build_cache(paths, tokenizer)

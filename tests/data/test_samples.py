@@ -8,8 +8,8 @@ import pytest
 
 from minimind_fast import Tokenizer
 from minimind_fast.data import samples
-from minimind_fast.data.cache import BadRow
 from minimind_fast.data.chats import lay_out, read_chat
+from minimind_fast.data.rows import BadRow
 from minimind_fast.data.samples import generate
 from minimind_fast.data.samples.questions import kept_back
 

@@ -20,9 +20,9 @@ from benchmarks import marked
 from minimind_fast import cli
 from minimind_fast.commands.plan import exchanged_bytes
 from minimind_fast.data import samples
-from minimind_fast.data.cache import BadRow, string_field
 from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.data.pairs import PairEncoder
+from minimind_fast.data.rows import BadRow, string_field
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.proof.memory import held
 from minimind_fast.rl.rewards import question

@@ -11,8 +11,9 @@ from stand_ins import Engine
 
 import minimind_fast as mm
 from minimind_fast.data import samples
-from minimind_fast.data.cache import BadRow, DataError, build_cache
+from minimind_fast.data.cache import build_cache
 from minimind_fast.data.pairs import PairBatches, PairEncoder
+from minimind_fast.data.rows import BadRow, DataError
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.rl import preferences
 from minimind_fast.rl.preferences import answer_lengths, answer_logprobs

@@ -11,7 +11,7 @@ from stand_ins import Engine
 
 import minimind_fast as mm
 from minimind_fast.data import samples
-from minimind_fast.data.cache import DataError
+from minimind_fast.data.rows import DataError
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling
