@@ -1,6 +1,6 @@
 """The one reader of JSONL: files to objects, each fault told by file and line.
 
-Purpose: `read_rows` for whoever wants a file's rows one by one, `read_chunks` for the token cache, `string_field` for a field.
+Purpose: `read_rows` gives a file's rows one by one, `read_chunks` many at once, `string_field` a field of a row.
 Principle: a line is one JSON object in UTF-8; a byte-order mark and blank lines are passed over; nothing else is.
 Properties: holds one chunk of lines, however large the file. A bad line stops the reading or is counted, as the user chose.
 """

@@ -29,9 +29,10 @@ import minimind_fast
 from minimind_fast import ops, plugins
 from minimind_fast.config import IGNORE_INDEX, ModelConfig
 from minimind_fast.data import samples
+from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.cache import Encoder, build_cache
 from minimind_fast.data.chats import PROMPTS
-from minimind_fast.data.packing import Batch, Batches, PackedBatches, PaddedBatches, Prefetcher
+from minimind_fast.data.packing import PackedBatches, PaddedBatches, Prefetcher
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
@@ -59,7 +60,7 @@ def start(main: Callable[[], Any]) -> None:
     code = 0
     try:
         main()
-    except (ValueError, TrainingStopped) as error:
+    except (ValueError, TrainingStopped, ops.BrokenPromise) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"\nError: {error}", file=sys.stderr, flush=True)
         code = 1

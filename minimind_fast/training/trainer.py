@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minimind_fast.data.packing import Batch, Batches
+from minimind_fast import ops
+from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.training import resume, words
@@ -267,6 +268,7 @@ class Trainer:
         if finite:
             self.nonfinite = 0
             return
+        ops.check_promises()  # a loss that breaks one has NaN gradients; a lower learning rate would not mend it
         self.nonfinite += 1
         window.skipped += 1
         self._say(
@@ -283,6 +285,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ log, validate
 
     def _log(self, window: Window, lr: float, norm: float | None, seconds: float, peak: float) -> None:
+        ops.check_promises()
         names, values = window.totals(self.model, self.device)
         if self.world_size > 1:
             dist.all_reduce(values)

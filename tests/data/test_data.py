@@ -278,16 +278,16 @@ class Dying(PretrainEncoder):
 
 
 def build_in_process(path, folder, encoder, chunk_bytes, locks, barrier, results):
-    import minimind_fast.data.cache as module
+    from minimind_fast.data import cache, rows
 
-    module.CHUNK_BYTES = chunk_bytes
+    rows.CHUNK_BYTES = chunk_bytes
     if not locks:
-        module.fcntl = None
+        cache.fcntl = None
     tokenizer = Tokenizer.load(folder)
     if barrier:
         barrier.wait()
-    cache = build_cache(path, tokenizer, encode=encoder, log=lambda _: None)
-    results.put((cache.fingerprint, cache.tokens.tolist()))
+    made = build_cache(path, tokenizer, encode=encoder, log=lambda _: None)
+    results.put((made.fingerprint, made.tokens.tolist()))
 
 
 @pytest.mark.parametrize("locks", [True, False])
