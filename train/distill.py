@@ -26,8 +26,9 @@ from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Run, Stage
-from minimind_fast.weights.checkpoint import resolve_folder, tokenizer_fingerprint
+from minimind_fast.weights.checkpoint import resolve_folder
 from minimind_fast.weights.frozen import frozen
+from minimind_fast.weights.open import check_match
 
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
@@ -79,14 +80,7 @@ def load_teacher(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenize
     if not path.is_dir():
         raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
     teacher = frozen(path, ranks.device(), run.dtype)
-    theirs = tokenizer_fingerprint(path)
-    if theirs is None and (path / "tokenizer.json").is_file():  # written by another program
-        theirs = Tokenizer.load(path).fingerprint
-    if theirs not in (None, tokenizer.fingerprint):
-        raise ValueError(
-            f"the teacher {path} has tokenizer {theirs}, the student {tokenizer.fingerprint}: their ids mean other words. "
-            "Choose a teacher with the student's tokenizer"
-        )
+    check_match(path, tokenizer, "choose a teacher with the student's tokenizer")
     if teacher.config.vocab_size < student.config.vocab_size:
         raise ValueError(
             f"the teacher {path} knows {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "

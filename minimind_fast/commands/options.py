@@ -16,8 +16,9 @@ from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.precision import as_stored
-from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder, tokenizer_fingerprint
+from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder
 from minimind_fast.weights.lora import load_adapters, merge
+from minimind_fast.weights.open import check_match, check_size, tokenizer_of
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -110,26 +111,13 @@ def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
     folder = resolve_folder(args.path)
     if folder.is_file() and not args.preset:
         raise ValueError(f"{folder} does not say its model's shape: add --preset minimind2-small (or another)")
-    if folder.is_file() and not args.tokenizer:
-        raise ValueError(f"{folder} has no tokenizer with it: add --tokenizer FOLDER")
+    tokenizer = tokenizer_of(folder, args.tokenizer, "--tokenizer")
+    check_match(folder, tokenizer, "leave --tokenizer out or name the right one")
     config = ModelConfig.preset(args.preset) if args.preset else None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model = with_adapters(load_pretrained(folder, dtype=None if args.lora else dtype, config=config), args.lora)
     model = model.to(device=device, dtype=dtype).eval()
-    try:
-        tokenizer = Tokenizer.load(args.tokenizer or folder)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error}" + ("" if args.tokenizer else "; or name its folder with --tokenizer")) from None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: not its own"
-        )
-    wanted = tokenizer_fingerprint(folder) if folder.is_dir() else None
-    if wanted and wanted != tokenizer.fingerprint:
-        raise ValueError(
-            f"the model was trained with tokenizer {wanted}, this one is {tokenizer.fingerprint}: "
-            "its answers would be noise; leave --tokenizer out or name the right one"
-        )
+    check_size(tokenizer, model.config.vocab_size)
     return model, tokenizer
 
 

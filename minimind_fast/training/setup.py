@@ -45,7 +45,8 @@ from minimind_fast.training.engine import Engine
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Run, Stage, resolve
 from minimind_fast.training.trainer import Hooks, Trainer, TrainingStopped
-from minimind_fast.weights.checkpoint import load_config, load_pretrained, resolve_folder, tokenizer_fingerprint
+from minimind_fast.weights.checkpoint import load_config, load_pretrained, resolve_folder
+from minimind_fast.weights.open import check_match, check_size, tokenizer_of
 
 Options = TypeVar("Options", bound=TrainConfig)
 
@@ -114,20 +115,9 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
         ValueError: it is not the one that the weights were trained with, or they have none with them and none is given.
     """
     weights = resolve_folder(config.from_weight) if config.from_weight != "none" else None
-    has_own = weights is not None and (weights / "tokenizer.json").is_file()
-    if weights is not None and weights.exists() and not has_own and not config.tokenizer_path:
-        raise ValueError(
-            f"{weights} has no tokenizer with it: give --tokenizer_path, the folder that it was trained with"
-        )
-    path = config.tokenizer_path or (str(weights) if has_own else str(samples.path("tokenizer")))
-    tokenizer = Tokenizer.load(path)
-    if weights is not None and weights.is_dir():
-        trained_with = tokenizer_fingerprint(weights)
-        if trained_with not in (None, tokenizer.fingerprint):
-            raise ValueError(
-                f"{weights} was trained with tokenizer {trained_with}, but {path} is {tokenizer.fingerprint}: the ids would "
-                "mean other words. Leave --tokenizer_path out, or give the folder that it was trained with."
-            )
+    tokenizer = tokenizer_of(weights, config.tokenizer_path, "--tokenizer_path", samples.path("tokenizer"))
+    if weights is not None:
+        check_match(weights, tokenizer, "leave --tokenizer_path out, or give the folder that they were trained with")
     return tokenizer
 
 
@@ -151,11 +141,7 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
         model = load_pretrained(path, config=shape, dtype=torch.float32)
     else:
         model = MiniMind(preset_config(config, tokenizer))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids but the model only {model.config.vocab_size}: "
-            "give the tokenizer that belongs to the weights"
-        )
+    check_size(tokenizer, model.config.vocab_size)
     return model
 
 

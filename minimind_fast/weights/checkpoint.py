@@ -240,6 +240,21 @@ def resolve_folder(path: str | Path) -> Path:
     return path / "weights" if not (path / "config.json").exists() and (path / "weights").is_dir() else path
 
 
+def check_exists(path: Path) -> None:
+    """Refuse weights that are not there.
+
+    Args:
+        path: of `resolve_folder`.
+
+    Raises:
+        ValueError: no such file or folder; where an interrupted save left the model before it, its name.
+    """
+    if not path.exists():
+        old = sorted(path.parent.glob(f"{glob.escape(old_prefix(path))}*"))  # a kill between the two renames of a swap
+        hint = f"; an interrupted save left the model before it as {old[-1]}: rename that" if old else ""
+        raise ValueError(f"{path}: no such file or folder{hint}")
+
+
 def load_config(path: str | Path) -> ModelConfig:
     """Read `config.json` of a folder.
 
@@ -343,10 +358,7 @@ def load_pretrained(
         ValueError: what is wrong with the path, the config or the weights.
     """
     path = resolve_folder(path)
-    if not path.exists():
-        old = sorted(path.parent.glob(f"{glob.escape(old_prefix(path))}*"))  # a kill between the two renames of a swap
-        hint = f"; an interrupted save left the model before it as {old[-1]}: rename that" if old else ""
-        raise ValueError(f"{path}: no such file or folder{hint}")
+    check_exists(path)
     if path.is_file() and config is None:
         raise ValueError(f"{path} holds weights only; pass config=ModelConfig(...) that says the model's shape")
     config = config or load_config(path)
