@@ -47,16 +47,18 @@ def test_help_lists_every_command_and_every_command_has_help(capsys):
     listed = capsys.readouterr().out
     for name in cli.COMMANDS:
         assert name in listed
-        with pytest.raises(SystemExit) as left:
-            cli.main([name, "--help"])
-        assert left.value.code == 0
+        try:
+            code = cli.main([name, "--help"])
+        except SystemExit as left:
+            code = left.code
+        assert code == 0
         assert f"minimind-fast {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["chatt"], "unknown command 'chatt'; choose one of chat, "),
+        (["chatt"], "unknown command 'chatt'; choose one of train, "),
         (["chat", "nowhere"], "nowhere: no such file or folder"),
         (["chat", "MODEL", "--top_p", "3"], "top_p must be"),
         (["chat", "MODEL", "--tools", "nowhere.json"], "nowhere.json"),
