@@ -25,7 +25,7 @@ from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.losses import LossFunction, StepLoss
-from minimind_fast.training.run import Run, Stage
+from minimind_fast.training.run import Run, Stage, command
 from minimind_fast.weights.checkpoint import resolve_folder
 from minimind_fast.weights.frozen import frozen
 from minimind_fast.weights.open import check_match
@@ -69,7 +69,7 @@ STAGE = Stage(
     "distill",
     sample="sft.jsonl",
     suits=dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, warmup_steps=10, max_minutes=1.5),
-    needs={"from_weight": "deepspeed train/pretrain.py", "teacher_path": "deepspeed train/dpo.py"},
+    needs={"from_weight": "pretrain", "teacher_path": "dpo"},
     also=with_teachers_tokenizer,
 )
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "Teach a MiniMind what another model thinks, on {'conversations': [...]}."
     run = setup.begin(parse(DistillConfig, argv, text), STAGE)
     trainer = setup.train(run, ChatEncoder, make_loss=lambda *parts: make_loss(run, *parts))
-    then = f"Next: minimind-fast chat {run.weights}   or: deepspeed train/reason.py --from_weight distill"
+    then = f"Next: minimind-fast chat {run.weights}   or: {command('reason')} --from_weight distill"
     setup.report(trainer, QUESTIONS, then)
 
 

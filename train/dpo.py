@@ -22,7 +22,7 @@ from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.log import draw_loss
 from minimind_fast.training.losses import LossFunction, StepLoss
-from minimind_fast.training.run import Stage
+from minimind_fast.training.run import Stage, command
 from minimind_fast.training.trainer import Hooks
 from minimind_fast.weights.frozen import frozen
 
@@ -30,7 +30,7 @@ STAGE = Stage(
     "dpo",
     sample="dpo.jsonl",
     suits=dict(learning_rate=1e-5, max_seq_len=256, epochs=4, warmup_steps=5, log_interval=5, max_minutes=1.0),
-    needs={"from_weight": "deepspeed train/sft.py"},
+    needs={"from_weight": "sft"},
 )
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.rank == 0:
         curves = {"loss": "loss", "accuracy": "accuracy", "reward_margin": "reward margin"}
         draw_loss(run.folder / "log.jsonl", run.folder / "loss.png", "DPO", curves, "mean over pairs")
-    setup.report(trainer, QUESTIONS, f"Next: minimind-fast chat {run.weights}   or: deepspeed train/distill.py")
+    setup.report(trainer, QUESTIONS, f"Next: minimind-fast chat {run.weights}   or: {command('distill')}")
 
 
 if __name__ == "__main__":

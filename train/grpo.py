@@ -42,7 +42,7 @@ STAGE = Stage(
         epochs=5,
         max_minutes=1.5,
     ),
-    needs={"from_weight": "deepspeed train/reason.py"},
+    needs={"from_weight": "reason"},
 )
 QUESTIONS = ["What is 2 + 3?", "7加2等于多少？"]
 

@@ -20,7 +20,7 @@ STAGE = Stage(
     "lora",
     sample="lora_identity.jsonl",
     suits=dict(learning_rate=1e-2, batch_size=4, max_seq_len=256, epochs=20, max_minutes=1.5),
-    needs={"from_weight": "deepspeed train/sft.py"},
+    needs={"from_weight": "sft"},
 )
 QUESTIONS = ["Who are you?", "你是谁？", "What is 2 + 3?"]
 

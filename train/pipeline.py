@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_fast.data import samples
+from minimind_fast.training import setup
 from minimind_fast.training.log import clock
 
 TRAIN = Path(__file__).resolve().parent
@@ -198,8 +199,8 @@ def table(rows: list[tuple[Any, ...]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     began = time.monotonic()
     folder = Path(args.save_dir)
     rows: list[tuple[Any, ...]] = []
@@ -221,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    setup.start(main)

@@ -20,7 +20,7 @@ STAGE = Stage(
     "reason",
     sample="reason.jsonl",
     suits=dict(learning_rate=5e-4, max_seq_len=256, epochs=4, max_minutes=1.5),
-    needs={"from_weight": "deepspeed train/sft.py"},
+    needs={"from_weight": "sft"},
 )
 QUESTIONS = ["What is 12 + 23?", "7加21等于多少？"]
 

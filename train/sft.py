@@ -11,13 +11,13 @@ from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, with_defaults
-from minimind_fast.training.run import Stage
+from minimind_fast.training.run import Stage, command
 
 STAGE = Stage(
     "sft",
     sample="sft.jsonl",
     suits=dict(learning_rate=1e-3, batch_size=11, max_seq_len=384, epochs=6, warmup_steps=10, max_minutes=2.0),
-    needs={"from_weight": "deepspeed train/pretrain.py"},
+    needs={"from_weight": "pretrain"},
 )
 QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么？"]
 
@@ -38,7 +38,7 @@ class SFTConfig(TrainConfig):
 def main(argv: list[str] | None = None) -> None:
     run = setup.begin(parse(SFTConfig, argv, "Teach a MiniMind to answer, on {'conversations': [...]} JSONL."), STAGE)
     trainer = setup.train(run, ChatEncoder)
-    setup.report(trainer, QUESTIONS, f"Next: minimind-fast chat {run.weights}   or: deepspeed train/lora.py")
+    setup.report(trainer, QUESTIONS, f"Next: minimind-fast chat {run.weights}   or: {command('lora')}")
 
 
 if __name__ == "__main__":

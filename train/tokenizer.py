@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minimind_fast.data.bpe import train_bpe
-from minimind_fast.data.packing import DataError, read_texts
+from minimind_fast.data.packing import read_texts
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.training import setup
+from minimind_fast.training.run import command
 
 HOLD_OUT_EVERY = 100
 MAX_HELD_OUT = 2000
@@ -55,17 +57,13 @@ def bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
     return sum(len(text.encode("utf-8")) for text in texts) / max(1, num_tokens)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     held_out: list[str] = []
     counts = {"texts": 0, "bytes": 0}
     start = time.monotonic()
-    try:
-        tokenizer = train_bpe(
-            split(args, held_out, counts), args.vocab_size, sys.stderr.isatty(), split_digits=not args.join_digits
-        )
-    except (DataError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    texts = split(args, held_out, counts)
+    tokenizer = train_bpe(texts, args.vocab_size, sys.stderr.isatty(), split_digits=not args.join_digits)
     tokenizer.save(args.save_dir)
     seconds = time.monotonic() - start
     print(f"trained on {counts['texts']:,} texts, {counts['bytes'] / 1e6:.1f} MB, in {seconds:.1f} s")
@@ -73,8 +71,8 @@ def main() -> None:
         print(f"held-out texts: {len(held_out):,}, {bytes_per_token(tokenizer, held_out):.2f} bytes per token")
     print(f"wrote {args.save_dir}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}")
     data = " ".join(args.data_path)
-    print(f"next: deepspeed train/pretrain.py --tokenizer_path {args.save_dir} --data_path {data}")
+    print(f"next: {command('pretrain')} --tokenizer_path {args.save_dir} --data_path {data}")
 
 
 if __name__ == "__main__":
-    main()
+    setup.start(main)

@@ -35,7 +35,7 @@ class Stage:
         sample: shipped file to train on without --data_path, or "".
         sample_val: shipped file to validate on with it, or "".
         suits: options that suit the sample, where they are not given.
-        needs: option that names weights -> the command that makes its default.
+        needs: option that names weights -> the stage that makes its default.
         also: what the stage settles by itself, last.
     """
 
@@ -103,6 +103,16 @@ class Run(Generic[Options]):
         )
 
 
+def command(stage: str) -> str:
+    """How a stage is started here: from a clone by its script, from an installed package by its name.
+
+    Args:
+        stage: its name.
+    """
+    clone = (Path(__file__).parents[2] / "train" / f"{stage}.py").is_file()
+    return f"deepspeed train/{stage}.py" if clone else f"minimind-fast train {stage}"
+
+
 def resolve(config: Options, stage: Stage, ranks: int = 1) -> Run[Options]:
     """Settle every option.
 
@@ -119,8 +129,8 @@ def resolve(config: Options, stage: Stage, ranks: int = 1) -> Run[Options]:
         if stage.sample_val:
             config = config.suggest("the shipped sample", val_data_path=[str(samples.path(stage.sample_val))])
         config = config.suggest("suits the shipped sample", **{"preset": "tiny", **stage.suits})
-    for option, command in stage.needs.items():
-        config = _find_weights(config, option, command)
+    for option, before in stage.needs.items():
+        config = _find_weights(config, option, before)
     if config.preset == "auto":
         gpu = torch.cuda.is_available()
         config = config.settle(
@@ -150,7 +160,11 @@ def _find_weights(config: Options, option: str, before: str) -> Options:
         return config
     run = Path(config.save_dir) / name
     if not run.exists():
-        hint = "" if option in config.given else f" This stage goes on from trained weights: run `{before}` first."
+        hint = (
+            ""
+            if option in config.given
+            else f" This stage goes on from trained weights: run `{command(before)}` first."
+        )
         advice = " or a MiniMind .pth; none starts from nothing." if may_be_none else "."
         raise ValueError(
             f"--{option} {name}: no such file or folder, and no run of that name in {config.save_dir}.{hint} "

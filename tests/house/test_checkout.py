@@ -50,3 +50,19 @@ def test_kernels_and_stages_are_links_within_the_checkout(link, folder):
     path = trees.ROOT / "minimind_fast" / link
     assert path.is_symlink() and not Path(path.readlink()).is_absolute()
     assert path.resolve() == trees.ROOT / folder
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft", "tokenizer", "pipeline"])
+def test_a_script_run_by_its_path_takes_its_own_package(clone, script, tmp_path):
+    """Python looks in train/ first, and then where the environment is editable from: in another checkout."""
+    own = clone / "minimind_fast" / "plugins.py"  # of every script
+    text = own.read_text(encoding="utf-8")
+    try:
+        own.write_text(f"{text}\nraise RuntimeError({MET!r})\n", encoding="utf-8")
+        command = [sys.executable, str(clone / "train" / f"{script}.py"), "--help"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=trees.environment(), capture_output=True, text=True, timeout=120
+        )
+    finally:
+        own.write_text(text, encoding="utf-8")
+    assert done.returncode == 1 and MET in done.stderr, done.stdout + done.stderr

@@ -62,7 +62,7 @@ def test_the_run_is_written_beside_itself(tmp_path):
 
 
 def test_weights_are_found_by_the_name_of_a_run(tmp_path):
-    stage = Stage("sft", needs={"from_weight": "deepspeed train/pretrain.py"})
+    stage = Stage("sft", needs={"from_weight": "pretrain"})
 
     @with_defaults(from_weight="pretrain")
     class Config(TrainConfig):
