@@ -1,9 +1,9 @@
-"""The options of a run: one frozen dataclass, which the command line and the log follow.
+"""The options of a run: one frozen dataclass, from which the command line and the log are made.
 
-Purpose: `TrainConfig` holds what every stage shares; a stage adds its own fields and defaults with `with_defaults`.
+Purpose: `TrainConfig` holds what every stage shares; a stage adds its own fields, and defaults with `with_defaults`.
 Principle: a field is declared once, with its default and its help. A config remembers which options were given and why the
-    others have their values, whether it was made by `parse` or in Python: `why("preset")`.
-Properties: imports no torch; nothing is assigned after construction: `settle` and `suggest` make another config. Impossible
+    others have their values, whether `parse` or Python made it: `why("preset")`.
+Properties: imports no torch; nothing is assigned after construction: `settle` and `suggest` return a new config. Invalid
     values are errors that name the option.
 """
 
@@ -22,8 +22,8 @@ def option(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with a help text for the command line.
 
     Args:
-        default: the default value (a list or dict is copied for each instance).
-        text: help, one sentence.
+        default: default value (a list or dict is copied for each instance).
+        text: help text, one sentence.
         extra: `choices=(...)`.
     """
     metadata = {"help": text, **extra}
@@ -34,10 +34,10 @@ def option(default: Any, text: str, **extra: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The options that every stage shares; names are MiniMind's where they mean the same.
+    """The options that every stage shares; those that mean the same as MiniMind's have MiniMind's names.
 
     Raises:
-        ValueError: a value that cannot work; the message names the option.
+        ValueError: an invalid value; the message names the option.
     """
 
     # what
@@ -127,29 +127,26 @@ class TrainConfig:
 
     @property
     def reasons(self) -> Mapping[str, str]:
-        """Option -> why it has another value than its default or the given one."""
+        """Option -> why its value is neither the default nor what was given."""
         return self._reasons  # type: ignore[attr-defined]
 
     def why(self, name: str) -> str:
         """Why an option has its value.
 
-        Args:
-            name: of the option.
-
         Returns:
-            "given", "default", or the reason of whoever settled it.
+            "given", "default", or the reason passed to `settle` or `suggest`.
         """
         return self.reasons.get(name, "given" if name in self.given else "default")
 
     def settle(self, reason: str, **values: Any) -> Self:
-        """The same config with these values.
+        """A copy with these values.
 
         Args:
-            reason: for `why`.
+            reason: what `why` will answer.
             values: option=value.
 
         Raises:
-            ValueError: a value that cannot work.
+            ValueError: an unknown option or an invalid value.
         """
         unknown = set(values) - {f.name for f in dataclasses.fields(self)}
         if unknown:
@@ -162,10 +159,10 @@ class TrainConfig:
         return made
 
     def suggest(self, reason: str, **values: Any) -> Self:
-        """The same, only for options that were not given.
+        """As `settle`, but only for options that were not given.
 
         Args:
-            reason: for `why`.
+            reason: what `why` will answer.
             values: option=value.
         """
         return self.settle(reason, **{name: value for name, value in values.items() if name not in self.given})
@@ -175,10 +172,10 @@ class TrainConfig:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def check(self) -> None:
-        """Refuse values that cannot work, before anything is loaded.
+        """Reject invalid values, before anything is loaded.
 
         Raises:
-            ValueError: naming the option and what it may be.
+            ValueError: names the option and its valid range.
         """
         for name in ("batch_size", "max_seq_len", "accumulation_steps", "epochs", "log_interval", "keep_checkpoints"):
             if getattr(self, name) < 1:
@@ -193,7 +190,7 @@ class TrainConfig:
             "num_threads",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
@@ -205,7 +202,7 @@ Config = TypeVar("Config")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 def with_defaults(**defaults: Any) -> Callable[[type[Config]], type[Config]]:
-    """A class decorator: a dataclass of a stage's options whose inherited options have other defaults.
+    """Class decorator: make a dataclass of a stage's options, overriding inherited defaults.
 
     Args:
         defaults: option=value, for options of the base class.
