@@ -46,8 +46,8 @@ class DistillConfig(TrainConfig):
     """MiniMind's defaults of this stage."""
 
     teacher_path: str = option("dpo", "the teacher: a folder with weights, or the name of a run in --save_dir")
-    alpha: float = option(0.5, "share of the cross-entropy; the rest is the teacher's")
-    temperature: float = option(1.5, "softens both distributions in the teacher's part")
+    alpha: float = option(0.5, "weight of the cross-entropy; the KL to the teacher gets the rest")
+    temperature: float = option(1.5, "softens both distributions in the KL term")
 
     def check(self) -> None:
         """Reject invalid values."""

@@ -41,9 +41,9 @@ QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么
 class DPOConfig(TrainConfig):
     """MiniMind's defaults of this stage; batch_size counts pairs."""
 
-    beta: float = option(0.15, "what a log-ratio to the reference is worth; more holds the model closer to it")
+    beta: float = option(0.15, "scale of the log-ratios to the reference; larger keeps the model closer to it")
     dpo_loss: str = option("sigmoid", "loss of a pair's margin", choices=("sigmoid", "ipo"))
-    label_smoothing: float = option(0.0, "share of pairs that may be the wrong way round (sigmoid only)")
+    label_smoothing: float = option(0.0, "probability that a pair is the wrong way round (sigmoid only)")
     average_logprob: bool = option(False, "mean of an answer's log-probabilities instead of their sum (MiniMind2)")
     reference: str = option(
         "cached", "its log-probabilities once before training, or the model in memory", choices=("cached", "alongside")

@@ -61,14 +61,14 @@ class GRPOConfig(TrainConfig):
 
     num_generations: int = option(6, "answers to each prompt")
     max_gen_len: int = option(1024, "longest answer in tokens")
-    temperature: float = option(0.8, "of the answers and of all log-probabilities")
+    temperature: float = option(0.8, "temperature of the answers and of all log-probabilities")
     thinking_ratio: float = option(0.9, "share of the prompts that open a thought")
     reward: list[str] = option(
         ["length", "thinking", "repetition"],
         "rewards to add up: length, thinking, repetition, format, tagged, correct, MODULE:FUNCTION or FILE.py:FUNCTION, "
         "each with *WEIGHT if not 1",
     )
-    reward_model_path: str = option("", "folder of a reward model or of a language model, whose opinion is added")
+    reward_model_path: str = option("", "folder of a reward model or a language model whose score is added")
     grpo_loss: str = option("grpo", "clipped ratio, or clipped weight", choices=("grpo", "cispo"))
     epsilon: float = option(0.2, "GRPO: the ratio is clipped to 1 -+ this")
     epsilon_high: float = option(5.0, "CISPO: largest weight")

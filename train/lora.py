@@ -38,7 +38,7 @@ class LoRAConfig(TrainConfig):
     """MiniMind's defaults of this stage."""
 
     lora_rank: int = option(16, "rank of the adapters")
-    lora_alpha: float | None = option(None, "adapters are scaled by alpha / rank (as MiniMind, by 1, if not given)")
+    lora_alpha: float | None = option(None, "adapters are scaled by alpha / rank (if not given by 1, as in MiniMind)")
     lora_dropout: float = option(0.0, "dropout of the adapters' input")
     lora_targets: list[str] = option(
         list(lora.ATTENTION),

@@ -123,7 +123,7 @@ def choose(name: str, device_type: str) -> tuple[Callable, str]:
         return kernel(name), "kernel: on a GPU"
     if device_type != "cuda" and not _interpreting():
         raise ValueError(
-            f"the {name} kernel was requested but the tensors are on {device_type}: "
+            f"the {name} kernel was asked for but the tensors are on {device_type}: "
             "use --kernels auto, or set TRITON_INTERPRET=1 before Python starts to run it in the interpreter"
         )
     return kernel(name), "kernel: asked for" + ("" if device_type == "cuda" else " (interpreter)")

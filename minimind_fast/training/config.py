@@ -40,7 +40,7 @@ class TrainConfig:
         ValueError: an invalid value; the message names the option.
     """
 
-    # what
+    # model, data and output
     preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
     from_weight: str = option("none", "start from these weights: a folder or a MiniMind .pth; none starts from nothing")
     data_path: list[str] = option([], "JSONL file(s) to train on; the shipped sample if not given")
@@ -57,10 +57,10 @@ class TrainConfig:
     batch_size: int = option(
         32, "rows in a micro-batch on each device; a packed batch holds batch_size * max_seq_len tokens"
     )
-    max_seq_len: int = option(340, "longest document in tokens; longer ones are cut into pieces")
+    max_seq_len: int = option(340, "longest document in tokens; longer ones are split")
     accumulation_steps: int = option(8, "micro-batches in an optimizer step")
     packing: bool = option(True, "pack documents without padding; --no_packing gives MiniMind's padded rows")
-    truncate: bool = option(False, "cut long documents off instead of into pieces")
+    truncate: bool = option(False, "truncate long documents instead of splitting them")
     on_bad_line: str = option("error", "what to do with a line that cannot be used", choices=("error", "skip"))
     cache_dir: str = option("", "where the tokenised data is cached; beside the data if not given")
     # optimisation
@@ -76,9 +76,9 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.95, "AdamW beta2")
     grad_clip: float = option(1.0, "clip the gradient norm to this (0: no clipping)")
-    loss: str = option("", "your own objective of the next token: MODULE:FUNCTION or FILE.py:FUNCTION")
+    loss: str = option("", "your own next-token loss: MODULE:FUNCTION or FILE.py:FUNCTION")
     seed: int = option(42, "seed of weights, data order and dropout")
-    # how
+    # execution
     dtype: str = option(
         "auto",
         "training precision; 16 bits have fp32 masters; auto: bfloat16, or without it float32 on a CPU, float16 on a GPU",
@@ -97,14 +97,14 @@ class TrainConfig:
         False, "replay forward and backward as CUDA graphs (GPU; for micro-batches below 20k tokens)"
     )
     num_threads: int = option(0, "CPU threads of this rank (0: cores shared among the ranks)")
-    # watching and saving
+    # logs and checkpoints
     log_interval: int = option(10, "optimizer steps between log lines")
     save_interval: int = option(0, "optimizer steps between checkpoints (0: about every ten minutes, and at the end)")
     keep_checkpoints: int = option(2, "checkpoints to keep")
     val_interval: int = option(0, "optimizer steps between validations (0: at each save and at the end)")
-    from_resume: bool = option(False, "go on from the newest checkpoint of this run")
+    from_resume: bool = option(False, "continue from the newest checkpoint of this run")
     max_nonfinite_steps: int = option(
-        5, "stop after this many skipped steps in a row with a loss or gradient that is not finite"
+        5, "stop after this many skipped steps in a row, whose loss or gradient was not finite"
     )
     use_wandb: bool = option(False, "also log to Weights & Biases")
     use_swanlab: bool = option(False, "also log to SwanLab")

@@ -279,7 +279,7 @@ def check(config: TrainConfig, model: MiniMind, device: torch.device, attention:
         "packed data: leave --no_packing out": config.packing,
         "a step without --use_compile": not config.use_compile,
         "a step without --gradient_checkpointing": not config.gradient_checkpointing,
-        f"--attention flash_attn or torch_varlen: {attention} asks the host for the documents": attention != "sdpa",
+        f"--attention flash_attn or torch_varlen: {attention} reads the documents on the host": attention != "sdpa",
         "the moe_route and moe_mlp kernels: their reference reads the experts' loads on the host": can_capture(model),
     }
     for need, met in reasons.items():

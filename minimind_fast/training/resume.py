@@ -195,9 +195,7 @@ def needs_universal(checkpoint: Path, ranks: int) -> bool:
         ranks: current number of processes.
     """
     state = read_state(checkpoint)
-    return (
-        state["zero_stage"] > 0 and state["world_size"] != ranks
-    )  # at stage 0 every rank holds and reads everything
+    return state["zero_stage"] > 0 and state["world_size"] != ranks  # at stage 0 every rank holds and reads everything
 
 
 def _generators() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The switch: which implementation an op has, and that a wrong wish is an error."""
+"""The switch: which implementation of an op runs, and that an invalid choice is an error."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def restore():
 
 @pytest.fixture
 def marked(monkeypatch):
-    """Kernels that say that they ran, and a device on which they may."""
+    """Kernels that record that they ran, and a device on which they may."""
     monkeypatch.setattr(ops, "kernel", lambda name: lambda *args, **kwargs: f"kernel {name}")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
@@ -103,7 +103,7 @@ def test_a_kernel_asked_for_on_a_cpu_without_the_interpreter_is_an_error(monkeyp
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with mm.ops.use(spec):
         with pytest.raises(
-            ValueError, match="swiglu kernel was requested but the tensors are on cpu.*TRITON_INTERPRET"
+            ValueError, match="swiglu kernel was asked for but the tensors are on cpu.*TRITON_INTERPRET"
         ):
             ops.swiglu(X)
         with pytest.raises(ValueError, match="asked for"):
