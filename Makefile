@@ -1,10 +1,10 @@
-# Everything runs in a virtual environment of the project's own; each target installs what it needs first.
+# Everything runs in the project's own virtual environment; each target first installs what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --disable-pip-version-check -qq -c constraints.txt
 ARGS   ?=
-# DeepSpeed's launcher warns at length where there is no GPU, unless it is told beforehand.
+# Without a GPU, DeepSpeed's launcher prints long warnings unless told so.
 QUIETLY := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 .DEFAULT_GOAL := help
@@ -37,7 +37,7 @@ pipeline: $(VENV)/installed ## The whole chain on the shipped samples, tokenizer
 test: $(VENV)/installed-test ## Run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-slow: $(VENV)/installed-test ## Run what `make test` leaves out for its time: an installed wheel under every launcher (minutes)
+slow: $(VENV)/installed-test ## Run the tests that `make test` skips: a wheel under every launcher (minutes)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
@@ -45,7 +45,7 @@ lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/installed-test ## Format and mend what can be mended
+format: $(VENV)/installed-test ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

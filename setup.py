@@ -1,4 +1,4 @@
-"""Package definition. Dependencies are few, and each is here for a reason of its own."""
+"""Package definition. Dependencies are few, and each states its reason."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from setuptools import find_packages, setup
 
 INSTALL_REQUIRES = [
     "torch>=2.11",  # tensors, autograd, the reference implementation
-    "triton>=3.6; platform_system == 'Linux'",  # the kernels (also interpreted and cross-compiled where there is no GPU)
+    "triton>=3.6; platform_system == 'Linux'",  # the kernels (also interpreted and cross-compiled without a GPU)
     "deepspeed>=0.19.8,<0.20",  # ZeRO, the launcher and the training engine
-    "tokenizers>=0.21",  # byte-level BPE in Rust, the format of MiniMind's own tokenizer.json
+    "tokenizers>=0.21",  # byte-level BPE in Rust, the format of MiniMind's tokenizer.json
     "numpy>=1.26",  # the memory-mapped token cache
     "safetensors>=0.4",  # weights on disk
     "jinja2>=3.1",  # chat templates, rendered as Transformers does (sandboxed)
@@ -20,7 +20,7 @@ INSTALL_REQUIRES = [
 
 SERVE = [
     "fastapi>=0.115",  # routes of `minimind-fast serve`
-    "uvicorn>=0.30",  # and what runs them
+    "uvicorn>=0.30",  # runs them
 ]
 
 EXTRAS = {
@@ -33,13 +33,13 @@ EXTRAS = {
         "pytest>=8",
         "pytest-benchmark>=5",
         "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",  # the suite starts many processes that wait; two workers halve its time
+        "pytest-xdist>=3.6",  # many tests wait for processes; two workers halve the suite's time
         "hypothesis>=6.100",
         "transformers>=5,<6",  # tests only: exports and tokenizers are checked against it
-        "peft>=0.17",  # tests only: it must load our adapters
+        "peft>=0.17",  # tests only: loads our adapters
         *SERVE,
-        "openai>=1.60",  # tests only: the server is spoken to by OpenAI's own client
-        "httpx>=0.27",  # tests and the serving benchmark: requests that OpenAI's client would not send
+        "openai>=1.60",  # tests only: OpenAI's client talks to our server
+        "httpx>=0.27",  # tests and the serving benchmark: requests that OpenAI's client cannot send
         "ruff>=0.9",
         "pyright>=1.1.390",
     ],
@@ -53,7 +53,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ and train/ are part of it by two links: minimind_fast/kernels and minimind_fast/stages.
+    # kernels/ and train/ are included through two links: minimind_fast/kernels and minimind_fast/stages.
     packages=find_packages(include=["minimind_fast", "minimind_fast.*"]),
     package_data={"minimind_fast.serve": ["web/*"], "minimind_fast.data.samples": ["*.jsonl", "tokenizer/*"]},
     install_requires=INSTALL_REQUIRES,

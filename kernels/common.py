@@ -2,11 +2,11 @@
 
 Purpose:    one copy of each helper, so that a kernel file holds its own op only.
 Principle:  a helper takes tensors and sizes and knows no op.
-Properties: views copy only what has no such view. Sums run in a fixed order: two runs agree bitwise.
+Properties: a view copies only where strides rule it out. Sums run in a fixed order: two runs agree bitwise.
 
 Shapes: T tokens (all leading dimensions), D columns, V vocab.
 """
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportCallIssue=false
 
@@ -15,22 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of the interpreter, where each costs 0.4 ms: more than one, so that a sum of partials is a real sum.
+# Programs under the interpreter (0.4 ms each): more than one, so that partials really are summed.
 CPU_PROGRAMS = 3
 
 
 def accum_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64 for float64, else float32."""
+    """Return the dtype to accumulate in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """View as (T, D), any strides: what a matmul takes."""
+    """View as (T, D) with any strides, for a matmul."""
     return x.reshape(-1, x.shape[-1])
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """View as (T, D) with adjacent columns: what our kernels load."""
+    """View as (T, D) with adjacent columns, for our kernels."""
     x = as_matrix(x)
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -41,17 +41,17 @@ def as_vector(x: Tensor) -> Tensor:
 
 
 def padded(V: int) -> int:
-    """Return a row stride of logits that 16 divides: only then are Triton's loads 16 bytes wide."""
+    """Round a row stride of logits up to a multiple of 16, which Triton needs for 16-byte loads."""
     return (V + 15) // 16 * 16
 
 
 def num_programs(x: Tensor, warps_per_sm: int, num_warps: int) -> int:
-    """Fix the grid of a backward by the card, not by the data, and with it the order of dw's sum.
+    """Size a backward's grid by the card, not by the data: this fixes the order of dw's sum.
 
     Args:
-        x: its device is the card.
-        warps_per_sm: warps that a multiprocessor holds at once.
-        num_warps: of a program.
+        x: any tensor on the card.
+        warps_per_sm: warps resident on a multiprocessor.
+        num_warps: warps per program.
     """
     if not x.is_cuda:
         return CPU_PROGRAMS
@@ -59,11 +59,11 @@ def num_programs(x: Tensor, warps_per_sm: int, num_warps: int) -> int:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a^T @ b to a float32 (float64 for float64) sum; products of 16-bit values are never rounded to 16 bits."""
+    """Add a^T @ b to a float32 (float64 for float64) sum, without rounding the product to 16 bits first."""
     if total.dtype == a.dtype:
         total.addmm_(a.t(), b)
     elif a.device.type == "cuda":
-        # The matmul reads 16 bits and writes float32. Batched, because addmm's first versions refuse a float32 summand.
+        # 16 bits in, float32 out. Batched, because older versions of addmm refuse a float32 summand.
         torch.baddbmm(total[None], a.t()[None], b[None], out_dtype=total.dtype, out=total[None])
     else:
         total.addmm_(a.t().to(total.dtype), b.to(total.dtype))
@@ -73,7 +73,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _sum_partials_kernel(
     partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out (size,) = the sum of partial (num_partials, size) over its rows, in a fixed order."""
+    """out (size,) = partial (num_partials, size) summed over its rows, in a fixed order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=partial_ptr.dtype.element_ty)
     for start in range(0, num_partials, BLOCK_ROWS):
@@ -84,7 +84,7 @@ def _sum_partials_kernel(
 
 
 def sum_partials(partial: Tensor, out: Tensor) -> None:
-    """Sum the rows of partial into out: up to 32 rows a step, so that their loads are in flight together."""
+    """Sum the rows of partial into out, up to 32 a step so that their loads overlap."""
     num_partials, size = partial.shape[0], out.numel()
     rows = min(32, triton.next_power_of_2(num_partials))
     params = {"BLOCK_ROWS": rows, "BLOCK": 2048 // rows, "num_warps": 4}
@@ -92,11 +92,11 @@ def sum_partials(partial: Tensor, out: Tensor) -> None:
 
 
 def refuse_second_derivative(op: torch.library.CustomOpDef, name: str) -> None:
-    """Make the gradient of a backward an error that says so.
+    """Make differentiating a backward raise an error that names the op.
 
     Args:
-        op: the custom op of the backward.
-        name: of the public op.
+        op: the backward's custom op.
+        name: the public op, for the message.
     """
 
     def refuse(ctx, *grads):

@@ -1,11 +1,11 @@
-"""What matmuls over rows sorted by expert are made of: the tile of a program, the loop over the depth, ragged sums.
+"""Building blocks of matmuls over rows sorted by expert: a program's tile, the loop over the depth, ragged sums.
 
-Purpose:    the device side that moe_mlp's forward and backward share.
+Purpose:    the device code that moe_mlp's forward and backward share.
 Principle:  a program finds its expert, rows and columns from the counts on the device; the grid is an upper bound, and
-            programs beyond the last row leave. A weight gradient is a matmul whose depth is an expert's rows.
+            programs past the last row exit. A weight gradient is a matmul whose depth is an expert's rows.
 Properties: sums run in a fixed order, no atomics: two runs agree bitwise.
 
-Shapes: T tokens, E experts, S = T * top_k slots; sorted rows are slots in the order of the plan.
+Shapes: T tokens, E experts, S = T * top_k slots; sorted rows are slots in the plan's order.
 Source: Triton's grouped-matmul tutorial for the order of the tiles.
 """
 
@@ -21,7 +21,7 @@ def locate(
     counts_ptr, E: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """-> this program's expert, first row, end of the expert's rows (at or below the first: no work), column block."""
+    """-> this program's expert, first row, end of the expert's rows (no work if <= first row), column block."""
     column_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     within = pid % (GROUP_M * column_blocks)
@@ -40,7 +40,7 @@ def locate(
 def matmul(
     a_at, b_at, acc, k, K: tl.constexpr, stride: tl.constexpr, wide: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """acc += a b over depth K, from pointers to the first tiles; b's rows are `stride` apart, a's columns adjacent."""
+    """acc += a b over depth K, from pointers to the first tiles; `stride` separates b's rows, a's columns are adjacent."""
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             a = tl.load(a_at)
@@ -56,7 +56,7 @@ def matmul(
 
 @triton.jit
 def halves(acc, M: tl.constexpr, N: tl.constexpr):
-    """(M, 2N) -> its left and right (M, N). Columns N apart are in the same thread's registers: nothing moves."""
+    """(M, 2N) -> its left and right (M, N), both in the same thread's registers: no data movement."""
     return tl.split(tl.permute(tl.reshape(acc, (M, 2, N)), (0, 2, 1)))
 
 
@@ -95,13 +95,13 @@ def _moe_dw_kernel(
     M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr,
     GATHER_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """out[split, expert] (M, N) = a^T b over one piece of the expert's rows; one of a (., M), b (., N) is by token."""
+    """out[split, expert] (M, N) = a^T b over one split of the expert's rows; either a (., M) or b (., N) is by token."""
     wide: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M * blocks_n
     pid = tl.program_id(0)
     tile, split = pid % blocks, pid // blocks % SPLITS
-    # The longest sums start first, or a full expert would begin when the others have ended.
+    # Longest sums first, so that a full expert does not start after the others have finished.
     e = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + e, mask=e < E, other=-1)
     ahead = (counts[None, :] > counts[:, None]) | ((counts[None, :] == counts[:, None]) & (e[None, :] < e[:, None]))

@@ -1,23 +1,23 @@
-"""Linear cross-entropy: log-probabilities of the targets straight from hidden states, logits never stored whole.
+"""Linear cross-entropy: target log-probabilities from hidden states, without ever storing all logits.
 
-Purpose:    the head's matmul and the softmax without a (T, V) tensor, which is the largest of a training step.
+Purpose:    the head's matmul and softmax without a (T, V) tensor, the largest of a training step.
 Principle:  z = hidden W^T / temperature, a chunk of rows at a time;  lse = log sum_j exp z_j;  p = exp(z - lse)
             logprob = z_target - lse;  entropy = lse - sum_j p_j z_j
             dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + entropy);  d_hidden = dz W / temperature,
             d_W = dz^T hidden / temperature, summed over the chunks in float32.
-Properties: FLOPs a token are 2 D V a matmul. Without `grad_weights` four matmuls: the forward keeps hidden and lse (4 bytes
-            a token) and the backward computes the logits again, whatever the incoming gradient. With `grad_weights` three:
-            the gradient is known up to one factor, so the forward computes both gradients from the logits it has, and
-            keeps them instead. A chunk's logits are written, read and overwritten in L2 where V allows; the bytes that reach
-            memory are those of hidden, W, their gradients, and 8 D V of d_W's float32 sum a chunk.
-            Ignored rows are left out of the softmax passes, not out of the matmuls (their number is not known to the host).
-            Float32 inside (float64 for float64), logits rounded to the inputs' dtype as eager's are. No atomics, chunks in
-            order: two runs agree bitwise. Nothing synchronises with the host.
+Properties: each matmul costs 2 D V FLOPs a token. Without `grad_weights` there are four: the forward saves hidden and lse
+            (4 bytes a token) and the backward recomputes the logits, for any incoming gradient. With `grad_weights` there
+            are three: the gradient is known up to one factor, so the forward computes both gradients from its logits and
+            saves those instead. Where V allows, a chunk's logits never leave L2; memory traffic is hidden, W, their
+            gradients, and 8 D V bytes a chunk for d_W's float32 sum.
+            Ignored rows skip the softmax passes but not the matmuls (the host does not know their number).
+            Float32 inside (float64 for float64); logits are rounded to the inputs' dtype, as in eager. No atomics, chunks
+            in order: two runs agree bitwise. Nothing synchronises with the host.
 
 Shapes: T tokens (all leading dimensions), D hidden, V vocab.
 Source: Liger-Kernel (chunks of rows, gradients in the forward); Wijmans et al., Cut Your Losses, 2024 (lse recomputed).
 """
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportCallIssue=false
 
@@ -38,15 +38,15 @@ from minimind_fast.kernels.common import (
     refuse_second_derivative,
 )
 
-# A chunk's logits: 2,560 rows at V = 6400 in 16 bits. L2 holds 40 MB on an A100, 50 MB on an H100 (not yet measured).
+# One chunk of logits: 2,560 rows at V = 6400 in 16 bits. L2 is 40 MB on an A100, 50 MB on an H100 (not yet measured).
 CHUNK_BYTES = 32 << 20
-# Each chunk reads and writes d_W's float32 sum, 8 D V bytes, beside 8 D V FLOPs a row in its four matmuls: an H200 does 184
-# rows of FLOPs in the time of those bytes. At 1,024 rows the sum costs 18% of the matmuls; at the 128 rows that L2 has room
-# for at V = 151,936 it would cost 144%, more than what L2 saves there.
+# Each chunk moves 8 D V bytes for d_W's float32 sum and does 8 D V FLOPs a row in four matmuls; on an H200 those bytes take
+# as long as 184 rows. The sum costs 18% of the matmuls at 1,024 rows, but 144% at the 128 rows that L2 can hold at
+# V = 151,936: more than L2 saves.
 MIN_CHUNK_ROWS = 1024
 # The grad_weights promise: |g - s w| <= this * max |g|.
 PROMISE = 1e-5
-# Values a program of the scaling pass: two or more 16-byte loads a thread.
+# Values per program of the scaling pass: two or more 16-byte loads a thread.
 SCALE_BLOCK, SCALE_WARPS = 4096, 8
 
 
@@ -54,21 +54,21 @@ def _chunk_rows(V: int, itemsize: int) -> int:
     """Choose how many tokens go through the head at a time.
 
     Args:
-        V: vocabulary.
-        itemsize: bytes of one logit.
+        V: vocabulary size.
+        itemsize: bytes a logit.
     Returns:
-        A multiple of 128: as many rows as CHUNK_BYTES holds, at least MIN_CHUNK_ROWS.
+        A multiple of 128: as many rows as fit in CHUNK_BYTES, at least MIN_CHUNK_ROWS.
     """
     return max(CHUNK_BYTES // (V * itemsize) // 128 * 128, MIN_CHUNK_ROWS)
 
 
 def buffer_bytes(T: int, D: int, V: int, itemsize: int, with_grad_weights: bool = False) -> int:
-    """Count the memory that the op needs at its peak beyond its inputs and the gradients that it returns.
+    """Count the op's peak memory beyond its inputs and returned gradients.
 
     Args:
-        T, D, V: tokens, hidden size, vocabulary.
+        T, D, V: tokens, hidden size, vocabulary size.
         itemsize: bytes of one input value.
-        with_grad_weights: the three-matmul form, which holds d_hidden from the forward on: counted too.
+        with_grad_weights: the three-matmul form; also counts d_hidden, which it holds from the forward on.
     Returns:
         Bytes: one chunk of logits, lse and log-probabilities, d_W's float32 sum.
     """
@@ -78,10 +78,8 @@ def buffer_bytes(T: int, D: int, V: int, itemsize: int, with_grad_weights: bool 
 
 
 def _launch_params(V: int) -> dict[str, int]:
-    """Choose the block for a vocabulary: one program a row, 8 or 16 values a thread and block.
+    """Choose the block for a vocabulary size: one program a row, 8 or 16 values a thread per block.
 
-    Args:
-        V: vocabulary.
     Returns:
         BLOCK_V, num_warps, num_stages: keyword arguments of both kernels.
     """
@@ -109,22 +107,22 @@ def _linear_cross_entropy_fwd_kernel(
             cols = start + tl.arange(0, BLOCK_V)
             z = tl.load(at + cols, mask=cols < V, other=-float("inf")).to(wide)
             new_top = tl.maximum(top, tl.max(z, axis=0))
-            # inf - inf is nan; eager's logsumexp takes an infinite maximum for 0 too.
+            # inf - inf is nan; eager's logsumexp replaces an infinite maximum by 0, too.
             shift = tl.where(tl.abs(new_top) == float("inf"), 0.0, new_top)
-            # The maximum is taken off before the temperature: small differences of large logits stay exact.
+            # Subtract the maximum before scaling: small differences of large logits stay exact.
             z = (z - shift) * inv_temperature
             e = tl.exp(z)
             moved = (top - shift) * inv_temperature
             old = tl.exp(moved)
             if ENTROPY:
-                # sum_j e_j z_j about the maximum, so that the entropy is no difference of large numbers.
+                # sum_j e_j z_j relative to the maximum: the entropy must not be a difference of large numbers.
                 moved = tl.where(top == -float("inf"), 0.0, total * moved)
                 weighted = (weighted + moved) * old + tl.sum(tl.where(cols < V, e * z, 0.0), axis=0)
             total = total * old + tl.sum(e, axis=0)
             top = new_top
         top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
         log_total = tl.log(total)
-        # A target outside the vocabulary has no probability: nan here, and through lse in the gradient.
+        # A target outside the vocabulary gives nan here and, through lse, in the gradient.
         valid = (target >= 0) & (target < V)
         log_total = tl.where(valid, log_total, float("nan"))
         picked = tl.load(at + target, mask=valid, other=0.0).to(wide)
@@ -177,19 +175,19 @@ def _linear_cross_entropy_scale_kernel(source_ptr, factor_ptr, out_ptr, numel, B
 
 
 def _logits_buffer(T: int, weight: Tensor) -> Tensor:
-    """-> (rows, V) for the logits of a chunk, overwritten by each."""
+    """-> (rows, V) for one chunk's logits, reused by every chunk."""
     V, itemsize = weight.shape[0], weight.element_size()
     return weight.new_empty(min(_chunk_rows(V, itemsize), T), padded(V))[:, :V]
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Compute the logits of one chunk after another, in one buffer.
+    """Compute the logits chunk by chunk, in one buffer.
 
     Args:
         x: (T, D).
         weight: (V, D).
     Returns:
-        Pairs of the rows' slice and their logits (rows, V), before the temperature; the caller may overwrite them.
+        Pairs of a slice of rows and its logits (rows, V), before the temperature; the caller may overwrite them.
     """
     buffer = _logits_buffer(x.shape[0], weight)
     for start in range(0, x.shape[0], max(buffer.shape[0], 1)):
@@ -200,10 +198,10 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply by a factor on the device, rounded once.
+    """Multiply by a factor on the device, rounding once.
 
-    `source * factor` would do on a CPU, but on a GPU PyTorch first rounds a zero-dimensional operand to source's dtype: in
-    bfloat16 that would scale the whole gradient by up to 0.2% (its mantissa has 8 bits).
+    On a GPU, `source * factor` first rounds a zero-dimensional factor to source's dtype: in bfloat16 (8 bits of mantissa)
+    this would scale the whole gradient by up to 0.2%.
     """
     out = torch.empty_like(source, dtype=dtype)
     if out.numel() > 0:
@@ -219,7 +217,7 @@ def _scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _linear_cross_entropy_fwd(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> logprobs, entropy (empty if not asked for), lse times the temperature."""
+    """-> logprobs, entropy (empty unless requested), lse times the temperature."""
     shape, V = hidden.shape[:-1], weight.shape[0]
     logprobs, lse = (hidden.new_empty(shape, dtype=accum_dtype(hidden)) for _ in range(2))
     entropy = hidden.new_empty(shape if with_entropy else 0, dtype=accum_dtype(hidden))
@@ -329,7 +327,7 @@ def _(hidden, weight, targets, grad_weights, temperature, want_hidden, want_weig
 def _linear_cross_entropy_scale(
     grad: Tensor, targets: Tensor, grad_weights: Tensor, d_hidden: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """-> d_hidden and d_weight times the s of grad = s grad_weights; nan where there is no such s."""
+    """-> s d_hidden and s d_weight, where grad = s grad_weights; nan if there is no such s."""
     if targets.numel() == 0:
         return d_hidden.clone(), total.to(d_hidden.dtype, copy=True)
     live = targets != IGNORE_INDEX
@@ -337,7 +335,7 @@ def _linear_cross_entropy_scale(
     square = (w * w).sum()
     s = torch.where(square > 0, (g * w).sum() / square, 0.0)
     kept = ((g - s * w).abs() <= PROMISE * g.abs().amax()).all()
-    # A gradient of inf or nan breaks no promise: it gives nan, as anywhere else.
+    # An inf or nan gradient breaks no promise: the result is nan, as usual.
     torch.ops.minimind_fast.note_promise(~kept & g.isfinite().all())
     s = torch.where(kept, s, float("nan"))
     return _scaled(d_hidden, s, d_hidden.dtype), _scaled(total, s, d_hidden.dtype)
@@ -393,24 +391,24 @@ def linear_cross_entropy(
     return_entropy: bool = False,
     grad_weights: Tensor | None = None,
 ):
-    """Compute the log-probability of each target under softmax(hidden @ weight.T / temperature), without stored logits.
+    """Compute the log-probability of each target under softmax(hidden @ weight.T / temperature), not storing the logits.
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64, any strides.
-        weight: (V, D) of the head, in the same dtype.
+        weight: (V, D), the head, in the same dtype.
         targets: (...) int64 or int32; IGNORE_INDEX (-100) where there is no loss. Any other value outside [0, V) gives nan.
         temperature: divides the logits; positive.
-        return_entropy: also return the entropy of the distribution; it has a gradient too.
-        grad_weights: (...) float32, constant: a promise that the gradient which comes back is one number times these
-            (ignored targets aside), as for a weighted mean of the log-probabilities. The gradients are then computed in the
-            forward, which saves a quarter of the matmuls; in 16 bits d_hidden is rounded once more when it is multiplied by
-            that number, unless the number is a power of two. A promise broken by more than 1e-5 of the largest
-            gradient is an error on a CPU; on a GPU both gradients are nan and `ops.check_promises()` raises it.
+        return_entropy: also return the entropy of the distribution, which is differentiable.
+        grad_weights: (...) float32, constant: a promise that the incoming gradient is one number times these (ignored
+            targets aside), as for a weighted mean of the log-probabilities. The forward then computes the gradients, which
+            saves a quarter of the matmuls; in 16 bits d_hidden is rounded once more when scaled by that number, unless it
+            is a power of two. A promise broken by more than 1e-5 of the largest gradient raises on a CPU; on a GPU both
+            gradients are nan and `ops.check_promises()` raises.
     Returns:
         logprobs (...) float32 (float64 for float64), 0 where ignored; with `return_entropy` also entropy, likewise.
     Raises:
-        ValueError: shapes, dtypes or the temperature do not fit, or entropy is asked for together with grad_weights.
-        RuntimeError: a second derivative is asked for.
+        ValueError: invalid shapes, dtypes or temperature, or entropy requested together with grad_weights.
+        RuntimeError: a second derivative is requested.
     Source: Liger-Kernel; Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024.
     """
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or not weight.numel():

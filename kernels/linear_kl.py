@@ -1,24 +1,24 @@
-"""Linear KL: the divergence of a student's next-token distribution from a teacher's, neither one's logits stored whole.
+"""Linear KL: the divergence between a student's and a teacher's next-token distributions, without storing all logits.
 
-Purpose:    distillation without the two (T, V) tensors of logits and the five more that eager makes of them.
+Purpose:    distillation without the two (T, V) logits tensors and the five more that eager derives from them.
 Principle:  s = student_hidden W_s^T / temperature, t likewise of the teacher, a chunk of rows at a time;
             P = softmax(t), Q = softmax(s), p = log P, q = log Q
             KL(teacher || student) = sum_j P_j (p_j - q_j);                d s_j = g (Q_j - P_j)
             KL(student || teacher) = sum_j Q_j (q_j - p_j) =: R (reverse);  d s_j = g Q_j (q_j - p_j - R)
             d_hidden = ds W_s / temperature;  d_W = ds^T student_hidden / temperature, summed over the chunks in float32.
-Properties: FLOPs a token: 2 (D + D') V forward, 2 (3 D + D') V backward: the backward computes both logits again from what
-            is saved, which are the inputs, the two lse and the divergence (12 bytes a token). The student's gradient
-            overwrites its logits in the chunk's buffer, which L2 holds where V allows; the bytes that reach memory are
-            those of the inputs, the gradients, and 8 D V of d_W's float32 sum a chunk.
-            Masked tokens are left out of the softmax passes, not out of the matmuls (the host does not know their number).
-            Float32 inside (float64 for float64), logits rounded to the inputs' dtype as eager's are. No atomics, chunks in
-            order: two runs agree bitwise. Nothing synchronises with the host. No gradient reaches the teacher.
+Properties: FLOPs a token: 2 (D + D') V forward, 2 (3 D + D') V backward. Saved: the inputs, both lse and the divergence (12
+            bytes a token); the backward recomputes both sets of logits. The student's gradient overwrites its logits in
+            the chunk's buffer, which stays in L2 where V allows; memory traffic is the inputs, the gradients, and 8 D V
+            bytes a chunk for d_W's float32 sum.
+            Masked tokens skip the softmax passes but not the matmuls (the host does not know their number).
+            Float32 inside (float64 for float64); logits are rounded to the inputs' dtype, as in eager. No atomics, chunks
+            in order: two runs agree bitwise. Nothing synchronises with the host. No gradient reaches the teacher.
 
 Shapes: T tokens (all leading dimensions), D student's and D' teacher's hidden size, V the student's vocabulary.
 Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Gu et al., MiniLLM, 2023 (reverse); Liger-Kernel
         (chunks of rows).
 """
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportCallIssue=false
 
@@ -38,11 +38,11 @@ from minimind_fast.kernels.common import (
     refuse_second_derivative,
 )
 
-# The logits of a chunk, both models': 1,280 rows at V = 6400 in 16 bits. L2 holds 40 MB on an A100, 50 MB on an H100 (not
-# yet measured).
+# One chunk of both models' logits: 1,280 rows at V = 6400 in 16 bits. L2 is 40 MB on an A100, 50 MB on an H100 (not yet
+# measured).
 CHUNK_BYTES = 32 << 20
-# Each chunk reads and writes d_W's float32 sum, 8 D V bytes, beside 2 (3 D + D') V FLOPs a row: with fewer rows than this
-# that costs more than what L2 saves (linear_cross_entropy has the numbers).
+# Each chunk moves 8 D V bytes for d_W's float32 sum and does 2 (3 D + D') V FLOPs a row: with fewer rows, the sum costs
+# more than L2 saves (numbers in linear_cross_entropy).
 MIN_CHUNK_ROWS = 1024
 
 
@@ -50,31 +50,29 @@ def _chunk_rows(V: int, itemsize: int) -> int:
     """Choose how many tokens go through both heads at a time.
 
     Args:
-        V: vocabulary.
-        itemsize: bytes of one logit.
+        V: vocabulary size.
+        itemsize: bytes a logit.
     Returns:
-        A multiple of 128: as many rows as CHUNK_BYTES holds twice, at least MIN_CHUNK_ROWS.
+        A multiple of 128: as many rows as fit twice in CHUNK_BYTES, at least MIN_CHUNK_ROWS.
     """
     return max(CHUNK_BYTES // (2 * V * itemsize) // 128 * 128, MIN_CHUNK_ROWS)
 
 
 def buffer_bytes(T: int, D: int, V: int, itemsize: int) -> int:
-    """Count the memory that the op needs at its peak beyond its inputs and the gradients that it returns.
+    """Count the op's peak memory beyond its inputs and returned gradients.
 
     Args:
-        T, D, V: tokens, the student's hidden size, vocabulary.
+        T, D, V: tokens, the student's hidden size, vocabulary size.
         itemsize: bytes of one input value.
     Returns:
-        Bytes: one chunk of both logits, two lse and the divergence, d_W's float32 sum.
+        Bytes: one chunk of both models' logits, two lse and the divergence, d_W's float32 sum.
     """
     return 2 * min(_chunk_rows(V, itemsize), T) * padded(V) * itemsize + 3 * T * 4 + V * D * 4
 
 
 def _launch_params(V: int) -> dict[str, int]:
-    """Choose the block for a vocabulary: one program a row, 8 values of each model a thread and block.
+    """Choose the block for a vocabulary size: one program a row, 8 values of each model a thread per block.
 
-    Args:
-        V: vocabulary.
     Returns:
         BLOCK_V, num_warps, num_stages: keyword arguments of both kernels.
     """
@@ -84,7 +82,7 @@ def _launch_params(V: int) -> dict[str, int]:
 
 @triton.jit
 def _lse(at, scale, V: tl.constexpr, BLOCK_V: tl.constexpr, wide: tl.constexpr):
-    """-> m and log sum_j exp(scale (z_j - m)) of one row: apart, so that small differences of large logits stay exact."""
+    """-> one row's m and log sum_j exp(scale (z_j - m)), kept apart so that small differences of large logits stay exact."""
     top = tl.full((), -float("inf"), dtype=wide)
     total = tl.zeros((), dtype=wide)
     for start in range(0, V, BLOCK_V):
@@ -161,13 +159,13 @@ def _linear_kl_bwd_kernel(
 
 
 def _chunks(x: Tensor, weight: Tensor, y: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Compute the logits of one chunk after another, in one buffer for each model.
+    """Compute the logits chunk by chunk, in one buffer per model.
 
     Args:
         x, weight: the student's (T, D) and (V, D).
         y, teacher: the teacher's (T, D') and (V, D').
     Returns:
-        The rows' slice, the student's and the teacher's logits (rows, V) before the temperature; the caller may overwrite
+        A slice of rows, the student's and the teacher's logits (rows, V) before the temperature; the caller may overwrite
         them.
     """
     T, V, itemsize = x.shape[0], weight.shape[0], weight.element_size()
@@ -191,7 +189,7 @@ def _linear_kl_fwd(
     temperature: float,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> kl, lse (2, T): the student's and the teacher's, times the temperature."""
+    """-> kl (T,); lse (2, T) of student and teacher, times the temperature."""
     V = weight.shape[0]
     kl = hidden.new_empty(hidden.shape[:-1], dtype=accum_dtype(hidden))
     T = kl.numel()
@@ -293,32 +291,32 @@ def linear_kl(
 
     Args:
         student_hidden: (..., D) float32, bfloat16, float16 or float64, any strides.
-        student_weight: (V, D) of the student's head.
+        student_weight: (V, D), the student's head.
         teacher_hidden: (..., D').
-        teacher_weight: (V' >= V, D'); cut to the student's V rows before the softmax. All four are of one dtype. No gradient
+        teacher_weight: (V' >= V, D'); cut to the student's V rows before the softmax. All four share one dtype. No gradient
             reaches the teacher.
         mask: (...) bool; the result is 0 where it is False.
-        temperature: divides both logits; positive. There is no T^2 factor here.
+        temperature: divides both logits; positive. No T^2 factor is applied.
         reverse: KL(student || teacher) instead of KL(teacher || student).
     Returns:
         (...) float32 (float64 for float64).
     Raises:
-        ValueError: shapes, dtypes or the temperature do not fit, or the teacher's vocabulary is the smaller one.
-        RuntimeError: a second derivative is asked for.
+        ValueError: invalid shapes, dtypes or temperature, or a teacher with the smaller vocabulary.
+        RuntimeError: a second derivative is requested.
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
     for name, x, w in (("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight)):
         if x.dim() == 0 or w.dim() != 2 or x.shape[-1] != w.shape[1] or not w.numel():
             raise ValueError(
                 f"linear_kl needs hidden (..., D) and weight (V, D), got {tuple(x.shape)} and {tuple(w.shape)} "
-                f"of the {name}."
+                f"from the {name}."
             )
     dtypes = {t.dtype for t in (student_hidden, student_weight, teacher_hidden, teacher_weight)}
     if len(dtypes) > 1 or not student_hidden.is_floating_point():
         raise ValueError(f"linear_kl needs hidden and weights in one floating-point dtype, got {dtypes}.")
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
-            f"linear_kl needs the same tokens of both, got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}."
+            f"linear_kl needs the same tokens for both, got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}."
         )
     if teacher_weight.shape[0] < student_weight.shape[0]:
         raise ValueError(

@@ -1,28 +1,28 @@
-"""The experts' SwiGLU MLPs as grouped matmuls over a routing plan: no loop over experts, no copy of the rows, no sync.
+"""The experts' SwiGLU MLPs as grouped matmuls over a routing plan: no loop over experts, no copied rows, no sync.
 
-Purpose:    y[t] = sum_j w[t, j] expert_{e(t, j)}(x[t]) at the cost of its arithmetic, for any split of the tokens.
-Principle:  sorted by expert, the slots are blocks of rows, one block an expert. A program finds its expert, rows and
-            columns from the counts on the device; the grid is an upper bound, and programs beyond the last row leave.
-            forward   h = x[order] W1^T (rows gathered in the matmul's own loads; half of the W1 tile is gate rows, half
-                      up rows, so that a thread holds both of a pair and a = silu(g) u needs no exchange);  z = a W2^T;
+Purpose:    y[t] = sum_j w[t, j] expert_{e(t, j)}(x[t]) at the cost of its arithmetic, however tokens are distributed.
+Principle:  sorted by expert, the slots form one block of rows per expert. A program finds its expert, rows and columns
+            from the counts on the device; the grid is an upper bound, and programs past the last row exit.
+            forward   h = x[order] W1^T (the matmul's own loads gather the rows; a W1 tile is half gate rows, half up
+                      rows, so a thread holds both of a pair and a = silu(g) u needs no exchange);  z = a W2^T;
                       y[t] = sum_j w z[inverse[t, j]]
             backward  da = dy[order] W2;  dw = sum_f da a (no z needed);  dh = w da * (u s (1 + g (1 - s)), g s);
                       dx[t] = sum_j (dh W1)[inverse[t, j]];  dW1 = dh^T x[order];  dW2 = dy[order]^T (w a)
-                      with s = sigmoid(g); the sums over an expert's rows in dW are matmuls of ragged depth.
-            With top_k = 1 a token has one row, which the second matmul weighs and writes to its place: no gather-sum.
-Properties: FLOPs a slot 6DF forward, 12DF backward. Saved for the backward beside x, the weights and the plan: h, 4F
-            bytes a slot in 16 bits (a is computed again, z is not needed), and nothing where no gradient is asked for.
+                      with s = sigmoid(g); dW's sums over an expert's rows are matmuls of ragged depth.
+            With top_k = 1 a token has one row, which the second matmul scales and stores in place: no gather-sum.
+Properties: FLOPs a slot: 6DF forward, 12DF backward. Saved for the backward beside x, the weights and the plan: h, 4F
+            bytes a slot in 16 bits (a is recomputed, z is not needed); nothing if no gradient is required.
             Bytes a slot in 16 bits beyond the matmuls' operands: forward 6F + 2D written, backward 6F + 2D written and
-            4F read; each of them reads 2D again where top_k > 1. float32 accumulation and epilogues (float64 for
-            float64), each stored tensor rounded once. dW of few tiles is split over the rows and its float32 partials
-            added in a fixed order; the gather-sum runs over j in order; no atomics: two runs agree bitwise.
+            4F read; each reads another 2D where top_k > 1. float32 accumulation and epilogues (float64 for float64),
+            each stored tensor rounded once. A dW of few tiles is split over the rows and its float32 partials added in
+            a fixed order; the gather-sum runs over j in order; no atomics: two runs agree bitwise.
 
-Shapes: T tokens, D hidden, F ffn, E experts, S = T * top_k slots; sorted rows are slots in the order of the plan.
+Shapes: T tokens, D hidden, F ffn, E experts, S = T * top_k slots; sorted rows are slots in the plan's order.
 Source: MegaBlocks (Gale et al., 2022) for grouped matmuls; ScatterMoE (Tan et al., 2024) for gathered rows; SonicMoE
     for what need not be saved (dw from da and a); Triton's grouped-matmul tutorial for the order of the tiles.
 """
 
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from typing import Protocol
@@ -36,19 +36,19 @@ from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, 
 from minimind_fast.kernels.grouped_matmul import _moe_combine_kernel, _moe_dw_kernel, halves, locate, matmul, quarters
 
 MAX_EXPERTS = 128  # every program scans the counts in registers
-# Compute capabilities that give a program 163 KB of shared memory (8.0, 8.7) or 227: four stages of a 128 x 256 x 64
-# tile take 144 KB where mma reads registers and 192 where wgmma reads shared memory. 8.6, 8.9, 12.0 have 99 KB.
+# Compute capabilities with 163 KB of shared memory per program (8.0, 8.7) or 227 KB; 8.6, 8.9 and 12.0 have 99. Four
+# stages of a 128 x 256 x 64 tile take 144 KB where mma reads registers, 192 where wgmma reads shared memory.
 ROOMY = (80, 87, 90, 100, 103)
 # Split dW so that one hot expert cannot outlast the rest: its tiles should fill most multiprocessors (132 on an H200).
-# MiniMind3's d_gate_up (114 tiles) stays whole, its d_down (60) is cut in 2, MiniMind2's in 2 and 3: 53 to 70 MB of
-# partials, 3 to 6% of the matmuls' time by a count of bytes. No split under 512 rows, or for partials beyond this size.
+# MiniMind3's d_gate_up (114 tiles) stays whole, its d_down (60) is split in 2, MiniMind2's in 2 and 3: 53 to 70 MB of
+# partials, by byte count 3 to 6% of the matmuls' time. No split under 512 rows, or if partials exceed this size.
 DW_TILES, DW_MIN_ROWS, DW_PARTIAL_BYTES = 100, 512, 128 << 20
-# The gather-sum: 2048 values in 4 warps, two 16-byte loads a thread and choice.
+# The gather-sum: 2048 values in 4 warps, two 16-byte loads a thread per choice.
 COMBINE_TILE, COMBINE_BLOCK_D = 2048, 256
 
 
 class Plan(Protocol):
-    """What this op reads of a Routing."""
+    """The fields of a Routing that this op reads."""
 
     weights: Tensor
     experts: Tensor
@@ -63,46 +63,45 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
     Args:
         kernel: "gate_up" (its BLOCK_N counts pairs: the matmul's tile is twice as wide), "d_hidden", "rows" (the second
             matmul and the input's gradient) or "dw" (both weight gradients; its BLOCK_K counts rows).
-        slots: S.
-        experts: E.
-        element_bytes: of x.
-        capability: of the card, 90 for 9.0; 0 without a card.
+        slots, experts: S and E.
+        element_bytes: bytes of one value of x.
+        capability: compute capability of the card, 90 for 9.0; 0 without a card.
     Returns:
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M (row blocks that share a pass over the columns), num_warps, num_stages and,
-        where a limit pays, maxnreg.
+        where limiting registers pays, maxnreg.
     """
 
     def tile(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[str, int]:
         pairs = 2 if kernel == "gate_up" else 1
-        # A row of dW's depth is found through `order`, and Triton spends every other stage on that load.
+        # dW's rows are gathered through `order`, and Triton spends every other stage on that load.
         depth = 2 * stages - 1 if kernel == "dw" else stages
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
         return dict(zip(names, (m, n // pairs, k, group, warps, depth), strict=True))
 
-    if element_bytes > 2:  # float32 exactly, without tensor cores: small tiles that stay in registers
+    if element_bytes > 2:  # exact float32, no tensor cores: small tiles that stay in registers
         return tile(64, 64, 32, 4, 4, 2)
     rows = slots // experts
     if kernel != "dw":
-        # Few rows an expert: reading the weights is all the work. The narrowest row tile, and deep stages of narrow
-        # columns, so that one token's experts are read by 24 to 76 programs with 36 to 60 KB in flight each.
+        # Few rows an expert: reading the weights dominates. Use the narrowest row tile and deep stages of narrow
+        # columns: 24 to 76 programs read one token's experts, with 36 to 60 KB in flight each.
         if rows <= 16:
             return tile(16, 64 if kernel == "gate_up" else 32, 128, 1, 4, 4)
         if rows <= 64:
             return tile(64, 64, 64, 1, 4, 4)
-    # 8 row blocks x all column blocks at a time: 1.6 MB of x and one expert's weights (7.5 MB at 768 x 2432) in L2.
+    # 8 row blocks x all column blocks at a time: 1.6 MB of x and one expert's weights (7.5 MB at 768 x 2432) fit in L2.
     if capability not in ROOMY:
         return tile(128, 128, 32, 8, 8, 4)
     if kernel == "d_hidden":
-        # Its epilogue moves 10F bytes a row, as long as the matmul takes: two programs an SM, so that one computes
-        # while the other stores, which on sm_90 takes a limit of 128 registers (no spills under it).
+        # The epilogue moves 10F bytes a row, which takes as long as the matmul: with two programs an SM, one computes
+        # while the other stores. On sm_90 this needs a limit of 128 registers (no spills).
         return tile(128, 128, 64, 8, 8, 3) | ({"maxnreg": 128} if capability == 90 else {})
-    # 128 x 256 in 8 warps asks L2 for 48 KB every 4.2 MFLOP; 128 x 128 asks for a third more at the same rate.
-    # dW on sm_80 would spill with one stage more.
+    # 128 x 256 in 8 warps reads 48 KB from L2 every 4.2 MFLOP; 128 x 128 reads a third more at the same rate.
+    # dW on sm_80 would spill with one more stage.
     return tile(128, 256, 64, 8, 8, 3 if kernel == "dw" and capability < 90 else 4)
 
 
 def _dw_splits(E: int, M: int, N: int, slots: int, block_m: int, block_n: int) -> int:
-    """Pieces that an expert's rows are cut into for its (M, N) weight gradient."""
+    """How many splits of an expert's rows to use for its (M, N) weight gradient."""
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     return max(1, min(triton.cdiv(DW_TILES, tiles), slots // DW_MIN_ROWS, DW_PARTIAL_BYTES // (4 * E * M * N)))
 
@@ -113,14 +112,14 @@ def _moe_gate_up_kernel(
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """act = silu(gate) * up of the gathered rows; hidden keeps gate | up for the backward."""
+    """act = silu(gate) * up of the gathered rows; hidden saves gate | up for the backward."""
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     expert, first, end, column = locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if first >= end:
         return
     row = first + tl.arange(0, BLOCK_M)
     live = row < end
-    # Rows and columns beyond the end read the first token and the last weight; only their stores are masked.
+    # Rows and columns past the end read the first token and the last weight; only stores are masked.
     token = tl.load(order_ptr + row, mask=live, other=0) // TOP_K
     pair = tl.arange(0, 2 * BLOCK_N)
     weight_row = pair // BLOCK_N * F + tl.minimum(column * BLOCK_N + pair % BLOCK_N, F - 1)
@@ -149,7 +148,7 @@ def _moe_rows_kernel(
     SCATTER: tl.constexpr, HAS_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Sorted rows a (S, K) times their expert's (K, N); SCATTER (top_k = 1) writes each row, scaled, to its token."""
+    """Sorted rows a (S, K) times their expert's (K, N); SCATTER (top_k = 1) stores each row, scaled, at its token."""
     wide: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     expert, first, end, column = locate(counts_ptr, E, N, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if first >= end:
@@ -177,7 +176,7 @@ def _moe_d_hidden_kernel(
     WANT_D_HIDDEN: tl.constexpr, WANT_ACT: tl.constexpr, WANT_D_WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """d-hidden (S, 2F), w * act (S, F) for d-down, and this column block's share of the routing weights' gradient."""
+    """d-hidden (S, 2F), w * act (S, F) for d-down, and this column block's part of the routing weights' gradient."""
     wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     expert, first, end, column = locate(counts_ptr, E, F, BLOCK_M, BLOCK_N, BLOCK_E, GROUP_M)
     if first >= end:
@@ -194,7 +193,7 @@ def _moe_d_hidden_kernel(
 
     weight = tl.load(weights_ptr + slot, mask=live, other=0.0)[:, None]
     d_weights = tl.zeros((BLOCK_M,), dtype=wide)
-    # An eighth of the columns at a time, so that only an eighth's g, u and results are in registers.
+    # An eighth of the columns at a time, to hold only an eighth of g, u and the results in registers.
     PART: tl.constexpr = BLOCK_N // 8
     left, right = halves(d_act, BLOCK_M, BLOCK_N // 2)
     hidden_ptr += first.to(tl.int64) * (2 * F)  # int32 offsets from here on: half the registers
@@ -226,7 +225,7 @@ def _moe_d_hidden_kernel(
 
 
 class _Launcher:
-    """The sizes of one call, and each kernel's launch from them."""
+    """The sizes of one call, and the kernel launches that depend on them."""
 
     def __init__(
         self, x: Tensor, weights: Tensor, counts: Tensor, order: Tensor, inverse: Tensor, down: Tensor
@@ -245,9 +244,9 @@ class _Launcher:
         return {**params, "BLOCK_E": self.block_e}
 
     def grid(self, columns: int, params: dict[str, int]) -> tuple[int]:
-        """Row blocks of any split of S rows among E experts, in whole groups, times column blocks."""
+        """Row blocks for any split of S rows among E experts, in whole groups, times column blocks."""
         block_m, group = params["BLOCK_M"], params["GROUP_M"]
-        used = min(self.E, self.S)  # experts that can have rows; each may waste a part of one block
+        used = min(self.E, self.S)  # experts that can have rows; each may leave one block partly empty
         row_blocks = (self.S + used * (block_m - 1)) // block_m
         return (triton.cdiv(row_blocks, group) * group * triton.cdiv(columns, params["BLOCK_N"]),)
 
@@ -296,7 +295,7 @@ def _moe_mlp_fwd(
     down: Tensor,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> y (T, D), hidden (S, 2F) sorted, or empty."""
+    """-> y (T, D) and sorted hidden (S, 2F), or empty."""
     S, F = order.shape[0], down.shape[2]
     hidden = x.new_empty((S if keep_hidden else 0, 2 * F))
     if x.numel() == 0:
@@ -374,7 +373,7 @@ def _(dy, x, weights, counts, order, inverse, gate_up, down, hidden, want_dx, wa
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:-1], output[1])
-    # Or autograd would make a gradient of zeros for `hidden`: 637 MB a layer at 65,536 tokens of MiniMind3.
+    # Else autograd makes zeros for `hidden`'s gradient: 637 MB a layer at 65,536 tokens of MiniMind3.
     ctx.set_materialize_grads(False)
 
 
@@ -393,18 +392,18 @@ refuse_second_derivative(_moe_mlp_bwd, "moe_mlp")
 
 
 def moe_mlp(x: Tensor, routing: Plan, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Send each token through the SwiGLU MLPs of its experts and sum by their weights.
+    """Send each token through its experts' SwiGLU MLPs and sum the outputs by the routing weights.
 
     Args:
         x: (T, D) float32, bfloat16 or float16 (float64 in the interpreter only); copied if not contiguous.
-        routing: of `moe_route` for these tokens; `counts` and `order` are trusted.
+        routing: the result of `moe_route` for these tokens; `counts` and `order` are trusted.
         gate_up: (E, 2F, D) stacked expert weights in x's dtype, gate first, E up to 128.
         down: (E, D, F) in x's dtype.
     Returns:
         (T, D) in x's dtype; gradients to x, routing.weights, gate_up and down.
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, or E above 128.
-        RuntimeError: a second derivative is asked for.
+        ValueError: mismatched shapes or dtypes, or E above 128.
+        RuntimeError: a second derivative is requested.
     Source: Gale et al., MegaBlocks, 2022; Tan et al., ScatterMoE, 2024; SonicMoE.
     """
     if x.dim() != 2 or not x.is_floating_point() or (x.is_cuda and x.dtype == torch.float64):

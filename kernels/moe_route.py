@@ -1,21 +1,21 @@
-"""Routing of a mixture of experts: scores, top-k, balancing loss and dispatch plan, without leaving the device.
+"""Mixture-of-experts routing: scores, top-k, balancing loss and dispatch plan, without leaving the device.
 
 Purpose:    from tokens to (weights, experts) and to the order in which the experts' matmuls read the tokens, in two
-            launches (three with documents), with no sort and nothing that waits for the host.
+            launches (three with documents), without a sort or a host sync.
 Principle:  s = softmax(x W^T);  the top_k largest s, ties to the lower expert;  w_j = s_j or s_j / sum_i s_i
             aux = mean over documents of E sum_e f_e P_e,  f_e = share of the slots, P_e = mean of s_e
             A token chooses an expert at most once, so a slot's place among its expert's slots is the number of earlier
             tokens that chose it: a column sum of a 0/1 matrix. Tiles of tokens write their column sums (histogram);
-            every tile of the second launch adds up those before it (prefix) and places its own slots. That is the
-            stable order, and its inverse.
+            in the second launch every tile sums those before it (prefix) and places its own slots. This gives the
+            stable order and its inverse.
             Backward: ds_j = dw_j, or (dw_j - sum_i dw_i w_i) / sum_i s_i;  ds_e += d_aux E f_e / (length documents);
             dz = s (ds - sum s ds);  dx = dz W;  dW = dz^T x.  f is a count and has no derivative.
 Properties: bytes a token in 16 bits: forward 2D + 4E + 24 top_k, backward 4D + 12E + 12 top_k; FLOPs 2DE forward, 4DE
-            backward: bound by memory. With documents the scores are read once more, one program a document and one tile
-            after the other: a few documents of many thousand tokens leave most of the card idle (not yet measured).
+            backward: memory-bound. With documents the scores are read once more, by one program a document, tile after
+            tile: a few documents of many thousand tokens leave most of the card idle (not yet measured).
             The prefix reads tiles^2 E counts from L2: 16 MB at T = 65,536, E = 4.
-            Logits stay float32 (eager rounds them to x's dtype before the softmax): nearer to the truth, and no ties
-            made by rounding. dz meets W and x as tf32 where these are 16-bit, eager rounds it to their dtype.
+            Logits stay float32 (eager rounds them to x's dtype before the softmax): more accurate, and rounding makes
+            no ties. Where W and x are 16-bit, dz multiplies them as tf32; eager rounds it to their dtype.
             Saved beside x and W: s and the choices, 4E + 4 top_k bytes a token, both outputs anyway, and E numbers a
             document. Counts are integers and every float sum has a fixed order: two runs on one card agree bitwise.
 
@@ -24,7 +24,7 @@ Source: Shazeer et al., 2017, and Fedus et al., Switch Transformers, 2021; index
     ScatterMoE and SonicMoE, with a prefix of histograms in place of their sort.
 """
 
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from typing import NamedTuple
@@ -38,22 +38,22 @@ from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, 
 from minimind_fast.kernels.route_plan import _balance_document_kernel, _route_plan_kernel
 
 MAX_EXPERTS = 128  # a (tokens, experts) tile is held in registers
-# Tokens of a tile. 64 with few experts: 1024 programs at T = 65,536, several waves of a memory-bound kernel. 128 with
-# many, forward only: the prefix over tiles costs tiles^2 E, and the backward would spill. 16 for short inputs: more
-# programs than one, and tl.dot's least.
+# Tokens per tile. 64 with few experts: 1024 programs at T = 65,536, several waves of a memory-bound kernel. 128 with
+# many, forward only: the prefix over tiles costs tiles^2 E, and the backward would spill. 16, tl.dot's minimum, gives
+# short inputs more than one program.
 TILE_T_FEW, TILE_T_MANY, TILE_T_SHORT = 64, 128, 16
 FEW_EXPERTS, SHORT_T = 16, 1024
-# Columns of x a step: 256 bytes of a 16-bit row. Three stages of a 64 x 128 tile and of W's are 60 KB, so three
-# programs share an SM of 227 KB and one fits where there are 99.
+# Columns of x a step: 256 bytes of a 16-bit row. Three stages of a 64 x 128 tile and of W's take 60 KB: three programs
+# share an SM of 227 KB, and one fits in 99.
 BLOCK_D, NUM_STAGES = 128, 3
-# Rows of the histogram that a step of the prefix reads.
+# Rows of the histogram that the prefix reads a step.
 BLOCK_ROWS = 64
-# Programs that share the sum of dW: about two an SM of the largest cards, each with a float32 partial of its own.
+# Programs that share dW's sum: about two an SM on the largest cards, each with its own float32 partial.
 DW_PROGRAMS = 256
 
 
 class Routing(NamedTuple):
-    """The same fields as the reference's Routing: kernels import no ops."""
+    """Same fields as the reference's Routing; kernels may not import ops."""
 
     weights: Tensor  # (T, top_k) float32
     experts: Tensor  # (T, top_k) int32
@@ -69,10 +69,8 @@ def _launch_params(kernel: str, T: int, D: int, E: int, element_bytes: int) -> d
 
     Args:
         kernel: "fwd" (all its launches share BLOCK_T) or "bwd".
-        T: tokens.
-        D: columns.
-        E: experts.
-        element_bytes: size of x's elements.
+        T, D, E: tokens, columns, experts.
+        element_bytes: bytes of one value of x.
     Returns:
         BLOCK_T, BLOCK_D, BLOCK_E (at least 16, for tl.dot), num_warps and num_stages, as keyword arguments.
     """
@@ -86,7 +84,7 @@ def _launch_params(kernel: str, T: int, D: int, E: int, element_bytes: int) -> d
 
 
 def _dw_splits(T: int, D: int, block_d: int) -> int:
-    """Pieces that the tokens are cut into for dW: DW_PROGRAMS programs in all, but no piece under 256 tokens."""
+    """How many splits of the tokens to use for dW: DW_PROGRAMS programs in all, at least 256 tokens a split."""
     return max(1, min(triton.cdiv(DW_PROGRAMS, triton.cdiv(D, block_d)), T // 256))
 
 
@@ -96,7 +94,7 @@ def _route_fwd_kernel(
     D: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, HAS_VALID: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Score and choose for one tile of tokens; counts, load, mass: (tiles, E) column sums of it."""
+    """Score and choose for one tile of tokens; counts, load, mass: its (tiles, E) column sums."""
     wide: tl.constexpr = scores_ptr.dtype.element_ty
     pid = tl.program_id(0)
     t = pid * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -118,7 +116,7 @@ def _route_fwd_kernel(
     slot_mask = live_t[:, None] & live_e[None, :]
     tl.store(scores_ptr + t[:, None].to(tl.int64) * E + e[None, :], scores, mask=slot_mask)
 
-    # A NaN counts as the largest, as in torch.topk, so that a diverged model still names experts that exist.
+    # NaN counts as the largest, as in torch.topk: a diverged model still chooses valid experts.
     left = tl.where(scores == scores, scores, float("inf"))
     left = tl.where(live_e[None, :], left, -1.0)
     choice = tl.arange(0, BLOCK_K)[None, :]
@@ -167,7 +165,7 @@ def _route_bwd_kernel(
     slot = t.to(tl.int64) * TOP_K
     scores = tl.load(scores_ptr + at, mask=mask, other=0.0)
     d_scores = tl.zeros((BLOCK_T, BLOCK_E), dtype=wide)
-    # A single normalised weight is 1 whatever the scores are: exactly no gradient.
+    # A single normalised weight is always 1: its gradient is exactly zero.
     if HAS_D_WEIGHTS and not (NORMALIZE and TOP_K == 1):
         total = tl.zeros((BLOCK_T,), dtype=wide)
         dot = tl.zeros((BLOCK_T,), dtype=wide)
@@ -188,7 +186,7 @@ def _route_bwd_kernel(
             d_scores = tl.where(chosen > 0, (d_scores - (dot / total)[:, None]) / total[:, None], 0.0)
     if HAS_D_AUX:
         slope_at = slope_ptr + e[None, :]
-        if HAS_DOCUMENTS:  # the document is the number of ends at or before t, by bisection
+        if HAS_DOCUMENTS:  # a token's document is the number of ends at or before t, by bisection
             low = tl.zeros((BLOCK_T,), dtype=tl.int32)
             high = low + (num_documents - 1)
             for _ in range(search_steps):
@@ -221,7 +219,7 @@ def _route_dw_kernel(
     D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] (E, D): dz^T x over one piece of the tokens."""
+    """partial[split] (E, D): dz^T x over one split of the tokens."""
     wide: tl.constexpr = d_logits_ptr.dtype.element_ty
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
@@ -337,8 +335,8 @@ def _route_bwd(
         return dx, dw.zero_()
     x, gate_weight = x.contiguous(), gate_weight.contiguous()
     params = _launch_params("bwd", T, D, E, x.element_size())
-    # float32 needs every bit. A 16-bit operand is exact in tf32; dz loses what lies beyond 10 bits of its mantissa, cut off
-    # and not rounded: at most a quarter of eager's rounding error in bfloat16, twice eager's in float16.
+    # float32 needs every bit. A 16-bit operand is exact in tf32; dz is truncated to 10 bits of mantissa: at most a quarter
+    # of eager's rounding error in bfloat16, twice eager's in float16.
     precision = "tf32" if x.element_size() == 2 else "ieee"
     d_logits = torch.empty_like(scores)
 
@@ -398,20 +396,20 @@ def moe_route(
     cu_seqlens: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Routing:
-    """Score the experts for each token, choose the best, and plan the dispatch.
+    """Score the experts for each token, choose the best ones and plan the dispatch.
 
     Args:
         x: (T, D) float32, bfloat16 or float16 (float64 in the interpreter only); copied if not contiguous.
         gate_weight: (E, D) in x's dtype, E up to 128.
         top_k: experts a token.
         normalize: divide the chosen scores by their sum.
-        cu_seqlens: (documents + 1,) int32 or int64: the aux loss is the mean over documents; None: over the batch.
-        valid: (T,) bool; False for padding, which counts neither in the aux loss nor in its averages.
+        cu_seqlens: (documents + 1,) int32 or int64: the aux loss is a mean over documents; None: one over the batch.
+        valid: (T,) bool; False for padding, which the aux loss and its averages leave out.
     Returns:
         Routing; `weights`, `aux_loss` and `scores` carry gradients to x and gate_weight.
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, top_k outside 1..E, or E above 128.
-        RuntimeError: a second derivative is asked for.
+        ValueError: mismatched shapes or dtypes, top_k outside 1..E, or E above 128.
+        RuntimeError: a second derivative is requested.
     Source: Shazeer et al., 2017 (sparsely gated experts); Fedus et al., Switch Transformers, 2021 (balancing loss).
     """
     if x.dim() != 2 or gate_weight.dim() != 2 or gate_weight.shape[1] != x.shape[1] or x.dtype != gate_weight.dtype:

@@ -1,23 +1,23 @@
-"""RMSNorm, alone or fused with the addition of the residual stream before it.
+"""RMSNorm, alone or fused with the preceding addition to the residual stream.
 
-Purpose:    y = norm(x) w, or h = x + residual; y = norm(h) w, each tensor read once and written once, in one pass.
+Purpose:    y = norm(x) w, or h = x + residual; y = norm(h) w, in one pass that reads and writes each tensor once.
 Principle:  r = 1 / sqrt(mean(h^2) + eps);  n = h r;  y = n w
             g = dy w;  dh += r (g - n mean(g n));  dw = sum over tokens of dy n
-            `cast_first` (MiniMind2) rounds n to x's dtype before it meets w, in y and in dw.
+            `cast_first` (MiniMind2) rounds n to x's dtype before multiplying by w, in y and in dw.
 Properties: bytes a token in 16 bits: alone 4D forward, 6D backward; fused 8D forward (read x, residual; write y, h) and
-            8D backward (read dy, dh, h; write the one gradient that x and residual share). 4 more for r, which is saved
-            in float32 because recomputing it would put a second reduction before the backward's own; n is recomputed
-            from h and r. About 6 FLOPs a value forward, 12 backward: bound by memory.
-            dw: each program of a fixed grid sums its rows in registers and writes one float32 partial row; a second,
-            small kernel adds those in a fixed order. No atomics: two runs on one card agree bitwise (another card has
-            another number of multiprocessors, so another order of the sum).
-            Float32 inside (float64 for float64); h is rounded as eager rounds it, y and the gradients once.
+            8D backward (read dy, dh, h; write the one gradient that x and residual share). 4 more for r, saved in
+            float32 because recomputing it would add a reduction before the backward's own; n is recomputed from h and
+            r. About 6 FLOPs a value forward, 12 backward: memory-bound.
+            dw: each program of a fixed grid sums its rows in registers and writes one float32 partial row; a second
+            small kernel adds those in a fixed order. No atomics: two runs on one card agree bitwise (the order depends
+            on the card's number of multiprocessors).
+            Float32 inside (float64 for float64); h is rounded as in eager, y and the gradients once.
 
 Shapes: T tokens (all leading dimensions), D hidden.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; the partial sums of dw follow Triton's
-    layer-norm tutorial, without its locks; one row a program, slow at small D, is the lesson of Liger-Kernel.
+    layer-norm tutorial, without its locks; Liger-Kernel shows that one row a program is slow at small D.
 """
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import torch
@@ -27,28 +27,27 @@ from torch import Tensor
 
 from minimind_fast.kernels.common import accum_dtype, as_rows, num_programs, refuse_second_derivative
 
-# A warp holds whole rows, so that the sums over D are shuffles and no program ever waits at a barrier: one warp up to
-# 1024 columns, doubled with D beyond. An SM keeps 32 such programs, so their number is never what limits the memory.
+# A warp holds whole rows: sums over D are shuffles, and no program waits at a barrier. One warp up to 1024 columns,
+# doubled with D beyond. An SM holds 32 such programs, so their number never limits bandwidth.
 COLUMNS_PER_WARP = 1024
-MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: more would not fit a row and its gradients in registers
-# Values of a tile per thread, which sets the rows of a program. Forward 48 (D 768 and 512: 2 rows; 64: 16): a warp has
-# 6 KB of x and residual in flight, and reads w once for two rows. Backward 16 (512 and more: 1 row, 96: 4), for three
-# tiles and dw are live there; 24 spilled at 96 on sm_100.
+MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: a longer row and its gradients would not fit in registers
+# Values of a tile per thread, which sets a program's rows. Forward 48 (D 768 and 512: 2 rows; 64: 16): a warp has 6 KB
+# of x and residual in flight, and reads w once for two rows. Backward 16 (512 and more: 1 row, 96: 4), because three
+# tiles and dw are live; 24 spilled at 96 on sm_100.
 VALUES_PER_THREAD_FWD = 48
 VALUES_PER_THREAD_BWD = 16
-# Backward warps on each SM, as many as its registers hold at once (up to 130 a thread at 768 columns, 168 at 1024), for
-# a grid that waits for room would give some programs twice the time. 15 keep 15 x 4.6 KB = 69 KB in flight (the latency
-# of HBM asks for about 30 KB), and their partial rows of dw (132 x 15 x 3 KB = 6 MB) stay in L2 until they are added.
-# Without dw, one tile a program.
+# Backward warps on each SM, as many as its registers hold (up to 130 a thread at 768 columns, 168 at 1024): with more,
+# a second wave would double the time. 15 keep 15 x 4.6 KB = 69 KB in flight (HBM latency needs about 30 KB), and
+# their partial rows of dw (132 x 15 x 3 KB = 6 MB) stay in L2 until they are added. Without dw, one tile a program.
 WARPS_PER_SM_BWD, WARPS_PER_SM_BWD_WIDE, WIDE_COLUMNS = 15, 12, 768
-# The sum of the partial rows: 64-byte pieces of 256 rows at a time, so that D / 16 programs share the work.
+# Sum of the partial rows: 64-byte pieces of 256 rows at a time, so that D / 16 programs share the work.
 DW_BLOCK_ROWS, DW_BLOCK_D, DW_NUM_WARPS = 256, 16, 8
 
 
 def _pieces(D: int) -> tuple[int, int]:
     """Split D into two power-of-two pieces: 768 = 512 + 256, 640 = 512 + 128, 512 = 512 + 0, 100 = 64 + 64 (masked).
 
-    One padded block of 1024 lanes would idle a quarter of them at 768; two pieces idle at most a quarter of the second.
+    One padded block would idle a quarter of its 1024 lanes at 768; two pieces idle at most a quarter of the second.
     """
     first = 1 << (D.bit_length() - 1)
     rest = D - first
@@ -85,7 +84,7 @@ def _store(ptr, rows, stride, cols, mask, value):
 
 @triton.jit
 def _normalise(h, rstd, CAST_FIRST: tl.constexpr, narrow: tl.constexpr, wide: tl.constexpr):
-    """-> h * rstd, rounded to the input's dtype where the model does so before the weight."""
+    """-> h * rstd, rounded to the input's dtype if CAST_FIRST."""
     n = h * rstd[:, None]
     return n.to(narrow).to(wide) if CAST_FIRST else n
 
@@ -101,7 +100,7 @@ def _rms_norm_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < num_rows
     a, mask_a = tl.arange(0, BLOCK_A), live[:, None]
-    # All loads come before the first store, which they may not pass: their latencies overlap.
+    # Loads cannot move past a store: issue them all before the first one, so that they overlap.
     h_a = _load(x_ptr, rows, x_stride, a, mask_a, wide)
     w_a = tl.load(weight_ptr + a)
     if BLOCK_B > 0:
@@ -162,7 +161,7 @@ def _rms_norm_bwd_kernel(
             if BLOCK_B > 0:
                 dh_b = _load(dh_ptr, rows, dh_stride, b, mask_b, wide)
 
-        # With r in the gradient rather than in n, a value costs five operations instead of seven, and n no registers:
+        # Applying r to the gradient instead of n takes five operations a value instead of seven, and no registers for n:
         # s = r dy, dw += s h, dx = s w - h (r^2 mean(h s w)).
         s_a = dy_a * rstd[:, None]
         if BLOCK_B > 0:
@@ -250,7 +249,7 @@ def _rms_norm_bwd(
     want_dx: bool,
     want_dw: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> dx (of h, and so of x and of residual) and dw, each empty where not wanted."""
+    """-> dx (for h, and so for x and residual) and dw, each empty where not wanted."""
     D = h.shape[-1]
     dx = h.new_empty(h.shape if want_dx else 0)
     dw = weight.new_empty(weight.shape if want_dw else 0)
@@ -308,17 +307,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """Normalise by the root mean square, optionally after adding to the residual stream.
 
     Args:
-        x: (..., D) float32, bfloat16, float16 or float64; any strides (a copy is made where the last dimension is not
-            contiguous or the leading ones do not fold into one).
-        weight: (D,) scale, of any floating-point dtype.
+        x: (..., D) float32, bfloat16, float16 or float64; any strides (copied if the last dimension is not contiguous or
+            the leading ones do not fold into one).
+        weight: (D,) scale, in any floating-point dtype.
         eps: added to the mean square.
         residual: (..., D) residual stream, in x's dtype; the sum is rounded to that dtype.
-        cast_first: round the normalised value to x's dtype before it meets the weight (MiniMind2), not after.
+        cast_first: round to x's dtype before multiplying by the weight (MiniMind2), not after.
     Returns:
         y (..., D) in x's dtype, or (y, h) with h = x + residual.
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, or D above 16384.
-        RuntimeError: a second derivative is asked for.
+        ValueError: mismatched shapes or dtypes, or D above 16384.
+        RuntimeError: a second derivative is requested.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
     if x.dim() == 0 or not x.is_floating_point() or weight.shape != x.shape[-1:]:

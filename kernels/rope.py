@@ -1,25 +1,25 @@
-"""Rotary positions on a fused QKV projection, with the RMSNorm of the q and k heads in the same pass.
+"""Rotary positions on a fused QKV projection, with the RMSNorm of q and k heads in the same pass.
 
-Purpose:    from rows q | k | v of one matmul to q and k ready for attention: each value read once and written once,
-            where eager takes a split, two norms, two gathers and a dozen products. v is a view of the projection.
+Purpose:    from one matmul's rows q | k | v to q and k ready for attention: each value is read once and written once,
+            where eager needs a split, two norms, two gathers and a dozen products. v is a view of the projection.
 Principle:  a head (x1, x2) of two halves at position p, angles t = p theta_i from a table:
-            n = x w / sqrt(mean(x^2) + eps), where the model has the norm, else n = x
+            n = x w / sqrt(mean(x^2) + eps) if the model has the norm, else n = x
             y1 = n1 cos t - n2 sin t;  y2 = n2 cos t + n1 sin t
-            Backward turns the other way, g1 = dy1 cos t + dy2 sin t, g2 = dy2 cos t - dy1 sin t, then as in RMSNorm:
+            Backward rotates back, g1 = dy1 cos t + dy2 sin t, g2 = dy2 cos t - dy1 sin t, then as in RMSNorm:
             dx = r (g w - m mean(g w m)), m = x r;  dw = sum over tokens and heads of g m
 Properties: bytes a token in 16 bits: forward 4 (H + K) hd. Backward 6 (H + K) hd with norms, 4 (H + K) hd without, and
-            4 K hd to put dv into its columns of d_qkv (a concatenation would move all of d_qkv once more).
-            About 10 FLOPs a value forward, 25 backward: bound by memory.
-            Saved: qkv where there are norms, else only positions and tables. The norms' 1/rms is recomputed: its heads
-            are in registers anyway, and saving it would move 4 (H + K) bytes a token twice.
+            4 K hd to copy dv into its columns of d_qkv (a concatenation would move all of d_qkv again).
+            About 10 FLOPs a value forward, 25 backward: memory-bound.
+            Saved: qkv if there are norms, else only positions and tables. 1/rms is recomputed: the heads are in
+            registers anyway, and saving it would move 4 (H + K) bytes a token twice.
             dw as in rms_norm: partial sums in registers, one float32 row a program, added in a fixed order by a second
             kernel. No atomics: two runs on one card agree bitwise. Float32 inside (float64 for float64), one rounding.
-            Positions are not checked against the tables, for that would wait for the device.
+            Positions are not checked against the tables, because that would wait for the device.
 
 Shapes: T tokens (all leading dimensions), H query heads, K kv heads, hd head_dim.
 Source: Su et al., RoFormer, 2021, in the half form of Llama and MiniMind; Qwen3 for the norms of q and k.
 """
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import torch
@@ -29,20 +29,19 @@ from torch import Tensor
 
 from minimind_fast.kernels.common import accum_dtype, as_rows, num_programs, refuse_second_derivative
 
-# A program holds all heads of its tokens, so that the cosines are read once for all of them, and a head lies within
-# one warp, so that its norm is a shuffle. Up to this many values of q and k a thread: MiniMind3 has 48 with one token
-# in one warp (12 heads of 96, padded to 128), MiniMind2 80 with four tokens (head_dim 64) or two (80, 96).
+# A program holds all heads of its tokens, so the cosines are read once; a head lies within one warp, so its norm is a
+# shuffle. At most this many values of q and k a thread: MiniMind3 has 48 with one token in one warp (12 heads of 96,
+# padded to 128), MiniMind2 80 with four tokens (head_dim 64) or two (80, 96).
 VALUES_PER_THREAD = 96
-# With norms the backward holds inputs, gradients and the sums of dw of a tile at once: half of that.
+# With norms, the backward holds a tile's inputs, gradients and sums of dw at once: half as many.
 VALUES_PER_THREAD_NORM_BWD = 48
-# The k tile's values a thread that make 16-byte loads: where there is room, a program takes tokens up to that.
+# Values of the k tile a thread that make a 16-byte load: a program takes tokens up to that, if they fit.
 VECTOR = 8
 MAX_WARPS = 16
-# Backward warps on each SM, as many as its registers hold at once (195 to 206 a thread for MiniMind3, by architecture),
-# for a grid that waits for room would give some programs twice the time: 9 x 5.4 KB in flight. Without dw, one tile a
-# program.
+# Backward warps on each SM, as many as its registers hold (195 to 206 a thread for MiniMind3, by architecture): with
+# more, a second wave would double the time. 9 x 5.4 KB are in flight. Without dw, one tile a program.
 WARPS_PER_SM_BWD = 9
-# The sum of the partial rows: 64-byte pieces of 256 rows at a time.
+# Sum of the partial rows: 64-byte pieces of 256 rows at a time.
 DW_BLOCK_ROWS, DW_BLOCK_D, DW_NUM_WARPS = 256, 16, 8
 
 
@@ -51,10 +50,8 @@ def _launch_params(kernel: str, num_heads: int, num_kv_heads: int, head_dim: int
 
     Args:
         kernel: "fwd", "bwd" or "dw".
-        num_heads: H.
-        num_kv_heads: K.
-        head_dim: hd.
-        has_norm: whether q or k are normalised.
+        num_heads, num_kv_heads, head_dim: H, K and hd.
+        has_norm: whether q or k is normalised.
     Returns:
         The kernel's block sizes, num_warps and num_stages, as keyword arguments of the launch.
     """
@@ -64,7 +61,7 @@ def _launch_params(kernel: str, num_heads: int, num_kv_heads: int, head_dim: int
     block_half = triton.next_power_of_2(head_dim // 2)
     limit = VALUES_PER_THREAD_NORM_BWD if kernel == "bwd" and has_norm else VALUES_PER_THREAD
     block_t, num_warps = 1, 1
-    values = (block_h + block_k) * 2 * block_half / 32  # a thread's, for one token in one warp
+    values = (block_h + block_k) * 2 * block_half / 32  # per thread, for one token in one warp
     while values / num_warps > limit and num_warps < MAX_WARPS:
         num_warps *= 2
     while 2 * block_t * values / num_warps <= limit and block_t * block_k * block_half < VECTOR * 32 * num_warps:
@@ -86,7 +83,7 @@ def _at(ptr, tokens, token_stride, head_stride, BLOCK_N: tl.constexpr, BLOCK_HAL
 
 @triton.jit
 def _mask(live, N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """-> mask of the same tile; what is always true is left out."""
+    """-> mask of the same tile, without the terms that are always true."""
     mask = live[:, None, None]
     if BLOCK_N != N:
         mask = mask & (tl.arange(0, BLOCK_N) < N)[None, :, None]
@@ -97,7 +94,7 @@ def _mask(live, N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr, BLOC
 
 @triton.jit
 def _angles(cos_ptr, sin_ptr, positions, live, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, wide: tl.constexpr):
-    """-> cos and sin (tokens, 1, half) of the tokens' positions."""
+    """-> cos and sin (tokens, 1, half) at the tokens' positions."""
     d = tl.arange(0, BLOCK_HALF)
     mask = live[:, None]
     if BLOCK_HALF != HALF:
@@ -164,7 +161,7 @@ def _rope_fwd_kernel(
 
 @triton.jit
 def _norm_bwd(x1, x2, g1, g2, w1, w2, eps, HALF: tl.constexpr):
-    """-> the gradient of the norm's input in halves, and the terms of its weight's gradient."""
+    """-> the norm's input gradient in halves, and the terms of its weight gradient."""
     rstd = _rstd(x1, x2, eps, HALF)
     m1, m2 = x1 * rstd, x2 * rstd
     p1, p2 = g1 * m1, g2 * m2
@@ -175,7 +172,7 @@ def _norm_bwd(x1, x2, g1, g2, w1, w2, eps, HALF: tl.constexpr):
 
 @triton.jit
 def _fold(p, ROWS: tl.constexpr, FOLD: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """-> the tile's heads summed down to those side by side in the warps: adds within a thread, no shuffles."""
+    """-> the tile's heads, summed within each thread (no shuffles)."""
     return tl.sum(tl.reshape(p, (ROWS // FOLD, FOLD, BLOCK_HALF)), axis=0)
 
 
@@ -233,7 +230,7 @@ def _rope_bwd_kernel(
             xk2 = tl.load(k_at + HALF, mask=mask_k, other=0.0).to(wide)
         c, s = _angles(cos_ptr, sin_ptr, positions, live, HALF, BLOCK_HALF, wide)
 
-        # v, then k, then q: what is done with is stored before the largest tile needs the registers.
+        # v, then k, then q: the small tiles free their registers before the largest needs them.
         out = _at(d_qkv_ptr, tokens, row, 2 * HALF, BLOCK_H, BLOCK_HALF)
         k_out = _at(d_qkv_ptr + H * 2 * HALF, tokens, row, 2 * HALF, BLOCK_K, BLOCK_HALF)
         if WANT_DX:
@@ -282,7 +279,7 @@ def _rope_dw_kernel(
 
 
 def _heads(x: Tensor) -> Tensor:
-    """View as (T, heads, hd) with adjacent hd; copies only what has no such view."""
+    """View as (T, heads, hd) with adjacent hd; copies only where strides rule it out."""
     x = x.reshape(-1, *x.shape[-2:])
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -320,7 +317,7 @@ def _rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     qkv: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, want_dx: bool, want_dw: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> d_qkv and the norm weights' gradients (2, hd) of q and k, each empty where not wanted."""
+    """-> d_qkv and the weight gradients (2, hd) of q's and k's norms, each empty where not wanted."""
     num_heads, num_kv_heads, head_dim = dq.shape[-2], dk.shape[-2], dq.shape[-1]
     d_qkv = dq.new_empty((*dq.shape[:-2], (num_heads + 2 * num_kv_heads) * head_dim) if want_dx else 0)
     weight = q_weight if q_weight is not None else k_weight
@@ -334,7 +331,7 @@ def _rope_bwd(
     params = _launch_params("bwd", num_heads, num_kv_heads, head_dim, qkv is not None)
     tiles = int(triton.cdiv(dq.shape[0], params["BLOCK_T"]))
     programs = min(tiles, num_programs(dq, WARPS_PER_SM_BWD, params["num_warps"])) if want_dw else tiles
-    # The norm that is not there leaves its half of the partial rows unwritten.
+    # A missing norm leaves its half of the partial rows unwritten.
     new = dq.new_empty if q_weight is not None and k_weight is not None else dq.new_zeros
     partial = new((programs, 2 * head_dim) if want_dw else (0,), dtype=accum_dtype(dq))
     with torch.cuda.device_of(dq):
@@ -364,7 +361,7 @@ refuse_second_derivative(_rope_bwd, "rope")
 
 
 class _Rope(torch.autograd.Function):
-    """The autograd of the two ops. A custom op may not return a view of its input, and this may: v stays in place."""
+    """Autograd for the two ops. Unlike a custom op, it may return a view of its input: v is not copied."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps):
@@ -401,25 +398,23 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused QKV projection, normalise q and k where the model does, and rotate them by their positions.
+    """Split a fused QKV projection, normalise q and k if the model does, and rotate them by their positions.
 
     Args:
-        qkv: (..., (H + 2K) * hd) float32, bfloat16, float16 or float64, in the order q | k | v; any strides (a copy is
-            made where the last dimension is not contiguous or the leading ones do not fold into one).
-        cos: (max_positions, hd // 2) float32 table.
-        sin: (max_positions, hd // 2) float32 table.
+        qkv: (..., (H + 2K) * hd) float32, bfloat16, float16 or float64, in the order q | k | v; any strides (copied if
+            the last dimension is not contiguous or the leading ones do not fold into one).
+        cos, sin: (max_positions, hd // 2) float32 tables.
         positions: (...) int32 or int64, rows of the tables (not checked); broadcast over missing leading dimensions.
-        num_heads: H.
-        num_kv_heads: K.
+        num_heads, num_kv_heads: H and K.
         q_weight: (hd,) weight of the RMSNorm over each q head, or None.
         k_weight: (hd,) the same for k, in the same dtype.
-        eps: of those norms.
+        eps: added to the mean square of those norms.
     Returns:
         q (..., H, hd) and k (..., K, hd), contiguous, and v (..., K, hd), a view of qkv; all in qkv's dtype.
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, or an odd head_dim.
-        RuntimeError: a second derivative is asked for.
-    Source: Su et al., RoFormer, 2021; the half form (not interleaved), as Llama and MiniMind use it.
+        ValueError: mismatched shapes or dtypes, or an odd head_dim.
+        RuntimeError: a second derivative is requested.
+    Source: Su et al., RoFormer, 2021; the half form (not interleaved), as in Llama and MiniMind.
     """
     heads = num_heads + 2 * num_kv_heads
     if qkv.dim() == 0 or not qkv.is_floating_point() or qkv.shape[-1] % heads or qkv.shape[-1] // heads % 2:

@@ -1,8 +1,8 @@
-"""From the experts that tokens chose to the order of their slots, and the balancing loss.
+"""From the tokens' chosen experts to the order of their slots, and the balancing loss.
 
 Purpose:    the second half of moe_route's forward.
-Principle:  tiles of tokens have written how many of their slots each expert has (a histogram). Every tile adds up those
-            before it (a prefix) and places its own slots: the stable order, and its inverse.
+Principle:  tiles of tokens have written how many of their slots each expert has (a histogram). Every tile sums those
+            before it (a prefix) and places its own slots: the stable order and its inverse.
             aux = mean over documents of E sum_e f_e P_e,  f_e = share of the slots, P_e = mean of s_e
 Properties: the prefix reads tiles^2 E counts from L2. Counts are integers and float sums have a fixed order: two runs
             agree bitwise.
@@ -11,7 +11,7 @@ Shapes: T tokens, E experts; a slot is one (token, choice) pair, numbered t * to
 Source: index inversion for few experts after ScatterMoE and SonicMoE, with a prefix of histograms in place of their sort.
 """
 
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import triton
@@ -20,7 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def _balance(load, mass, E: tl.constexpr, TOP_K: tl.constexpr, wide: tl.constexpr):
-    """-> E sum_e f_e P_e, its derivative by one token's s_e, and the number of tokens, of one document."""
+    """-> one document's E sum_e f_e P_e, its derivative by one token's s_e, and its number of tokens."""
     length = tl.sum(load, axis=0) // TOP_K
     tokens = tl.maximum(length, 1).to(wide)
     share = load.to(wide) / (tokens * TOP_K)
@@ -32,7 +32,7 @@ def _balance_document_kernel(
     cu_ptr, valid_ptr, scores_ptr, experts_ptr, loss_ptr, length_ptr, slope_ptr, num_tokens,
     E: tl.constexpr, TOP_K: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Balancing loss of one document; tokens before the first and after the last belong to those, as in eager."""
+    """Balancing loss of one document; tokens outside all documents join the first or the last, as in eager."""
     wide: tl.constexpr = scores_ptr.dtype.element_ty
     document = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)

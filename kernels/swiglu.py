@@ -3,15 +3,15 @@
 Purpose:    silu(gate) * up without the three intermediate tensors that eager writes and reads again.
 Principle:  s = sigmoid(gate);  out = gate s up
             d_gate = d_out up s (1 + gate (1 - s));  d_up = d_out gate s
-Properties: bytes a token in 16 bits: forward 6F (read 2F values, write F), backward 10F (read 3F, write 2F), which is
-            the least there is. About 8 FLOPs a value forward and 15 backward: bound by memory.
+Properties: bytes a token in 16 bits: forward 6F (read 2F values, write F), backward 10F (read 3F, write 2F), the
+            minimum. About 8 FLOPs a value forward and 15 backward: memory-bound.
             Only the input is saved; the backward recomputes the activation. Float32 inside (float64 for float64), one
             rounding at the store. No reductions, so two runs agree bitwise.
 
 Shapes: T tokens (all leading dimensions), F ffn.
 Source: Shazeer, GLU Variants Improve Transformer, 2020; Liger-Kernel for recomputing in the backward.
 """
-# Triton's annotations describe what its compiler sees (constexpr), not what a launch passes.
+# Triton's annotations (constexpr) are the compiler's view, not the caller's.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from minimind_fast.kernels.common import as_rows, refuse_second_derivative
 
-# A tile is a few rows by 128 columns: 256 bytes of a 16-bit row, so whole cache lines, and 128 divides the ffn sizes of
-# the presets or nearly (1408 = 11 x 128, 1728 = 13.5, 2048 = 16, 2432 = 19). One row a program padded to a power of
-# two would idle 41% of its lanes at 2432.
+# A tile is a few rows by 128 columns: 256 bytes of a 16-bit row (whole cache lines), and 128 divides the presets' ffn
+# sizes or nearly (1408 = 11 x 128, 1728 = 13.5, 2048 = 16, 2432 = 19). One row a program, padded to a power of two,
+# would idle 41% of its lanes at 2432.
 BLOCK_F = 128
-# 2048 values in 128 threads: two 16-byte loads of each operand and thread, issued before the first use. With about 40
-# registers, 12 programs are resident on an SM: about 100 KB in flight, three times what the latency of HBM asks for.
+# 2048 values in 128 threads: two 16-byte loads a thread per operand, issued before the first use. With about 40
+# registers, 12 programs are resident on an SM: about 100 KB in flight, three times what HBM latency needs.
 TILE = 2048
 NUM_WARPS = 4
 
@@ -45,7 +45,7 @@ def _launch_params(F: int) -> dict[str, int]:
 
 @triton.jit
 def _tile(num_rows, F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
-    """-> rows (int64), columns and mask of this program; neighbouring programs are neighbours in a row."""
+    """-> this program's rows (int64), columns and mask; neighbouring programs are neighbours in a row."""
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     pid = tl.program_id(0)
     rows = (pid // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -140,13 +140,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """Compute silu(gate) * up on a fused projection.
 
     Args:
-        gate_up: (..., 2F) float32, bfloat16, float16 or float64, gate first; any strides (a copy is made where the last
-            dimension is not contiguous or the leading ones do not fold into one).
+        gate_up: (..., 2F) float32, bfloat16, float16 or float64, gate first; any strides (copied if the last dimension
+            is not contiguous or the leading ones do not fold into one).
     Returns:
         (..., F), contiguous, in the same dtype.
     Raises:
-        ValueError: the last dimension is not even, or the dtype is not floating point.
-        RuntimeError: a second derivative is asked for.
+        ValueError: an odd last dimension, or a dtype that is not floating point.
+        RuntimeError: a second derivative is requested.
     Source: Shazeer, GLU Variants Improve Transformer, 2020.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2 or not gate_up.is_floating_point():

@@ -1,10 +1,10 @@
-"""`minimind-fast <command>`: finds the command's module, runs it, and turns errors into sentences.
+"""`minimind-fast <command>`: finds the command's module, runs it, and reports errors in one line.
 
 Purpose: one entry point.
-Principle: a table from command to `module:function`; the module is imported when its command is called. The function
-    takes the arguments after the command and returns the exit code. To add a command: one line in COMMANDS.
-Properties: exit code 0 when all went well, 1 when a check failed, 2 for wrong usage or input, 130 after Ctrl-C. A
-    user's mistake is a line, not a traceback (MINIMIND_DEBUG=1 shows the traceback).
+Principle: a table from command to `module:function`; only the chosen command's module is imported. The function takes
+    the arguments after the command and returns the exit code. To add a command: one line in COMMANDS.
+Properties: exit code 0 on success, 1 if a check failed, 2 for wrong usage or input, 130 after Ctrl-C. A user's mistake
+    is one line, not a traceback (MINIMIND_DEBUG=1 shows the traceback).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the command and its arguments; the process's own if None.
+        argv: the command and its arguments; sys.argv's if None.
 
     Returns:
         The exit code.
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: nothing to say, and nowhere to say it
+    except BrokenPipeError:  # whoever reads our output has gone: exit quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:

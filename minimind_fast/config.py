@@ -1,8 +1,8 @@
 """The shape of a model: one dataclass for every MiniMind of both generations, and the presets.
 
 Purpose: `ModelConfig.preset("minimind3")` for new training, `ModelConfig.from_dict` for a `config.json`.
-Principle: names are Hugging Face's; what the generations do not share has a default by generation and can be set.
-Properties: imports nothing of ours and no torch; unknown keys and impossible values are errors that say what to do.
+Principle: names are Hugging Face's; where the generations differ, the default depends on the generation.
+Properties: imports neither torch nor anything of ours; unknown keys and invalid values are errors that say what to do.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-IGNORE_INDEX = -100  # a target that is not counted, as in PyTorch and Transformers
+IGNORE_INDEX = -100  # a target that does not count, as in PyTorch and Transformers
 
-# Keys that Transformers and MiniMind write and that change nothing here.
+# Keys that Transformers and MiniMind write but that have no effect here.
 _IGNORED_KEYS = {
     *("architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "flash_attn", "use_flash_attn"),
@@ -44,13 +44,13 @@ def _round_up(x: float, to: int) -> int:
 
 @dataclass
 class ModelConfig:
-    """Shape and habits of a MiniMind; the names are Hugging Face's.
+    """Shape and options of a MiniMind; the names are Hugging Face's.
 
-    `generation` is 2 or 3. It sets the defaults that the generations do not share (q/k norm, the cast order of RMSNorm,
-    ffn width, eps, the form of the aux loss); each can still be set by itself. A None is filled in on construction.
+    `generation` (2 or 3) sets the defaults in which they differ: q/k norm, RMSNorm's cast order, ffn width, eps, the form
+    of the aux loss. Each can still be set separately. A None is filled in on construction.
 
     Raises:
-        ValueError: a combination that cannot be, with what to change.
+        ValueError: an invalid combination, with what to change.
     """
 
     generation: int = 2
@@ -131,7 +131,7 @@ class ModelConfig:
             )
         kind = (self.rope_scaling or {}).get("type", (self.rope_scaling or {}).get("rope_type", "yarn"))
         if kind != "yarn":
-            raise ValueError(f"rope_scaling type {kind!r} is not known; MiniMind has 'yarn' only")
+            raise ValueError(f"rope_scaling type {kind!r} is not known; MiniMind has only 'yarn'")
 
     @property
     def router_gets_lm_gradient(self) -> bool:
@@ -140,11 +140,11 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
-        """A named model of MiniMind's, for new training.
+        """A named model, for new training.
 
         Args:
             name: one of PRESETS.
-            changes: fields to set differently.
+            changes: fields to override.
 
         Raises:
             ValueError: an unknown name; the message lists the known ones.
@@ -157,14 +157,14 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any], where: str = "config") -> ModelConfig:
         """Read MiniMind's `config.json` of either generation.
 
-        The generation is told by its keys: MiniMind2 writes `n_routed_experts`, MiniMind3 `num_experts`.
+        The keys tell the generation: MiniMind2 writes `n_routed_experts`, MiniMind3 `num_experts`.
 
         Args:
             raw: the parsed JSON.
-            where: named in errors, usually the file.
+            where: the source to name in errors, usually the file.
 
         Raises:
-            ValueError: a key that is not known, or a value that cannot be.
+            ValueError: an unknown key or an invalid value.
         """
         raw = dict(raw)
         yarn = raw.pop("inference_rope_scaling", None)
@@ -188,7 +188,7 @@ class ModelConfig:
             raise ValueError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """MiniMind's own `config.json` of this generation: `from_dict` reads it back, and so does MiniMind."""
+        """This generation's `config.json`, which MiniMind and `from_dict` can read."""
         out = dataclasses.asdict(self)
         generation = out.pop("generation")
         if generation == 2:
@@ -205,10 +205,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "minimind2": dict(generation=2, hidden_size=768, num_hidden_layers=16),
     "minimind2-moe": dict(generation=2, hidden_size=640, num_hidden_layers=8, use_moe=True),
     "minimind3": dict(generation=3, hidden_size=768, num_hidden_layers=8, num_key_value_heads=4),
-    # norm_topk_prob False: with one expert a token, a normalised weight is the constant 1 and the router is never taught.
+    # norm_topk_prob False: with one expert a token, a normalised weight is always 1 and the router would not learn.
     "minimind3-moe": dict(
         generation=3, hidden_size=768, num_hidden_layers=8, num_key_value_heads=4, use_moe=True, norm_topk_prob=False
     ),
-    # Not a MiniMind: small enough to learn the sample corpus on a laptop while you watch.
+    # Not one of MiniMind's: small enough to learn the sample corpus on a laptop while you watch.
     "tiny": dict(generation=3, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2),
 }

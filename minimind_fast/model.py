@@ -3,11 +3,11 @@
 Purpose: tokens in, logits or per-token log-probabilities of the targets out.
 Principle: everything runs on one packed stream of T tokens. Rows (B, T) are a stream of B equal documents. Each block
     takes the residual stream h and the last branch's output, adds and normalises them in one op, and returns the same
-    pair, so that no addition stands alone. How a token attends is decided by a context object: packed training here,
-    a KV cache in `infer/decode.py`.
-Properties: q, k, v are one matmul, gate and up another, experts are stacked; `weights/checkpoint.py` translates to
-    MiniMind's names on disk. The head's matmul and the cross-entropy are one op inside the head's own forward: whole
-    logits are never stored, and ZeRO-3 gathers the head's weight as it does for any module.
+    pair: every addition is fused. A context object decides how tokens attend: packed training here, a KV cache in
+    `infer/decode.py`.
+Properties: q, k, v are one matmul, gate and up another, experts are stacked; `weights/checkpoint.py` maps these to
+    MiniMind's names on disk. The head's matmul and the cross-entropy are one op in the head's forward: the full logits
+    are never stored, and ZeRO-3 gathers the head's weight as for any module.
 
 Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E experts, V vocab.
 """
@@ -26,13 +26,13 @@ from minimind_fast.config import IGNORE_INDEX, ModelConfig
 from minimind_fast.ops.documents import Documents
 from minimind_fast.ops.rotary import rope_tables
 
-INIT_STD = 0.02  # of every matrix, as MiniMind3 (MiniMind2's kaiming-uniform has 0.026 at its width)
+INIT_STD = 0.02  # for every matrix, as in MiniMind3 (MiniMind2's kaiming-uniform gives 0.026 at its width)
 
 
 class ModelOutput(NamedTuple):
-    """What `MiniMind.forward` returns; fields that were not asked for are None.
+    """What `MiniMind.forward` returns; fields that were not requested are None.
 
-    A named tuple, as are all that pass between modules: ZeRO-3 finds the tensors in tuples, not in other classes.
+    A named tuple, as is everything passed between modules: ZeRO-3 finds tensors only in tuples.
     """
 
     logits: Tensor | None = None  # (..., V)
@@ -44,10 +44,10 @@ class ModelOutput(NamedTuple):
 
 
 class AttentionContext(Protocol):
-    """Who may see whom: one object a forward pass, asked once a layer."""
+    """Which tokens may attend to which: one object a forward pass, called once a layer."""
 
     def attend(self, asker: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd); asker.layer says which cache is its own."""
+        """(T, H, hd), (T, K, hd), (T, K, hd) -> (T, H, hd); asker.layer says which layer's cache to use."""
         ...
 
 
@@ -63,7 +63,7 @@ class Packed(NamedTuple):
 
 
 class RotaryTables(nn.Module):
-    """cos and sin as buffers that follow the model's device but stay float32 whatever the model is cast to."""
+    """cos and sin as buffers that follow the model's device but stay float32 when the model is cast."""
 
     cos: Tensor
     sin: Tensor
@@ -90,7 +90,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm, alone or of a sum with the residual stream."""
+    """RMSNorm, alone or after adding to the residual stream."""
 
     def __init__(self, config: ModelConfig, size: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.eps, self.dropout = config.rms_norm_eps, config.dropout
         self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * hd, bias=False)
         self.o_proj = nn.Linear(self.heads * hd, config.hidden_size, bias=False)
-        # q_norm.weight and k_norm.weight on disk; parameters of this module, because the rope op applies them.
+        # q_norm.weight and k_norm.weight on disk; held here because the rope op applies them.
         self.q_norm_weight = nn.Parameter(torch.ones(hd)) if config.qk_norm else None
         self.k_norm_weight = nn.Parameter(torch.ones(hd)) if config.qk_norm else None
 
@@ -152,7 +152,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, stacked, so that optimizer and ZeRO see two large tensors."""
+    """A layer's routed experts, stacked: the optimizer and ZeRO see two large tensors."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared ones; n shared experts are one MLP of n times the width."""
+    """Routed experts plus shared ones; n shared experts are one MLP, n times as wide."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class MoE(nn.Module):
         self.shared = MLP(config, width * config.num_shared_experts) if config.num_shared_experts else None
         self.per_sequence, self.coefficient = config.aux_loss_per_sequence, config.router_aux_loss_coef
         self.dropout = config.dropout
-        self.last_counts: Tensor | None = None  # (E,) slots of each expert in the last pass
+        self.last_counts: Tensor | None = None  # (E,) slots per expert in the last pass
         self.last_scores: Tensor | None = None  # (T, E) the router's softmax in the last pass
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor,
         valid: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(branch, h) with h + branch still to be added -> the same for the next block, and this layer's aux loss."""
+        """(branch, h), not yet added -> the same for the next block, and this layer's aux loss."""
         if branch is None:
             x = self.input_layernorm(h)
         else:
@@ -260,7 +260,7 @@ class Body(nn.Module):
 
 
 class Head(nn.Module):
-    """The vocabulary projection, and every quantity that needs its logits."""
+    """The vocabulary projection, and everything computed from its logits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class Head(nn.Module):
         teacher: Teacher | None = None,
         grad_weights: Tensor | None = None,
     ) -> ModelOutput:
-        """Logits if no targets are given, else their log-probabilities (and the entropy, and the KL to a teacher)."""
+        """Logits without targets, else the targets' log-probabilities (and the entropy, and the KL to a teacher)."""
         if targets is None:
             return ModelOutput(logits=F.linear(hidden, self.weight))
         how = (temperature, return_entropy, grad_weights)
@@ -303,7 +303,7 @@ class MiniMind(nn.Module):
     """A MiniMind language model.
 
     Args:
-        config: its shape; weights are drawn from N(0, 0.02), norms start at 1.
+        config: the model's shape; weights are drawn from N(0, 0.02), norms start at 1.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -337,28 +337,28 @@ class MiniMind(nn.Module):
         grad_weights: Tensor | None = None,
         documents: Documents | None = None,
     ) -> ModelOutput:
-        """Logits, or log-probabilities of targets.
+        """Compute logits, or log-probabilities of targets.
 
         Args:
             input_ids: (B, T) rows without padding, or (T,) packed with cu_seqlens. int64.
             targets: the same shape; the token to predict after each position, IGNORE_INDEX for none. Without targets
                 the result holds logits.
             cu_seqlens: (documents + 1,) int32 from 0 to T; required for packed input.
-            max_seqlen: the longest document; given by loaders so that nothing waits for the GPU.
-            valid: the same shape as input_ids, bool: tokens that are not padding (only MoE balancing asks).
+            max_seqlen: tokens in the longest document; loaders pass it so that nothing waits for the GPU.
+            valid: the same shape as input_ids, bool: tokens that are not padding (only for MoE balancing).
             temperature: divides the logits inside the log-probabilities.
-            return_entropy: also the entropy at each position with a target.
-            return_hidden: also the hidden states before the head (and no logits).
-            teacher: also the KL divergence to this teacher.
-            grad_weights: the targets' shape, float32: the loss is one number times the sum of these times the
-                log-probabilities, and nothing else is made of them. The head then computes its gradients at once.
-            documents: in the place of cu_seqlens and max_seqlen, where they are known already.
+            return_entropy: also return the entropy at each position with a target.
+            return_hidden: also return the hidden states before the head (and no logits).
+            teacher: also return the KL divergence to this teacher.
+            grad_weights: the targets' shape, float32: a promise that the loss is one number times the sum of these times
+                the log-probabilities. The head then computes its gradients in the forward.
+            documents: instead of cu_seqlens and max_seqlen, if already known.
 
         Returns:
             ModelOutput, its tensors in input_ids' shape.
 
         Raises:
-            ValueError: shapes that do not fit, or a document longer than max_position_embeddings.
+            ValueError: mismatched shapes, or a document longer than max_position_embeddings.
         """
         shape = input_ids.shape
         if documents is None:
@@ -405,8 +405,8 @@ class MiniMind(nn.Module):
         """Number of parameters, a tied head counted once.
 
         Args:
-            active: count only those that one token meets.
-            trained: count only those that have gradients.
+            active: count only those that one token uses.
+            trained: count only those that get gradients.
         """
         total = sum(_size(p) for p in self.parameters() if p.requires_grad or not trained)
         if active and self.config.use_moe:
@@ -418,12 +418,12 @@ class MiniMind(nn.Module):
         return total
 
     def flops(self, tokens: int, pairs: int) -> int:
-        """FLOPs of forward and backward: 2MNK a matmul, causal pairs only, nothing for recomputation.
+        """FLOPs of forward and backward: 2MNK a matmul, causal pairs only, recomputation not counted.
 
-        A frozen matrix passes gradients on but gets none: 4 a parameter and token instead of 6.
+        A frozen matrix passes gradients on but gets none: 4 FLOPs a parameter and token instead of 6.
 
         Args:
-            tokens: positions through the model.
+            tokens: T.
             pairs: (query, key) pairs that attend: the sum of n (n + 1) / 2 over documents.
         """
         c = self.config
@@ -438,5 +438,5 @@ class MiniMind(nn.Module):
 
 
 def _size(p: Tensor) -> int:
-    """Elements of a parameter, also where ZeRO-3 keeps only a part of it here."""
+    """Elements of the whole parameter, even if ZeRO-3 keeps only a shard of it here."""
     return getattr(p, "ds_numel", p.numel())

@@ -1,8 +1,8 @@
-"""Functions of the user's own, named on the command line.
+"""User functions named on the command line.
 
-Purpose: `load("--loss", "mine.py:focal")`; also of rewards.
-Principle: MODULE:FUNCTION (a module that Python finds, also in the current folder) or FILE.py:FUNCTION.
-Properties: every way to get it wrong is a ValueError that names the option and what was looked for.
+Purpose: `load("--loss", "mine.py:focal")`; also for rewards.
+Principle: MODULE:FUNCTION (an importable module, also from the current folder) or FILE.py:FUNCTION.
+Properties: every mistake is a ValueError that names the option and what was looked for.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from types import ModuleType
 
 
 def load(option: str, name: str) -> Callable:
-    """The function that a name means.
+    """Import a function by name.
 
     Args:
-        option: that the name was given with, for errors.
+        option: the command-line option, for errors.
         name: MODULE:FUNCTION or FILE.py:FUNCTION.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such function, or its file cannot be imported.
     """
     where, colon, function = name.rpartition(":")
     if not colon:
@@ -32,7 +32,7 @@ def load(option: str, name: str) -> Callable:
         found = getattr(_module(where), function)
     except AttributeError:
         raise ValueError(f"{option} {name}: {where} has no {function}") from None
-    except Exception as error:  # whatever the user's file raises while it is read
+    except Exception as error:  # anything the user's file may raise while it is imported
         raise ValueError(f"{option} {name}: {where} cannot be imported: {error!r}") from error
     if not callable(found):
         raise ValueError(f"{option} {name}: {function} is no function")
@@ -42,7 +42,7 @@ def load(option: str, name: str) -> Callable:
 def _module(where: str) -> ModuleType:
     if not where.endswith(".py"):
         if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))  # at the end: a user's file never hides an installed module
+            sys.path.append(str(Path.cwd()))  # last: a user's file never shadows an installed module
         return importlib.import_module(where)
     spec = importlib.util.spec_from_file_location(f"plugin_{Path(where).stem}", where)
     assert spec is not None and spec.loader is not None

@@ -3,11 +3,11 @@
 Purpose: `deepspeed train/distill.py` after `train/dpo.py`; without arguments the pretrained model learns to answer from the
     model that DPO left, on the sample chats that ship with the package. With --from_weight none the student is a new model
     of --preset, --hidden_size and --num_hidden_layers.
-Principle: alpha times the cross-entropy of SFT, and (1 - alpha) T^2 times KL(teacher || student) at temperature T, over the
-    answer tokens of the whole global batch. The student's head makes both from hidden states (`ops.linear_kl`), so that
-    whole logits of neither model are stored.
+Principle: alpha times the cross-entropy of SFT plus (1 - alpha) T^2 times KL(teacher || student) at temperature T, over the
+    answer tokens of the global batch. The student's head computes both from hidden states (`ops.linear_kl`), without
+    storing either model's full logits.
 Properties: any teacher that `load_pretrained` reads, of any size, with the student's tokenizer. It runs in the student's
-    precision without gradients or optimizer state, and is in no checkpoint.
+    precision without gradients or optimizer state, and is not checkpointed.
 
 Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; MiniMind's train_distillation for defaults.
 """
@@ -46,11 +46,11 @@ class DistillConfig(TrainConfig):
     """MiniMind's defaults of this stage."""
 
     teacher_path: str = option("dpo", "the teacher: a folder with weights, or the name of a run in --save_dir")
-    alpha: float = option(0.5, "share of the cross-entropy; the rest is the teacher's")
-    temperature: float = option(1.5, "softens both distributions in the teacher's part")
+    alpha: float = option(0.5, "weight of the cross-entropy; the KL to the teacher gets the rest")
+    temperature: float = option(1.5, "softens both distributions in the KL term")
 
     def check(self) -> None:
-        """Refuse values that cannot work."""
+        """Reject invalid values."""
         super().check()
         if not 0 <= self.alpha <= 1 or self.temperature <= 0:
             raise ValueError("--alpha must be in [0, 1] and --temperature above 0")
@@ -59,7 +59,7 @@ class DistillConfig(TrainConfig):
 
 
 def with_teachers_tokenizer(config: DistillConfig) -> DistillConfig:
-    """A student from nothing has the teacher's tokenizer."""
+    """A student trained from scratch uses the teacher's tokenizer."""
     if config.from_weight != "none" or config.tokenizer_path:
         return config
     return config.settle("the teacher's own", tokenizer_path=str(resolve_folder(config.teacher_path)))
@@ -75,7 +75,7 @@ STAGE = Stage(
 
 
 def load_teacher(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenizer) -> MiniMind:
-    """The teacher, frozen, whose ids mean what the student's do."""
+    """The frozen teacher; its token ids must match the student's."""
     path = resolve_folder(run.config.teacher_path)
     if not path.is_dir():
         raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
@@ -83,18 +83,18 @@ def load_teacher(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenize
     check_match(path, tokenizer, "choose a teacher with the student's tokenizer")
     if teacher.config.vocab_size < student.config.vocab_size:
         raise ValueError(
-            f"the teacher {path} knows {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "
+            f"the teacher {path} has {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "
             "choose a teacher with at least as many"
         )
     return teacher
 
 
 def make_loss(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenizer) -> LossFunction:
-    """The loss of a micro-batch; the teacher lives in it, and not in the student."""
+    """The loss of a micro-batch; it holds the teacher, which the student must not."""
     config, teacher = run.config, load_teacher(run, student, tokenizer)
 
     def loss(model: Any, batch: Batch) -> StepLoss:
-        with torch.no_grad():  # not inference_mode, whose tensors autograd may not keep
+        with torch.no_grad():  # not inference_mode: autograd cannot save its tensors
             hidden = run_packed(teacher, batch, return_hidden=True).hidden
         view = Teacher(hidden, teacher.lm_head.weight, config.temperature)
         out = run_packed(model, batch, targets=batch.targets, teacher=view)

@@ -1,13 +1,13 @@
 """DPO: a MiniMind learns to prefer the better of two answers, from `{"chosen": [...], "rejected": [...]}` lines.
 
-Purpose: `deepspeed train/dpo.py` after `train/sft.py`; without arguments it goes on from that run, on the sample pairs that
-    ship with the package.
-Principle: the chosen answer is to gain more log-probability over the model as it was than the rejected one. The model as it
-    was is a table of numbers, computed once before training, so that it costs no memory; or a second model (--reference
-    alongside). The loss is the mean over the pairs of the whole global batch.
+Purpose: `deepspeed train/dpo.py` after `train/sft.py`; without arguments it continues from that run, on the sample pairs
+    that ship with the package.
+Principle: relative to the initial model (the reference), the chosen answer should gain more log-probability than the
+    rejected one. The reference's log-probabilities are computed once before training, so it needs no memory; or it is a
+    second model (--reference alongside). The loss is the mean over the pairs of the global batch.
 Properties: log-probabilities are sums over an answer's tokens; --average_logprob is MiniMind2's mean. --batch_size counts
-    pairs of two full-length rows; packed, as many pairs as fit there. A loss that stays at 0.693 says that the learning
-    rate is too small: MiniMind's default is meant for a thousand steps.
+    pairs of two full-length rows; packing fits as many pairs as possible into that space. A loss that stays at 0.693 means
+    that the learning rate is too small: MiniMind's default is meant for a thousand steps.
 
 Source: Rafailov et al., Direct Preference Optimization, 2023; MiniMind's train_dpo for defaults.
 """
@@ -41,16 +41,16 @@ QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么
 class DPOConfig(TrainConfig):
     """MiniMind's defaults of this stage; batch_size counts pairs."""
 
-    beta: float = option(0.15, "what a log-ratio to the reference is worth; more holds the model closer to it")
+    beta: float = option(0.15, "scale of the log-ratios to the reference; larger keeps the model closer to it")
     dpo_loss: str = option("sigmoid", "loss of a pair's margin", choices=("sigmoid", "ipo"))
-    label_smoothing: float = option(0.0, "share of pairs that may be the wrong way round (sigmoid only)")
+    label_smoothing: float = option(0.0, "probability that a pair is the wrong way round (sigmoid only)")
     average_logprob: bool = option(False, "mean of an answer's log-probabilities instead of their sum (MiniMind2)")
     reference: str = option(
         "cached", "its log-probabilities once before training, or the model in memory", choices=("cached", "alongside")
     )
 
     def check(self) -> None:
-        """Refuse values that cannot work."""
+        """Reject invalid values."""
         super().check()
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
             raise ValueError("--beta must be above 0, and --label_smoothing in [0, 0.5)")
@@ -61,7 +61,7 @@ class DPOConfig(TrainConfig):
 
 
 def make_loss(config: DPOConfig, beside: MiniMind | None) -> LossFunction:
-    """The loss of a micro-batch, against the numbers that come with it or a model beside."""
+    """The loss of a micro-batch, against cached log-probabilities or a second model."""
 
     def loss(policy: Any, batch: PairBatch) -> StepLoss:
         answers, out = answer_logprobs(policy, batch)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.val_data_path:
         val_data = setup.one_pass(open_pairs(config, config.val_data_path, *parts, training=False))
     beside = None if cached else reference.to(device)
-    del parts, reference  # cached: its numbers are all that is needed of it
+    del parts, reference  # cached: its log-probabilities are enough
 
     hooks = Hooks(val_data, count=lambda batch: batch.num_pairs)
     trainer = setup.make_trainer(run, model, tokenizer, data, make_loss(config, beside), hooks)

@@ -1,11 +1,11 @@
 """GRPO: a MiniMind answers prompts, and learns from which of its own answers were rewarded.
 
-Purpose: `deepspeed train/grpo.py` on MiniMind's rlaif lines, `{"conversations": [...]}` with an empty answer at their end;
-    without arguments it goes on from `train/reason.py`, on sums that can be checked.
-Principle: to each prompt the model writes several answers; an answer that is better than the others of its prompt is made
-    likelier, the others less so, and a KL term holds the model near the one that it began as. No critic.
-Properties: each answer weighs the same, however long. Rollouts and log-probabilities share one temperature, so that the
-    ratio of the first update is 1. The rewards are in `minimind_fast/rl/rewards.py`, or yours.
+Purpose: `deepspeed train/grpo.py` on MiniMind's rlaif lines, `{"conversations": [...]}` ending in an empty answer; without
+    arguments it continues from `train/reason.py`, on arithmetic problems that can be checked.
+Principle: the model writes several answers to each prompt; those better than the prompt's average become likelier, the
+    others less likely, and a KL term keeps the model near its initial weights. No critic.
+Properties: each answer has the same weight, however long. Rollouts and log-probabilities share one temperature, so the
+    first update's ratio is 1. The rewards are in `minimind_fast/rl/rewards.py`, or yours.
 
 Source: Shao et al., DeepSeekMath, 2024; MiniMind's train_grpo for defaults.
 """
@@ -33,7 +33,7 @@ STAGE = Stage(
         batch_size=8,
         num_generations=8,
         max_gen_len=64,
-        reward=["correct", "tagged"],  # a model this small learns the form first
+        reward=["correct", "tagged"],  # a model this small learns the format first
         thinking_ratio=1.0,
         beta=0.02,
         learning_rate=1.5e-4,
@@ -61,14 +61,14 @@ class GRPOConfig(TrainConfig):
 
     num_generations: int = option(6, "answers to each prompt")
     max_gen_len: int = option(1024, "longest answer in tokens")
-    temperature: float = option(0.8, "of the answers and of all log-probabilities")
+    temperature: float = option(0.8, "temperature of the answers and of all log-probabilities")
     thinking_ratio: float = option(0.9, "share of the prompts that open a thought")
     reward: list[str] = option(
         ["length", "thinking", "repetition"],
         "rewards to add up: length, thinking, repetition, format, tagged, correct, MODULE:FUNCTION or FILE.py:FUNCTION, "
         "each with *WEIGHT if not 1",
     )
-    reward_model_path: str = option("", "folder of a reward model or of a language model, whose opinion is added")
+    reward_model_path: str = option("", "folder of a reward model or a language model whose score is added")
     grpo_loss: str = option("grpo", "clipped ratio, or clipped weight", choices=("grpo", "cispo"))
     epsilon: float = option(0.2, "GRPO: the ratio is clipped to 1 -+ this")
     epsilon_high: float = option(5.0, "CISPO: largest weight")
@@ -76,7 +76,7 @@ class GRPOConfig(TrainConfig):
     updates_per_rollout: int = option(1, "optimizer steps on the same answers")
 
     def check(self) -> None:
-        """Refuse values that cannot work."""
+        """Reject invalid values."""
         super().check()
         for name, least in (("num_generations", 2), ("max_gen_len", 1), ("updates_per_rollout", 1)):
             if getattr(self, name) < least:
@@ -90,7 +90,7 @@ class GRPOConfig(TrainConfig):
 
 
 def policy_loss(config: GRPOConfig, data: Rollouts, policy: Any, batch: RolloutBatch) -> StepLoss:
-    """The objective, summed over answers; a policy that has not moved since the rollout is its own old one."""
+    """The objective, summed over answers; before its first update a policy serves as its own old policy."""
     assert batch.weights is not None and batch.advantages is not None
     logprobs, aux = data.run(policy, batch)
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs

@@ -2,9 +2,9 @@
 
 Purpose: `deepspeed train/lora.py` after `train/sft.py`; without arguments it teaches that run's model an identity, from the
     sample that ships with the package.
-Principle: the loss of SFT; only the adapters have gradients and optimizer state (`minimind_fast/weights/lora.py`).
-Properties: adapters are left in SAVE_DIR/SAVE_WEIGHT/adapter/ in PEFT's format; at the end they are also merged into a model
-    of their own, SAVE_DIR/SAVE_WEIGHT/weights/, unless --no_merge is given. The base is never written to.
+Principle: SFT's loss; only the adapters have gradients and optimizer state (`minimind_fast/weights/lora.py`).
+Properties: writes adapters to SAVE_DIR/SAVE_WEIGHT/adapter/ in PEFT's format and, unless --no_merge is given, a merged
+    model to SAVE_DIR/SAVE_WEIGHT/weights/ at the end. The base is never modified.
 """
 
 from minimind_fast.data.chats import ChatEncoder
@@ -38,7 +38,7 @@ class LoRAConfig(TrainConfig):
     """MiniMind's defaults of this stage."""
 
     lora_rank: int = option(16, "rank of the adapters")
-    lora_alpha: float | None = option(None, "adapters are scaled by alpha / rank (as MiniMind, by 1, if not given)")
+    lora_alpha: float | None = option(None, "adapters are scaled by alpha / rank (if not given by 1, as in MiniMind)")
     lora_dropout: float = option(0.0, "dropout of the adapters' input")
     lora_targets: list[str] = option(
         list(lora.ATTENTION),
@@ -48,7 +48,7 @@ class LoRAConfig(TrainConfig):
 
 
 def write_merged(run: Run[LoRAConfig], tokenizer: Tokenizer) -> None:
-    """The base and the adapters on disk as one model, in float32: bfloat16 would round small changes away."""
+    """Write base and adapters as one model, in float32: bfloat16 would round small changes away."""
     model = setup.load_model(run.config, tokenizer)
     lora.load_adapters(model, run.folder / "adapter")
     lora.merge(model)

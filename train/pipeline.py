@@ -1,12 +1,12 @@
 """The whole chain in one go: tokenizer, pretraining, SFT, LoRA, DPO, distillation, reasoning, GRPO, and an answer.
 
-Purpose: `make pipeline` shows every stage at work in under ten minutes on two CPU cores, on the shipped samples; with
-    --data_path, --sft_data_path, ... the same on your own files.
-Principle: a list of commands. Each stage is the same script that you would start by hand, in a process of its own under
-    the deepspeed launcher, and begins with the folder that the stage before it wrote; nothing passes between them but files.
-Properties: the table at the end is read from the logs of the runs, save the last stage's: the share of sums that no training
-    file holds which the model gets right, before and after. A stage that fails ends the pipeline with its name. --STAGE_args
-    hands any options to a stage, and those win.
+Purpose: `make pipeline` runs every stage in under ten minutes on two CPU cores, on the shipped samples; with --data_path,
+    --sft_data_path, ... the same on your own files.
+Principle: a list of commands. Each stage is the script that you would start by hand, in its own process under the deepspeed
+    launcher, and starts from the previous stage's folder; stages share nothing but files.
+Properties: the final table is read from the runs' logs, except the last stage's row: the share of held-out sums that the
+    model gets right, before and after. A failing stage ends the pipeline and is named. --STAGE_args passes any options to
+    a stage and takes precedence.
 """
 
 import argparse
@@ -34,13 +34,13 @@ class Stage:
     """A run of one script.
 
     Attributes:
-        name: of the script, and of its folder in --save_dir.
-        begins: the run whose weights it begins with, or none.
-        share: of --minutes.
-        measures: a number of its log and what to call it, best first; the first that the log has is shown.
-        data: sample to train on, the script's own default.
+        name: the script, and its folder in --save_dir.
+        begins: the run whose weights it starts from, or none.
+        share: fraction of --minutes.
+        measures: keys in its log -> labels, best first; the first that the log has is shown.
+        data: sample to train on, the script's default.
         val: sample to validate on, or "".
-        extra: options that belong to the stage.
+        extra: the stage's own options.
     """
 
     name: str
@@ -83,33 +83,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(name: str, command: list[str]) -> float:
-    """Run one command to its end; seconds that it took. Exits with a sentence if it fails."""
+    """Run one command and return its seconds; exits with a message if it fails."""
     print(f"\n=== {name}: {shlex.join(command[command.index(str(TRAIN / f'{name}.py')) :])}", flush=True)
     began = time.monotonic()
     code = subprocess.run(command, env=launcher_environment()).returncode
     if code:
         sys.exit(
-            f"error: the stage {name} ended with exit code {code}; what it said is above. The stages before it are done."
+            f"error: the stage {name} ended with exit code {code}; its output is above. The stages before it are done."
         )
     return time.monotonic() - began
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses right now: the launcher's default may be taken by another run."""
+    """A free TCP port: the launcher's default may be taken by another run."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def launcher_environment() -> dict[str, str]:
-    """DeepSpeed's launcher warns at length where there is no GPU, unless it is told beforehand."""
+    """The environment; without a GPU, it stops DeepSpeed's launcher from printing long warnings."""
     import torch
 
     return os.environ | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
 
 
 def tokenizer_command(args: argparse.Namespace) -> list[str]:
-    """The sample has few words: 3,000 tokens are enough for it."""
+    """Train a tokenizer; 3,000 tokens are enough for the sample's few words."""
     data = args.data_path or [str(samples.path("pretrain.jsonl"))]
     size = [] if args.data_path else ["--vocab_size", "3000"]
     where = ["--save_dir", str(Path(args.save_dir) / "tokenizer")]
@@ -118,11 +118,11 @@ def tokenizer_command(args: argparse.Namespace) -> list[str]:
 
 
 def stage_command(args: argparse.Namespace, stage: Stage) -> list[str]:
-    """What a user would type, with the time that the stage has."""
+    """The command that a user would type, with the stage's share of the time."""
     prefix = "" if stage.name == "pretrain" else f"{stage.name}_"
     options = vars(args)
     data, val = options[f"{prefix}data_path"], options.get(f"{prefix}val_data_path", [])
-    if not data and stage.val:  # left out, the script takes its sample and what suits it
+    if not data and stage.val:  # without a path the script uses its sample and matching defaults
         val = val or [str(samples.path(f"{stage.val}.jsonl"))]
     launcher = ["-m", "deepspeed.launcher.runner", "-q", "--master_port", str(free_port())]
     command = [sys.executable, *(launcher if args.launcher == "deepspeed" else []), str(TRAIN / f"{stage.name}.py")]
@@ -138,11 +138,11 @@ def stage_command(args: argparse.Namespace, stage: Stage) -> list[str]:
 
 
 def change(log: Path, measures: dict[str, str]) -> tuple[str, float, float]:
-    """What a run did to its own measure: (its name, first value, last value) of its log.
+    """How a run changed its measure: (label, first value, last value) in its log.
 
     Args:
         log: a log.jsonl.
-        measures: numbers to look for and their names, best first.
+        measures: keys to look for -> labels, best first.
     """
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     for key, name in measures.items():
@@ -153,7 +153,7 @@ def change(log: Path, measures: dict[str, str]) -> tuple[str, float, float]:
 
 
 def share_right(weights: Path) -> float:
-    """The share of the kept back sums that a model gets right, thinking first, without chance."""
+    """The share of held-out sums that a model gets right, thinking first, with greedy decoding."""
     from minimind_fast.data.tokenizer import Tokenizer
     from minimind_fast.infer.generate import generate_batch
     from minimind_fast.rl.rewards import correct
@@ -170,7 +170,7 @@ def share_right(weights: Path) -> float:
 
 
 def chat(weights: Path) -> list[tuple[str, str]]:
-    """Ask the last model, by the command that a user would type -> questions and answers."""
+    """Ask the last model with the command that a user would type -> (question, answer) pairs."""
     answers = []
     for question in QUESTIONS:
         command = [sys.executable, "-m", "minimind_fast.cli", "chat", str(weights), "--thinking"]
@@ -182,7 +182,7 @@ def chat(weights: Path) -> list[tuple[str, str]]:
 
 
 def table(rows: list[tuple[Any, ...]]) -> str:
-    """Rows as aligned columns, numbers to the right.
+    """Format rows as aligned columns, numbers to the right.
 
     Args:
         rows: (stage, begins with, measure, before, after, seconds).

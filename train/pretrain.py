@@ -3,7 +3,7 @@
 Purpose: `deepspeed train/pretrain.py` (or torchrun, or plain python); without arguments it trains a small model on the
     sample corpus that ships with the package, in under three minutes on a laptop.
 Principle: next-token prediction. Documents are packed end to end, none sees another, and the loss is the mean over the
-    counted tokens of the whole global batch.
+    counted tokens of the global batch.
 Properties: what stages share (tokenizer, model, data, the loss) is in `training/setup.py`, the loop in `trainer.py`.
 """
 

@@ -1,11 +1,11 @@
-"""Reasoning: SFT on chats with thoughts, in which the tags that frame thought and answer weigh ten times.
+"""Reasoning: SFT on chats with thoughts, in which the tags around thought and answer weigh ten times as much.
 
 Purpose: `deepspeed train/reason.py` teaches the form `<think>...</think>` (and `<answer>...</answer>` where the data has
     it), by MiniMind2's method of distilling a reasoning model's answers.
-Principle: a model that misses a tag loses the whole answer to a parser, while one wrong word costs a word; so each token
-    that renders a tag in an answer weighs --tag_weight. The loss is divided by the number of tokens, as MiniMind does.
-Properties: exactly the tags' tokens, in answers only, however the tokenizer splits them; all else is SFT. The log's `nll`
-    is the loss without weights.
+Principle: a missing tag makes the whole answer unparsable, a wrong word costs only a word; so each token of a tag in an
+    answer weighs --tag_weight. The loss is divided by the number of tokens, as in MiniMind.
+Properties: weights exactly the tags' tokens, only in answers, however the tokenizer splits them; all else is SFT. The
+    log's `nll` is the unweighted loss.
 
 Source: MiniMind2's train_distill_reason.
 """
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     run = setup.begin(parse(ReasonConfig, argv, text), STAGE)
     trainer = setup.train(run, lambda tokenizer: ChatEncoder(tokenizer, run.config.tag_weight))
     then = f"Next: minimind-fast chat {run.weights} --thinking"
-    setup.report(trainer, QUESTIONS, then, PROMPTS[1])  # a thought is opened first
+    setup.report(trainer, QUESTIONS, then, PROMPTS[1])  # opens with a thought
 
 
 if __name__ == "__main__":

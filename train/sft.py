@@ -1,10 +1,10 @@
 """Supervised fine-tuning: a pretrained MiniMind learns to answer, from `{"conversations": [...]}` lines.
 
-Purpose: `deepspeed train/sft.py` after `train/pretrain.py`; without arguments it goes on from that run, on the sample chats
-    that ship with the package.
-Principle: next-token prediction of the answers only; each turn of the assistant is learned, in the context of what came
-    before it. The loss is the mean over the answer tokens of the whole global batch.
-Properties: chats that are longer than --max_seq_len are cut off; one whose answers lie beyond it is left out and counted.
+Purpose: `deepspeed train/sft.py` after `train/pretrain.py`; without arguments it continues from that run, on the sample
+    chats that ship with the package.
+Principle: next-token prediction on the answers only: every assistant turn is a target, in the context of what precedes it.
+    The loss is the mean over the answer tokens of the global batch.
+Properties: chats longer than --max_seq_len are cut off; one whose answers all lie beyond it is left out and counted.
 """
 
 from minimind_fast.data.chats import ChatEncoder

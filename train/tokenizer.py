@@ -1,13 +1,13 @@
 """Train a tokenizer: byte-level BPE with MiniMind's special tokens, from any `{"text": ...}` JSONL.
 
 Purpose: a vocabulary fitted to your corpus. MiniMind's own tokenizers load as they are; this is for other languages
-or domains. The result is a folder that `mm.Tokenizer.load` and Transformers' `AutoTokenizer` open.
+or domains. The result is a folder that `mm.Tokenizer.load` and Transformers' `AutoTokenizer` can open.
 
-Principle: the files are streamed; every 100th text is held out, and bytes per token are measured on what is held out.
+Principle: the files are streamed; every 100th text is held out, and bytes per token are measured on those.
 
-Properties: time and memory grow with the number of different words, which in Chinese are whole clauses: 20 MB of mixed
+Properties: time and memory grow with the number of distinct words, which in Chinese are whole clauses: 20 MB of mixed
 Chinese and English took 25 s and 1.6 GB. So at most about --max_train_mb of text are used: every k-th row of a larger
-corpus, spread over all of it. A vocabulary of 6,400 does not need more.
+corpus. A vocabulary of 6,400 does not need more.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def split(args: argparse.Namespace, held_out: list[str], counts: dict[str, int]) -> Iterator[str]:
-    """Give the texts to train on; put the held-out ones into `held_out` and count both."""
+    """Yield the texts to train on; append the others to `held_out` and count both."""
     total_mb = sum(Path(path).stat().st_size for path in args.data_path if Path(path).is_file()) / 1e6
     stride = max(1, -(-int(total_mb) // max(1, int(args.max_train_mb))))
     if stride > 1:

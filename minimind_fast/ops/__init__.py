@@ -1,12 +1,12 @@
-"""What the model calls, and the one place that decides which implementation runs.
+"""The ops that the model calls, and the one place that decides which implementation runs.
 
-Purpose: `ops.rms_norm(...)` and its siblings; `ops.use("none")` switches every Triton kernel off, `ops.use("swiglu")`
-    switches that one on and all others off: a difference in a run is traced by switching one op at a time.
-Principle: each op has a record (`records/<op>.py`) with a reference, perhaps a function of the CPU's own, and a kernel of
-    the same signature. `use` fills a table of modes; a call is one look-up. No op is named here.
-Properties: `auto` takes a kernel where the tensor is on a GPU; elsewhere the CPU's own function, or else the reference. A
-    kernel asked for by name that cannot run is an error, never a silent fallback. With TRITON_INTERPRET=1 kernels asked
-    for by name run on a CPU. Triton is imported when a kernel is first called. Imports kernels by name, and the config.
+Purpose: `ops.rms_norm(...)` and its siblings; `ops.use("none")` turns every Triton kernel off, `ops.use("swiglu")` turns
+    on that one alone: switch one op at a time to trace a difference between runs.
+Principle: each op has a record (`records/<op>.py`) with a reference, an optional CPU function, and a kernel of the same
+    signature. `use` fills a table of modes; a call is one look-up. No op is named here.
+Properties: `auto` runs the kernel on a GPU; elsewhere the CPU function, or else the reference. A kernel requested by name
+    that cannot run is an error, never a silent fallback. With TRITON_INTERPRET=1, kernels requested by name run on a CPU.
+    Triton is imported when a kernel is first called. Imports kernels by name, and the config.
 """
 
 from __future__ import annotations
@@ -43,17 +43,13 @@ __all__ = [
 
 OPS = registry.load()
 NAMES = tuple(OPS)
-# Tables and not functools.cache, which torch.compile would look through.
+# Tables, not functools.cache: torch.compile would trace through the cache.
 _cpu_functions = {name: op.cpu_function() for name, op in OPS.items()}
 _loaded: dict[str, Callable] = {}
 
 
 def kernel(name: str) -> Callable:
-    """The Triton implementation of an op; Triton is imported by the first call, not before.
-
-    Args:
-        name: one of NAMES.
-    """
+    """The Triton implementation of an op (one of NAMES); the first call imports Triton."""
     if name not in _loaded:
         _loaded[name] = OPS[name].kernel()
     return _loaded[name]
@@ -68,7 +64,7 @@ def _read(spec: str) -> dict[str, str]:
     unknown = [part for part in asked if part not in NAMES]
     if unknown or not asked:
         raise ValueError(
-            f"unknown kernel {', '.join(unknown) or repr(spec)}; choose auto, all, none or of {', '.join(NAMES)}"
+            f"unknown kernel {', '.join(unknown) or repr(spec)}; choose auto, all, none or any of {', '.join(NAMES)}"
         )
     return {name: "kernel" if name in asked else "reference" for name in NAMES}
 
@@ -80,7 +76,7 @@ class use:
     """Choose implementations from now on, or within a `with` block.
 
     Args:
-        spec: "auto", "all", "none", or op names joined by commas (those by kernel, all others by reference).
+        spec: "auto", "all", "none", or op names joined by commas (those run as kernels, all others as references).
 
     Raises:
         ValueError: an unknown name; the message lists the names.
@@ -103,7 +99,7 @@ def _interpreting() -> bool:
 
 
 def choose(name: str, device_type: str) -> tuple[Callable, str]:
-    """Which implementation an op has on a device, and why.
+    """Which implementation of an op runs on a device, and why.
 
     Args:
         name: one of NAMES.
@@ -113,7 +109,7 @@ def choose(name: str, device_type: str) -> tuple[Callable, str]:
         The function, and the reason for the log.
 
     Raises:
-        ValueError: a kernel asked for by name cannot run there.
+        ValueError: a kernel requested by name cannot run there.
     """
     mode, op = _modes[name], OPS[name]
     if mode == "reference":
@@ -122,7 +118,7 @@ def choose(name: str, device_type: str) -> tuple[Callable, str]:
         own = _cpu_functions[name]
         return (own, f"chunks: on {device_type}") if own else (op.reference, f"reference: on {device_type}")
     if mode == "auto" and op.needs == "ampere" and before_ampere():
-        return op.reference, "reference: its dots find no tensor cores on this GPU"
+        return op.reference, "reference: this GPU has no tensor cores for the kernel's matmuls"
     if mode == "auto":
         return kernel(name), "kernel: on a GPU"
     if device_type != "cuda" and not _interpreting():
@@ -134,13 +130,13 @@ def choose(name: str, device_type: str) -> tuple[Callable, str]:
 
 
 def describe(device_type: str) -> dict[str, str]:
-    """Which implementation each op has on such a device, and why; for the log.
+    """Which implementation of each op runs on a device, and why; for the log.
 
     Args:
         device_type: "cuda" or "cpu".
 
     Raises:
-        ValueError: a kernel asked for by name cannot run there.
+        ValueError: a kernel requested by name cannot run there.
     """
     if device_type == "cuda" and torch.cuda.is_initialized():
         prepare(torch.device("cuda", torch.cuda.current_device()))  # before any CUDA graph is captured
@@ -164,7 +160,7 @@ else:
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of a table; its gradient is exact on every device. There is no kernel of ours, hence no switch.
+    """Look up rows of a table, with an exact gradient on every device; it has no kernel and so no switch.
 
     Args:
         ids: (...) int64.

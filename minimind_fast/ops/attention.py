@@ -1,12 +1,12 @@
-"""Causal attention over packed documents, by whichever backend is there.
+"""Causal attention over packed documents, with whichever backend is available.
 
 Purpose: `attention(q, k, v, cu_seqlens, max_seqlen)` never lets a token see another document; `use("eager")` chooses the
     backend for the whole process, as `ops.use` chooses kernels.
 Principle: softmax(q k^T / sqrt(hd)) v within each document. On a GPU a varlen flash kernel reads `cu_seqlens` itself.
-    On a CPU documents of like length are gathered into small rectangles (`cpu/attention.py`).
-Properties: memory grows with T; work grows with the sum of squared document lengths (within the rounding of the
-    rectangles), never with T squared. `eager` builds the T x T mask on purpose: it is the plainest truth. What was chosen
-    stands in a table by device type and dtype, so that a layer asks nothing and torch.compile finds nothing to break at.
+    On a CPU documents of similar length are gathered into small rectangles (`cpu/attention.py`).
+Properties: memory grows with T; work grows with the sum of squared document lengths (up to the rectangles' rounding),
+    never with T squared. `eager` builds the T x T mask on purpose, as the plainest definition. The choice is stored in a
+    table by device type and dtype: layers decide nothing, and torch.compile has no graph break.
 
 Backends: flash_attn (Dao-AILab: `flash_attn.cute` 4, `flash_attn_interface` 3, `flash_attn` 2, the first that imports),
     torch_varlen (`torch.nn.attention.varlen`), sdpa, eager.
@@ -32,14 +32,14 @@ from minimind_fast.ops.reference import accum_dtype
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
 
-# Tables and not functools.cache, which torch.compile would look through.
-_found: dict[str, Any] = {}  # package -> what was found of it
+# Tables, not functools.cache: torch.compile would trace through the cache.
+_found: dict[str, Any] = {}  # package -> what was found
 _chosen: dict[tuple[str, str, torch.dtype], tuple[str, str]] = {}
 _asked = "auto"
 
 
 def _flash_attn() -> tuple[str, Callable] | None:
-    """(name, function) of the newest Dao-AILab flash attention that imports, or None."""
+    """(name, function) of the newest Dao-AILab flash attention that can be imported, or None."""
     if "flash_attn" not in _found:
         _found["flash_attn"] = _find_flash_attn()
     return _found["flash_attn"]
@@ -55,7 +55,7 @@ def _find_flash_attn() -> tuple[str, Callable] | None:
 
 
 def _torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
-    """(function, arguments that make it causal, whether it groups heads itself) of PyTorch's own, or None."""
+    """PyTorch's own: (function, arguments that make it causal, whether it groups heads itself), or None."""
     if "torch_varlen" not in _found:
         _found["torch_varlen"] = _find_torch_varlen()
     return _found["torch_varlen"]
@@ -66,7 +66,7 @@ def _find_torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
-    known = inspect.signature(varlen).parameters  # torch 2.11 says is_causal, later ones window_size and enable_gqa
+    known = inspect.signature(varlen).parameters  # torch 2.11 has is_causal, later versions window_size and enable_gqa
     causal: dict[str, object] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     return varlen, causal, "enable_gqa" in known
 
@@ -87,7 +87,7 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
         (backend, reason).
 
     Raises:
-        ValueError: an unknown name, or a backend asked for by name that cannot run here.
+        ValueError: an unknown name, or a backend requested by name that cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(_unknown(backend))
@@ -96,7 +96,7 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
     if backend == "flash_attn":
         if not can_flash:
             raise ValueError(
-                f"--attention flash_attn needs a GPU since Ampere and bf16 or fp16, not {device_type} and {dtype}"
+                f"--attention flash_attn needs an Ampere or newer GPU and bf16 or fp16, not {device_type} and {dtype}"
             )
         if _flash_attn() is None:
             raise ValueError("--attention flash_attn: the package is not installed (pip install flash-attn)")
@@ -104,7 +104,7 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
     if backend == "torch_varlen":
         if not can_flash or _torch_varlen() is None:
             raise ValueError(
-                "--attention torch_varlen needs a GPU since Ampere, bf16 or fp16, and torch.nn.attention.varlen"
+                "--attention torch_varlen needs an Ampere or newer GPU, bf16 or fp16, and torch.nn.attention.varlen"
             )
         return "torch_varlen", "asked for"
     if backend != "auto":
@@ -123,7 +123,7 @@ class use:
         backend: one of BACKENDS.
 
     Raises:
-        ValueError: an unknown name. Whether it can run is said where a device and a dtype are known: see `chosen`.
+        ValueError: an unknown name. `chosen` checks whether it can run, once device and dtype are known.
     """
 
     def __init__(self, backend: str) -> None:
@@ -143,17 +143,17 @@ class use:
 def chosen(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that `use` has chosen for such tensors, and why.
 
-    The first call for a device and dtype imports packages. What is compiled later only looks the answer up.
+    The first call for a device and dtype imports packages; later calls, also compiled ones, only look the answer up.
 
     Args:
         device_type: "cuda" or "cpu".
-        dtype: of q, k and v.
+        dtype: that of q, k and v.
 
     Returns:
         (backend, reason).
 
     Raises:
-        ValueError: it was asked for by name and cannot run there.
+        ValueError: a backend requested by name cannot run there.
     """
     return _look_up(_asked, device_type, dtype)
 
@@ -166,10 +166,10 @@ def _look_up(backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, s
 
 
 def leave_out_of_compilation(backend: str) -> None:
-    """Keep torch.compile from looking into a backend whose code differs from pack to pack.
+    """Keep torch.compile out of a backend whose code path differs from pack to pack.
 
     Args:
-        backend: that will run.
+        backend: a resolved one, not "auto".
     """
     if backend == "sdpa":
         attention_rows.leave_out_of_compilation()
@@ -194,8 +194,8 @@ def attention(
         cu_seqlens: (documents + 1,) int32, document i is [cu[i], cu[i + 1]).
         max_seqlen: the longest document, in tokens.
         backend: one of BACKENDS; auto: what `use` has chosen.
-        dropout: of the attention probabilities.
-        rectangles: of the same cu_seqlens, made once for all layers; only sdpa needs it.
+        dropout: probability of dropping an attention weight.
+        rectangles: built from the same cu_seqlens, once for all layers; only sdpa needs them.
 
     Returns:
         (T, H, hd) in q's dtype.
@@ -238,7 +238,7 @@ def _run_rows(q, k, v, cu_seqlens, _max_seqlen, dropout, rectangles):
 
 
 def _run_eager(q, k, v, cu_seqlens, _max_seqlen, dropout, _rectangles):
-    """The definition, with the whole T x T mask."""
+    """The definition, with the full T x T mask."""
     t, heads, head_dim = q.shape
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     where = torch.arange(t, device=q.device)
@@ -250,7 +250,7 @@ def _run_eager(q, k, v, cu_seqlens, _max_seqlen, dropout, _rectangles):
     return torch.einsum("hqk,khd->qhd", F.dropout(probs, dropout), v)
 
 
-# The resolved backend -> (q, k, v, cu_seqlens, max_seqlen, dropout, rectangles) -> (T, H, hd).
+# Resolved backend -> function (q, k, v, cu_seqlens, max_seqlen, dropout, rectangles) -> (T, H, hd).
 RUN: dict[str, Callable[..., Tensor]] = {
     "flash_attn": _run_flash,
     "torch_varlen": _run_varlen,

@@ -1,8 +1,8 @@
-"""Cases: calls of one op on drawn tensors, shared by tests, benchmarks and the proof.
+"""Cases: calls of one op on random tensors, shared by tests, benchmarks and the proof.
 
-Purpose: a record says here what its op is tried on; everything that calls an op reads the same cases.
+Purpose: a record lists its op's inputs as cases; everything that exercises an op uses the same ones.
 Principle: a case is a name, a function that draws the arguments, and options; nothing is drawn before it is needed.
-Properties: drawn on the CPU from a seed, so a case is the same on every machine. Imports no model and no proof.
+Properties: drawn on the CPU from a seed: a case is the same on every machine. Imports no model and no proof.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-        """N(mean, scale) values, rounded to the case's dtype or another."""
+        """N(mean, scale) values, rounded to `dtype` or else the case's."""
         values = torch.randn(shape, generator=self.generator) * scale + mean
         return values.to(dtype or self.dtype).to(self.device)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Integers of [low, high)."""
+        """Integers in [low, high)."""
         return torch.randint(low, high, shape, generator=self.generator).to(dtype).to(self.device)
 
     def chance(self, share: float, *shape: int) -> Tensor:
@@ -38,7 +38,7 @@ class Draw:
         return (torch.rand(shape, generator=self.generator) < share).to(self.device)
 
     def targets(self, vocab: int, tokens: int, ignored: float) -> Tensor:
-        """(tokens,) int64 of [0, vocab), IGNORE_INDEX with the probability `ignored`."""
+        """(tokens,) int64 in [0, vocab), IGNORE_INDEX with probability `ignored`."""
         return self.integers(0, vocab, tokens).masked_fill(self.chance(ignored, tokens), IGNORE_INDEX)
 
 
@@ -48,14 +48,14 @@ class Case:
 
     Attributes:
         op: the op's name.
-        name: what is special about it.
-        tensors: draws the tensors by name; None where an argument is absent.
-        options: the other arguments.
-        only: names of the dtypes that this case is for; all if empty.
-        strided: take every other row of larger tensors, and one gradient expanded to all rows, as of a sum.
-        arguments: makes the op's arguments of the tensors, where they are not the tensors themselves.
+        name: what is special about the case.
+        tensors: draws the tensors by name; None for an absent argument.
+        options: the arguments that are not tensors.
+        only: names of the dtypes to run in; all if empty.
+        strided: take every other row of larger tensors, and expand one gradient over all rows, as a sum's backward does.
+        arguments: builds the op's arguments from the tensors, if they differ.
         promised: the tensor that the first output's gradient is a multiple of; "" if nothing is promised.
-        fixed: tensors that another op lays out, which are never strided.
+        fixed: tensors laid out by another op, never strided.
     """
 
     op: str
@@ -73,7 +73,7 @@ class Case:
 
         Args:
             function: the kernel or the reference.
-            tensors: of `tensors`, perhaps cast.
+            tensors: drawn by `self.tensors`, perhaps cast.
 
         Returns:
             The op's outputs as a tuple.

@@ -1,12 +1,12 @@
-"""The documents of a pack: worked out once a micro-batch, for every layer and every model that meets it.
+"""The documents of a pack: computed once a micro-batch, for every layer and every model that runs it.
 
-Purpose: `Documents.of(cu_seqlens, ...)` for the model; `run(model, batch, ...)`, by which training, rewards and scores pass
-    a batch through a model.
-Principle: what attention and RoPE ask of a pack (positions, the backend, rectangles) depends on its bounds alone. On a CPU
-    oneDNN keeps 0.5 MiB for each new shape of a 16-bit matmul, so a pack is brought to one of 16 sizes an octave: filler
-    goes in before the model and comes off behind it, and neither the model nor a loss knows of it.
-Properties: filler is documents of ignored tokens, none longer than a real one. No loss and no gradient comes of it. It adds
-    at most a sixteenth (or 15 positions), 2% on average, and costs 1.4% of a step.
+Purpose: `Documents.of(cu_seqlens, ...)` for the model; `run(model, batch, ...)` passes a batch through a model, for
+    training, rewards and scores.
+Principle: what attention and RoPE need of a pack (positions, the backend, rectangles) depends on its bounds alone. On a CPU
+    oneDNN keeps 0.5 MiB for each new shape of a 16-bit matmul, so a pack is padded to one of 16 sizes an octave: filler
+    is added before the model and cut after it, and neither the model nor a loss sees it.
+Properties: filler is documents of ignored tokens, none longer than a real one; it adds nothing to losses or gradients. It
+    is at most a sixteenth (or 15 positions), 2% on average, and costs 1.4% of a step.
 
 Shapes: T real tokens, F filler.
 """
@@ -24,19 +24,19 @@ from minimind_fast.ops.attention import RUN, chosen
 from minimind_fast.ops.cpu.attention import Rectangles
 from minimind_fast.ops.cpu.shapes import compiled
 
-LEAST_STEP = 16  # between two sizes
+LEAST_STEP = 16  # smallest gap between two sizes, in tokens
 _FILL = {"targets": IGNORE_INDEX, "valid": False, "grad_weights": 0}
 
 
 class Documents(NamedTuple):
-    """Bounds of a pack and what follows from them; a tuple, because ZeRO-3 looks for tensors in tuples only."""
+    """A pack's bounds and what follows from them; a tuple, because ZeRO-3 looks for tensors only in tuples."""
 
     cu_seqlens: Tensor  # (documents + 1,) int32 from 0 to T + F
     max_seqlen: int  # no document is longer
     positions: Tensor  # (T + F,) int64, of each token in its document
-    backend: str  # of attention, resolved
+    backend: str  # attention's, resolved
     tokens: int  # T
-    filler: int = 0  # F, behind the real tokens
+    filler: int = 0  # F, after the real tokens
     rectangles: Rectangles | None = None  # only for sdpa
 
     @classmethod
@@ -48,13 +48,13 @@ class Documents(NamedTuple):
         max_seqlen: int | None = None,
         size: int | None = None,
     ) -> Documents:
-        """Everything about a pack.
+        """Work out everything about a pack.
 
         Args:
             cu_seqlens: (documents + 1,) int32 from 0 to T, on the model's device.
             tokens: T.
-            dtype: of the model, which decides attention's backend.
-            max_seqlen: the longest document; None: asked of the device.
+            dtype: the model's; it decides attention's backend.
+            max_seqlen: the longest document; None: read from the device.
             size: T + F; None: no filler.
         """
         longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
@@ -68,24 +68,23 @@ class Documents(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Documents:
-        """Documents of one length.
+        """Documents of equal length.
 
         Args:
-            rows: their number.
-            length: tokens of each.
-            device: of the model.
-            dtype: of the model.
+            rows: number of documents.
+            length: tokens in each.
+            device, dtype: the model's.
         """
         bounds = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
         return cls.of(bounds, rows * length, dtype, length)
 
     def padded(self, size: int, bounds: int | None = None, longest: int | None = None) -> Documents:
-        """The same with filler behind it. Rectangles are not made anew. No host synchronisation.
+        """The same documents followed by filler, without new rectangles and without a host sync.
 
         Args:
             size: T + F.
-            bounds: length of the new cu_seqlens, the last documents empty; None: as many as there must be.
-            longest: the new max_seqlen, at least the old one, and the length of the documents of filler.
+            bounds: length of the new cu_seqlens, the last documents empty; None: as short as possible.
+            longest: the new max_seqlen, at least the old one; also the length of a filler document.
         """
         device, filler = self.cu_seqlens.device, size - self.tokens
         longest = self.max_seqlen if longest is None else longest
@@ -100,25 +99,16 @@ class Documents(NamedTuple):
         )
 
     def fill(self, x: Tensor, value: float = 0) -> Tensor:
-        """(T, ...) -> (T + F, ...).
-
-        Args:
-            x: one entry a real token.
-            value: of the filler.
-        """
+        """(T, ...) -> (T + F, ...), with `value` at the filler."""
         return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.filler), value=value) if self.filler else x
 
     def fill_ids(self, ids: Tensor) -> Tensor:
-        """(T,) -> (T + F,); the pack's own tokens again, so that experts have about the load that they would have.
-
-        Args:
-            ids: of the real tokens.
-        """
+        """(T,) -> (T + F,); filler repeats the pack's own tokens, so that the experts' load stays about the same."""
         size = self.tokens + self.filler
         return ids.repeat(-(-size // self.tokens))[:size] if self.filler else ids
 
     def cut(self, output: Any) -> Any:
-        """What a model gave, without filler.
+        """Cut the filler off a model's output.
 
         Args:
             output: named tuple of (T + F, ...) tensors, scalars and None.
@@ -134,7 +124,7 @@ class Documents(NamedTuple):
             q: (T + F, H, hd).
             k: (T + F, K, hd), K divides H.
             v: (T + F, K, hd).
-            dropout: of the attention probabilities.
+            dropout: probability of dropping an attention weight.
 
         Returns:
             (T + F, H, hd).
@@ -158,11 +148,7 @@ def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def round_up(size: int) -> int:
-    """The next of 16 sizes to an octave.
-
-    Args:
-        size: at least 0.
-    """
+    """Round up to one of 16 sizes an octave."""
     step = max(LEAST_STEP, 1 << max(size.bit_length() - 5, 0))
     return -(-size // step) * step
 
@@ -171,7 +157,7 @@ def size_for(model: Any, tokens: int) -> int:
     """T + F: with filler on a CPU in 16 bits, else T.
 
     Args:
-        model: a MiniMind. A mixture of experts gets no filler: the router would meet it, and experts' shapes vary anyway.
+        model: a MiniMind. A mixture of experts gets no filler: the router would see it, and experts' shapes vary anyway.
         tokens: T.
     """
     weight = model.model.embed_tokens.weight
@@ -180,7 +166,7 @@ def size_for(model: Any, tokens: int) -> int:
 
 
 class Pack(Protocol):
-    """What `run` reads of a batch."""
+    """The fields of a batch that `run` reads."""
 
     input_ids: Tensor
     cu_seqlens: Tensor | None
@@ -189,7 +175,7 @@ class Pack(Protocol):
 
 
 def documents_of(model: Any, batch: Pack) -> Documents:
-    """The documents of a batch, kept with it for the next pass or the next model.
+    """The documents of a batch, cached on it for the next pass or the next model.
 
     Args:
         model: a MiniMind.
@@ -210,7 +196,7 @@ def run(model: Any, batch: Pack, **asked: Any) -> Any:
     Args:
         model: a MiniMind, or an engine with one as `module`.
         batch: packed or rows, on the model's device.
-        asked: further arguments of `MiniMind.forward`, for the batch's real tokens.
+        asked: other arguments of `MiniMind.forward`, for the batch's real tokens.
 
     Returns:
         ModelOutput for the real tokens.

@@ -1,7 +1,7 @@
-"""The width of sums: which dtype norms, softmax and losses are computed in.
+"""The dtype in which norms, softmax and losses are computed.
 
-Purpose: one rule for every reference and every op of the CPU.
-Principle: 16-bit inputs are summed in float32; float64 stays, so that a reference in float64 is the truth.
+Purpose: one rule for every reference and every CPU op.
+Principle: 16-bit inputs are summed in float32; float64 stays, so that a float64 reference is the ground truth.
 Properties: no state.
 """
 
@@ -11,9 +11,5 @@ import torch
 
 
 def accum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower.
-
-    Args:
-        dtype: of the input.
-    """
+    """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,12 +1,12 @@
-"""Which number format a machine multiplies fast: what `--dtype auto` means.
+"""Which dtype a machine multiplies fast: what `--dtype auto` means.
 
-Purpose: `choose("auto")` for training, `as_stored(dtype, device)` for weights that only answer.
-Principle: a CPU multiplies 16-bit numbers fast only with instructions for them: AVX512-BF16, AVX512-FP16 or AMX, or their
-    ARM likes. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 95 times as long as in float32;
+Purpose: `choose("auto")` for training, `as_stored(dtype, device)` for inference.
+Principle: a CPU multiplies 16-bit numbers fast only with instructions for them: AVX512-BF16, AVX512-FP16, AMX or their ARM
+    counterparts. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 95 times as long as in float32;
     AVX512 without those was not measured and gets float32. An NVIDIA card before Ampere (T4, RTX 20) has tensor cores for
     float16, not for bfloat16.
-Properties: decided by what the CPU says of itself, not by a clock: the same machine always decides alike. Float32 loses
-    nothing of 16-bit weights, so that it is right everywhere.
+Properties: decided by CPU flags, not by timing: the same machine always decides alike. Float32 holds 16-bit weights
+    exactly, so it is correct everywhere.
 
 Measured on two Zen 1 cores (AVX2), torch 2.13: 1024^3 in float32 70 GFLOP/s, in bfloat16 0.73
     (benchmarks/results/cpu_pretrain_zen1.json); with a transposed weight, as in `linear`, 68, 10, and in float16 12.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-# dtype -> flags of `torch.cpu.get_capabilities()`, of which one is enough.
+# dtype -> flags of `torch.cpu.get_capabilities()`; any one of them is enough.
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -37,7 +37,7 @@ def multiplies(dtype: torch.dtype, device_type: str = "cpu") -> bool:
 
     Args:
         dtype: float32, bfloat16 or float16.
-        device_type: "cuda" (always so) or "cpu".
+        device_type: "cuda" (always true) or "cpu".
     """
     if device_type != "cpu" or dtype not in _INSTRUCTIONS:
         return True
@@ -49,10 +49,10 @@ def choose(dtype: str) -> str:
     """The precision to train in.
 
     Args:
-        dtype: of `TrainConfig`; anything but "auto" is given back.
+        dtype: `TrainConfig.dtype`; anything but "auto" is returned as it is.
 
     Returns:
-        "bfloat16"; "float32" on a CPU that does not multiply it, "float16" on a card before Ampere.
+        "bfloat16"; "float32" on a CPU without instructions for it, "float16" on a card before Ampere.
     """
     if dtype != "auto":
         return dtype
@@ -61,11 +61,11 @@ def choose(dtype: str) -> str:
     return "bfloat16" if multiplies(torch.bfloat16) else "float32"
 
 
-_card: dict[str, bool] = {}  # a table and not functools.cache, which torch.compile would look through
+_card: dict[str, bool] = {}  # a table, not functools.cache: torch.compile would trace through the cache
 
 
 def before_ampere() -> bool:
-    """Whether the card here is one of NVIDIA's without bfloat16 and flash attention."""
+    """Whether this machine's card is an NVIDIA one too old for bfloat16 and flash attention."""
     if "old" not in _card:
         nvidia = torch.cuda.is_available() and torch.version.hip is None
         _card["old"] = nvidia and torch.cuda.get_device_capability()[0] < 8
@@ -73,22 +73,18 @@ def before_ampere() -> bool:
 
 
 def of(dtype: str) -> torch.dtype:
-    """`choose` as PyTorch's own object.
-
-    Args:
-        dtype: of `TrainConfig`.
-    """
+    """`choose` as a torch.dtype."""
     return getattr(torch, choose(dtype))
 
 
 def as_stored(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype to answer in.
+    """The dtype for inference.
 
     Args:
-        dtype: of the weights on disk.
+        dtype: that of the weights on disk.
         device_type: "cuda" or "cpu".
 
     Returns:
-        The same, or float32 where the device does not multiply it.
+        The same, or float32 if the device does not multiply it fast.
     """
     return dtype if multiplies(dtype, device_type) else torch.float32

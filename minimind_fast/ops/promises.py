@@ -1,11 +1,11 @@
-"""What callers promise an op, and how a broken promise is told.
+"""What callers promise an op, and how a broken promise is reported.
 
-Purpose: `grad_weights` of linear_cross_entropy says beforehand which gradient will come back. If another one comes, the
-    gradients computed in the forward are wrong, and that must be an error with a sentence, not a NaN with none.
-Principle: the backward knows on its device whether the promise was kept. On a CPU it raises there. On a GPU it raises a
-    flag in the device's memory, and `check_promises` reads it later.
-Properties: nothing waits for a GPU but `check_promises` itself, one number a device. The flag is a plain operator on one
-    tensor, so it works in CUDA graphs. Kernels reach it by the name of the custom op and import nothing from here.
+Purpose: `grad_weights` of linear_cross_entropy announces the incoming gradient. If a different one arrives, the gradients
+    computed in the forward are wrong: this must be a clear error, not an unexplained NaN.
+Principle: the backward checks the promise on its device. On a CPU it raises at once. On a GPU it sets a flag in the
+    device's memory, which `check_promises` reads later.
+Properties: only `check_promises` waits for a GPU, for one number a device. Setting the flag is a plain operator on one
+    tensor, so it works in CUDA graphs. Kernels call the custom op by name and import nothing from here.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _flags: dict[torch.device, Tensor] = {}  # device -> () bool: a promise was brok
 
 
 class BrokenPromise(RuntimeError):
-    """A loss has another gradient than its caller promised."""
+    """A loss's gradient is not the one that its caller promised."""
 
 
 def prepare(device: torch.device) -> None:
-    """Make a GPU's flag. A CUDA graph must not make it: its memory, and its zero, would belong to the graph.
+    """Allocate a GPU's flag, before any CUDA graph is captured: else its memory and its zero belong to the graph.
 
     Args:
-        device: of the tensors; a CPU needs no flag.
+        device: where the tensors are; a CPU needs no flag.
     """
     if device.type != "cpu" and device not in _flags:
         _flags[device] = torch.zeros((), dtype=torch.bool, device=device)
 
 
 def note_promise(broken: Tensor) -> None:
-    """Note on the tensor's device whether a promise was broken.
+    """Record on the tensor's device whether a promise was broken.
 
     Args:
         broken: () bool.
 
     Raises:
-        BrokenPromise: it was, and the tensor is on a CPU.
+        BrokenPromise: `broken` is true and on a CPU.
     """
     if broken.device.type == "cpu":
         if broken:
@@ -52,7 +52,7 @@ def note_promise(broken: Tensor) -> None:
     _flags[broken.device].logical_or_(broken)
 
 
-# torch.library.custom_op would do the same, and add 0.1 s to the import of the package.
+# torch.library.custom_op does the same but adds 0.1 s to the package's import.
 _library = torch.library.Library("minimind_fast", "FRAGMENT")
 _library.define("note_promise(Tensor broken) -> ()")
 for _key in ("CPU", "CUDA"):
@@ -61,11 +61,7 @@ _library.impl("note_promise", lambda broken: None, "Meta")  # for fake tensors
 
 
 def check_promises() -> None:
-    """Raise if a promise was broken on a GPU since the last call; waits for the GPU.
-
-    Raises:
-        BrokenPromise: says what was promised.
-    """
+    """Raise BrokenPromise if a promise was broken on a GPU since the last call; waits for the GPU."""
     broken = [flag for flag in _flags.values() if flag.item()]
     for flag in broken:
         flag.zero_()

@@ -1,8 +1,8 @@
 """Every op in plain PyTorch, by name: `reference.rms_norm` is the reference of the record `rms_norm`.
 
-Purpose: one namespace for tests and for whoever wants to read an op's meaning.
-Principle: filled from the records, where the functions are written.
-Properties: no kernels, no state. In float64 the same functions are the truth of the error rule (`proof/rule.py`).
+Purpose: one namespace for tests, and for reading what an op means.
+Principle: filled from the records, which hold the functions.
+Properties: no kernels, no state. In float64 the same functions are the ground truth of the error rule (`proof/rule.py`).
 """
 
 from __future__ import annotations

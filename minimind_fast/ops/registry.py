@@ -1,9 +1,9 @@
 """One record per op, and the table of all records.
 
-Purpose: everything that is to be known of an op stands in its record, `records/<op>.py`; the switch, the proof,
-    benchmarks, counts and docs read it there.
-Principle: the table is found by listing the folder, so a new file is a new op.
-Properties: making the table imports no kernel and no Triton. Tables are in the order of `place`, then of names.
+Purpose: an op's record, `records/<op>.py`, holds everything about it; the switch, the proof, benchmarks, counts and docs
+    read it there.
+Principle: the table is built by listing the folder, so a new file is a new op.
+Properties: building the table imports no kernel and no Triton. It is sorted by `place`, then by name.
 
 Shapes: T tokens.
 """
@@ -21,13 +21,13 @@ from minimind_fast.ops.cases import Case
 
 
 class Work(NamedTuple):
-    """What something must do at least."""
+    """The minimum traffic and arithmetic of an op or a model."""
 
     bytes: float
     flops: float = 0.0
 
     def seconds(self, bytes_per_s: float, flop_per_s: float) -> float:
-        """The floor in time, when bytes and FLOPs overlap fully."""
+        """The minimum time, if memory traffic and arithmetic overlap fully."""
         return max(self.bytes / bytes_per_s, self.flops / flop_per_s)
 
 
@@ -36,13 +36,13 @@ class Timing:
     """How the benchmarks time an op.
 
     Attributes:
-        place: among the ops; what the goals are about comes first.
-        cpu_tokens: T on a CPU: beyond its caches where that is cheap, few where the op multiplies matrices.
+        place: position among the ops; those with performance goals come first.
+        cpu_tokens: T on a CPU: larger than its caches where that is cheap, small where the op multiplies matrices.
         matmul: (config, T) -> (m, n, k) of its largest matmul, timed beside it; None if it has none.
         compiles: whether torch.compile makes one graph of the reference.
         compile_on_cpu: compile it on a CPU too, which takes seconds.
-        reference_waits: the reference waits for the host, which no CUDA graph can hold.
-        no_backward: why its backward is not timed by itself; "" if it is.
+        reference_waits: the reference syncs with the host, so a CUDA graph cannot capture it.
+        no_backward: why its backward is not timed separately; "" if it is.
     """
 
     place: int = 100
@@ -56,26 +56,26 @@ class Timing:
 
 @dataclass(frozen=True)
 class Op:
-    """All that is known of an op. Its kernel is `<name>` in `kernels/<name>.py`.
+    """Everything about an op. Its kernel is `<name>` in `kernels/<name>.py`.
 
     Attributes:
-        name: the op's, its kernel file's and its word on the command line.
-        reference: its meaning in plain PyTorch; in float64 the truth of the error rule.
-        differentiable: the tensors of its cases that gradients go to.
-        work: (config, "forward" or "backward", T, bytes of an activation) -> what it must do at least.
-        model_case: (config, T) -> the op as a model calls it; None where that model does not.
+        name: also that of its kernel file, and its name on the command line.
+        reference: its definition in plain PyTorch; in float64 the ground truth of the error rule.
+        differentiable: which tensors of its cases get gradients.
+        work: (config, "forward" or "backward", T, bytes an activation) -> its minimum work.
+        model_case: (config, T) -> the op as a model calls it; None if that model does not.
         cases: awkward calls: odd sizes, one row, no rows, huge and tiny values.
         training_case: the same as model_case, but as a training step calls it; model_case if None.
-        large_cases: calls that only a GPU has the memory for, beside the models' own.
-        small: config fields cut down for the interpreter, as for example vocab_size.
+        large_cases: more calls, which only a GPU has the memory for.
+        small: config fields reduced for the interpreter, such as vocab_size.
         small_tokens: T of the models' cases in the interpreter.
         cpu: "module:function" for training on a CPU, or "" for the reference.
-        needs: "ampere": on an older GPU the reference runs; "" for none.
-        of_mixtures: an op of mixtures of experts only.
-        in_forward: whether a model's own forward calls it, so that whole models prove it.
-        place: in tables and lists.
+        needs: "ampere": on an older GPU the reference runs; "" for no requirement.
+        of_mixtures: only mixtures of experts use it.
+        in_forward: whether a model's forward calls it, so that whole-model checks cover it.
+        place: position in tables and lists.
         timing: how it is timed.
-        page: of docs/, without the language and the suffix; "" if it has none.
+        page: its page in docs/, without language and suffix; "" if it has none.
     """
 
     name: str
@@ -97,16 +97,16 @@ class Op:
     page: str = ""
 
     def preset_case(self, preset: str, tokens: int, training: bool = False, **sizes: int) -> Case | None:
-        """The op as a model of MiniMind's calls it.
+        """The op as one of MiniMind's models calls it.
 
         Args:
             preset: the model's name.
             tokens: T.
             training: as a training step calls it.
-            sizes: config fields to set differently, smaller for the interpreter.
+            sizes: config fields to override, smaller for the interpreter.
 
         Returns:
-            The case; None where the model does not call the op.
+            The case; None if the model does not call the op.
         """
         make = self.training_case if training and self.training_case else self.model_case
         case = make(ModelConfig.preset(preset, **sizes), tokens)
@@ -125,10 +125,10 @@ class Op:
 
 
 def load() -> dict[str, Op]:
-    """Read the folder of records.
+    """Import every record.
 
     Returns:
-        name -> Op, in the order of tables.
+        name -> Op, sorted by `place`, then by name.
     """
     package = importlib.import_module("minimind_fast.ops.records")
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]

@@ -1,6 +1,6 @@
-"""Tables of the rotation angles of RoPE, YaRN included.
+"""RoPE's tables of rotation angles, including YaRN.
 
-Purpose: one pair of tables that the model, the op's cases and the eager baseline share.
+Purpose: one pair of tables, shared by the model, the op's cases and the eager baseline.
 Principle: the angle of pair i at position t is t / theta^(2i / hd); YaRN blends interpolated and kept frequencies.
 Properties: float32, made on the CPU.
 
@@ -18,10 +18,10 @@ from minimind_fast.config import ModelConfig
 
 
 def rope_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's rotation angles, YaRN included.
+    """cos and sin of each position's rotation angles, including YaRN.
 
     Args:
-        config: gives head_dim, rope_theta, rope_scaling.
+        config: for head_dim, rope_theta and rope_scaling.
         length: number of positions; max_position_embeddings if None.
 
     Returns:
@@ -41,7 +41,7 @@ def rope_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor,
         if config.max_position_embeddings > original:
 
             def dimension(rotations: float) -> float:
-                """The pair that turns this often within the original context."""
+                """The pair that makes this many turns within the original context."""
                 return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
             low = max(math.floor(dimension(yarn["beta_fast"])), 0)

@@ -1,8 +1,8 @@
-"""What passes from the router of a mixture of experts to its experts.
+"""What a mixture's router hands to its experts.
 
-Purpose: one type for both ops and for the model.
+Purpose: one type for both ops and the model.
 Principle: a slot is one (token, choice) pair, numbered t * top_k + j; the plan sorts slots by expert.
-Properties: a named tuple, as ZeRO-3 finds tensors in tuples only.
+Properties: a named tuple, because ZeRO-3 finds tensors only in tuples.
 
 Shapes: T tokens, E experts.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """Where each token goes in a mixture of experts, and the plan to bring it there."""
+    """Each token's experts, and the plan for dispatching tokens to them."""
 
-    weights: Tensor  # (T, top_k) float32: how much each chosen expert counts
+    weights: Tensor  # (T, top_k) float32: weight of each chosen expert
     experts: Tensor  # (T, top_k) int32: the chosen experts
-    counts: Tensor  # (E,) int32: slots of each expert
+    counts: Tensor  # (E,) int32: slots per expert
     order: Tensor  # (T * top_k,) int32: slots sorted by expert, stable
     inverse: Tensor  # (T * top_k,) int32: order[inverse[slot]] == slot
     aux_loss: Tensor  # () float32: load balancing, before its coefficient

@@ -1,8 +1,8 @@
 """A dataclass as a command line.
 
-Purpose: `parse(TrainConfig)` reads the options of a stage, from the command line and from `--config FILE`.
-Principle: a field made with `option` is an option of the same name; its type says how it is read.
-Properties: imports no torch; what is wrong is told before anything is loaded.
+Purpose: `parse(TrainConfig)` reads a stage's options from the command line and from `--config FILE`.
+Principle: each field made with `option` is an option of the same name, parsed according to its type.
+Properties: imports no torch; mistakes are reported before anything is loaded.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def parse(cls: type[Config], argv: list[str] | None = None, description: str = "
 
     Args:
         cls: a dataclass whose fields are made with `option`.
-        argv: arguments without the program's name; the process's own if None.
-        description: shown by --help.
+        argv: arguments without the program's name; sys.argv's if None.
+        description: text for --help.
 
     Returns:
         An instance of cls.

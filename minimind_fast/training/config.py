@@ -1,9 +1,9 @@
-"""The options of a run: one frozen dataclass, which the command line and the log follow.
+"""The options of a run: one frozen dataclass, from which the command line and the log are made.
 
-Purpose: `TrainConfig` holds what every stage shares; a stage adds its own fields and defaults with `with_defaults`.
+Purpose: `TrainConfig` holds what every stage shares; a stage adds its own fields, and defaults with `with_defaults`.
 Principle: a field is declared once, with its default and its help. A config remembers which options were given and why the
-    others have their values, whether it was made by `parse` or in Python: `why("preset")`.
-Properties: imports no torch; nothing is assigned after construction: `settle` and `suggest` make another config. Impossible
+    others have their values, whether `parse` or Python made it: `why("preset")`.
+Properties: imports no torch; nothing is assigned after construction: `settle` and `suggest` return a new config. Invalid
     values are errors that name the option.
 """
 
@@ -22,8 +22,8 @@ def option(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with a help text for the command line.
 
     Args:
-        default: the default value (a list or dict is copied for each instance).
-        text: help, one sentence.
+        default: default value (a list or dict is copied for each instance).
+        text: help text, one sentence.
         extra: `choices=(...)`.
     """
     metadata = {"help": text, **extra}
@@ -34,13 +34,13 @@ def option(default: Any, text: str, **extra: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The options that every stage shares; names are MiniMind's where they mean the same.
+    """The options that every stage shares; those that mean the same as MiniMind's have MiniMind's names.
 
     Raises:
-        ValueError: a value that cannot work; the message names the option.
+        ValueError: an invalid value; the message names the option.
     """
 
-    # what
+    # model, data and output
     preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
     from_weight: str = option("none", "start from these weights: a folder or a MiniMind .pth; none starts from nothing")
     data_path: list[str] = option([], "JSONL file(s) to train on; the shipped sample if not given")
@@ -57,10 +57,10 @@ class TrainConfig:
     batch_size: int = option(
         32, "rows in a micro-batch on each device; a packed batch holds batch_size * max_seq_len tokens"
     )
-    max_seq_len: int = option(340, "longest document in tokens; longer ones are cut into pieces")
+    max_seq_len: int = option(340, "longest document in tokens; longer ones are split")
     accumulation_steps: int = option(8, "micro-batches in an optimizer step")
     packing: bool = option(True, "pack documents without padding; --no_packing gives MiniMind's padded rows")
-    truncate: bool = option(False, "cut long documents off instead of into pieces")
+    truncate: bool = option(False, "truncate long documents instead of splitting them")
     on_bad_line: str = option("error", "what to do with a line that cannot be used", choices=("error", "skip"))
     cache_dir: str = option("", "where the tokenised data is cached; beside the data if not given")
     # optimisation
@@ -76,9 +76,9 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.95, "AdamW beta2")
     grad_clip: float = option(1.0, "clip the gradient norm to this (0: no clipping)")
-    loss: str = option("", "your own objective of the next token: MODULE:FUNCTION or FILE.py:FUNCTION")
+    loss: str = option("", "your own next-token loss: MODULE:FUNCTION or FILE.py:FUNCTION")
     seed: int = option(42, "seed of weights, data order and dropout")
-    # how
+    # execution
     dtype: str = option(
         "auto",
         "training precision; 16 bits have fp32 masters; auto: bfloat16, or without it float32 on a CPU, float16 on a GPU",
@@ -97,14 +97,14 @@ class TrainConfig:
         False, "replay forward and backward as CUDA graphs (GPU; for micro-batches below 20k tokens)"
     )
     num_threads: int = option(0, "CPU threads of this rank (0: cores shared among the ranks)")
-    # watching and saving
+    # logs and checkpoints
     log_interval: int = option(10, "optimizer steps between log lines")
     save_interval: int = option(0, "optimizer steps between checkpoints (0: about every ten minutes, and at the end)")
     keep_checkpoints: int = option(2, "checkpoints to keep")
     val_interval: int = option(0, "optimizer steps between validations (0: at each save and at the end)")
-    from_resume: bool = option(False, "go on from the newest checkpoint of this run")
+    from_resume: bool = option(False, "continue from the newest checkpoint of this run")
     max_nonfinite_steps: int = option(
-        5, "stop after this many skipped steps in a row with a loss or gradient that is not finite"
+        5, "stop after this many skipped steps in a row, whose loss or gradient was not finite"
     )
     use_wandb: bool = option(False, "also log to Weights & Biases")
     use_swanlab: bool = option(False, "also log to SwanLab")
@@ -127,29 +127,26 @@ class TrainConfig:
 
     @property
     def reasons(self) -> Mapping[str, str]:
-        """Option -> why it has another value than its default or the given one."""
+        """Option -> why its value is neither the default nor what was given."""
         return self._reasons  # type: ignore[attr-defined]
 
     def why(self, name: str) -> str:
         """Why an option has its value.
 
-        Args:
-            name: of the option.
-
         Returns:
-            "given", "default", or the reason of whoever settled it.
+            "given", "default", or the reason passed to `settle` or `suggest`.
         """
         return self.reasons.get(name, "given" if name in self.given else "default")
 
     def settle(self, reason: str, **values: Any) -> Self:
-        """The same config with these values.
+        """A copy with these values.
 
         Args:
-            reason: for `why`.
+            reason: what `why` will answer.
             values: option=value.
 
         Raises:
-            ValueError: a value that cannot work.
+            ValueError: an unknown option or an invalid value.
         """
         unknown = set(values) - {f.name for f in dataclasses.fields(self)}
         if unknown:
@@ -162,10 +159,10 @@ class TrainConfig:
         return made
 
     def suggest(self, reason: str, **values: Any) -> Self:
-        """The same, only for options that were not given.
+        """As `settle`, but only for options that were not given.
 
         Args:
-            reason: for `why`.
+            reason: what `why` will answer.
             values: option=value.
         """
         return self.settle(reason, **{name: value for name, value in values.items() if name not in self.given})
@@ -175,10 +172,10 @@ class TrainConfig:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def check(self) -> None:
-        """Refuse values that cannot work, before anything is loaded.
+        """Reject invalid values, before anything is loaded.
 
         Raises:
-            ValueError: naming the option and what it may be.
+            ValueError: names the option and its valid range.
         """
         for name in ("batch_size", "max_seq_len", "accumulation_steps", "epochs", "log_interval", "keep_checkpoints"):
             if getattr(self, name) < 1:
@@ -193,7 +190,7 @@ class TrainConfig:
             "num_threads",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
@@ -205,7 +202,7 @@ Config = TypeVar("Config")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 def with_defaults(**defaults: Any) -> Callable[[type[Config]], type[Config]]:
-    """A class decorator: a dataclass of a stage's options whose inherited options have other defaults.
+    """Class decorator: make a dataclass of a stage's options, overriding inherited defaults.
 
     Args:
         defaults: option=value, for options of the base class.

@@ -1,12 +1,12 @@
-"""The model under DeepSpeed; the one class that touches DeepSpeed's objects.
+"""The model under DeepSpeed; the only class that touches DeepSpeed's objects.
 
-Purpose: `Engine(model, run)` runs forward, backward and optimizer steps under any ZeRO stage, saves and loads its state.
-Principle: torch's fused AdamW, which DeepSpeed wraps for each stage without building anything. What is not wanted of its
-    start is patched while it starts, and put back.
-Properties: no compiler is needed. Each internal of DeepSpeed that is used here has a contract test of its name
+Purpose: `Engine(model, ...)` runs forward, backward and optimizer steps under any ZeRO stage, and saves and loads its state.
+Principle: torch's fused AdamW, which DeepSpeed wraps for each stage without building anything. Unwanted parts of its
+    startup are patched out while it starts, then restored.
+Properties: no compiler is needed. Each DeepSpeed internal used here has a contract test named after it
     (tests/training/test_deepspeed_contract.py), so that an upgrade says what moved.
 
-Source: DeepSpeed 0.19 (Rasley et al.); what was learned about it by experiment stands at the lines that use it.
+Source: DeepSpeed 0.19 (Rasley et al.); what experiments showed about it is noted where it is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.ranks import world
 from minimind_fast.training.zero import dtype_of
 
-# ds_to_universal asks for this mark at stages 1 and 2.
+# ds_to_universal requires this at stages 1 and 2.
 _CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
@@ -39,7 +39,7 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
 
     Args:
         model: any module.
-        weight_decay: of the first group.
+        weight_decay: AdamW's coefficient for the first group.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -51,7 +51,7 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
 
 @contextlib.contextmanager
 def _patched(where: Any, name: str, value: Any) -> Iterator[None]:
-    """Put another value in a module's place while the block runs."""
+    """Replace an attribute of a module while the block runs."""
     there, before = name in vars(where), vars(where).get(name)
     setattr(where, name, value)
     try:
@@ -62,16 +62,16 @@ def _patched(where: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _started_quietly() -> Iterator[Any]:
-    """DeepSpeed, which while the block runs probes no compiler, builds no op, and keeps its start to itself."""
+    """Yield DeepSpeed; within the block it probes no compiler, builds no op and prints no startup messages."""
     import deepspeed
     import deepspeed.ops
     from deepspeed.runtime import bf16_optimizer, compiler
 
-    # initialize() imports its Muon module, where a decorator pulls in torch's inductor: two seconds for nothing.
+    # initialize() imports its Muon module, whose decorator pulls in torch's inductor: two seconds for nothing.
     with _patched(compiler, "compile", lambda *_, **__: lambda function: function), contextlib.suppress(ImportError):
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # The table of ops that could be built: without an entry gloo is used, and no compiler.
+    # The table of ops to build: without an entry DeepSpeed uses gloo and needs no compiler.
     with (
         _patched(deepspeed.ops, "__compatible_ops__", {}),
         _patched(bf16_optimizer, "see_memory_usage", lambda *_, **__: None),
@@ -84,9 +84,9 @@ class Engine:
 
     Args:
         model: on this rank's device; every rank gets rank 0's weights.
-        config: optimizer options.
-        ds: of `zero.deepspeed_config`.
-        universal: the state to be loaded is in DeepSpeed's universal format.
+        config: for the optimizer's options.
+        ds: the DeepSpeed config, from `zero.deepspeed_config`.
+        universal: whether the state to load is in DeepSpeed's universal format.
 
     Raises:
         ValueError: float16 on a CPU.
@@ -101,7 +101,7 @@ class Engine:
             made["checkpoint"]["load_universal"] = universal
             if dtype == "float16" and not accelerator.is_fp16_supported():
                 raise ValueError(
-                    "--dtype float16 needs a GPU: DeepSpeed does not train in it on a CPU; leave --dtype out"
+                    "--dtype float16 needs a GPU: DeepSpeed cannot train in it on a CPU; leave --dtype out"
                 )
             groups = param_groups(model, config.weight_decay)
             # DeepSpeed steps once inside initialize() at stage 0 in bf16; lr=0 makes that a no-op.
@@ -113,15 +113,15 @@ class Engine:
         self.module, self.config, self.zero_stage = model, model.config, made["zero_optimization"]["stage"]
         self.grad_clip = made["gradient_clipping"]
         for state in optimizer.state.values():
-            state["step"].zero_()  # the counter is all that that step left: its gradients were zero
+            state["step"].zero_()  # the counter is that step's only trace: its gradients were zero
         for p, value in zip(trained, exact, strict=False):
             self._set_master(p, value)
         bf16 = hasattr(self._ds.optimizer, "clear_hp_grads")
-        if bf16:  # its step() leaves the sums cleared; zero_grad() would clear them again
+        if bf16:  # its step() clears the sums already; zero_grad() would clear them again
             self._ds.optimizer.zero_grad = functools.partial(self._ds.optimizer.clear_lp_grads, set_to_none=True)
         if world()[1] == 1 and (bf16 or self.zero_stage == 0):
-            self._ds.enable_backward_allreduce = False  # a reduction among one would copy all gradients, and back
-        # fp32 at stage 0: DeepSpeed neither checks for nan nor tells the norm, so that `step` clips.
+            self._ds.enable_backward_allreduce = False  # reducing over one rank would copy all gradients back and forth
+        # fp32 at stage 0: DeepSpeed neither checks for nan nor reports the norm, so `step` clips.
         self._plain = not hasattr(self._ds.optimizer, "overflow")
         if self._plain:
             self._ds._config.gradient_clipping = 0.0
@@ -133,11 +133,11 @@ class Engine:
         return self._ds(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Add a micro-batch's gradients.
+        """Accumulate a micro-batch's gradients.
 
         Args:
             loss: () this rank's share of the step's loss, times the number of ranks.
-            last: of the optimizer step.
+            last: whether this is the optimizer step's last micro-batch.
         """
         self._ds.set_gradient_accumulation_boundary(last)
         self._ds.backward(loss, scale_wrt_gas=False)
@@ -151,7 +151,7 @@ class Engine:
             lr: learning rate.
 
         Returns:
-            (gradient norm before clipping if it is known, whether the step was taken: not if something was not finite).
+            (gradient norm before clipping if known; whether the step was taken: False if anything was not finite).
         """
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
@@ -173,7 +173,7 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[MiniMind]:
-        """The module, its parameters whole on every rank while the block runs, whatever the ZeRO stage."""
+        """The module, with whole parameters on every rank while the block runs, at any ZeRO stage."""
         if self.zero_stage < 3:
             yield self.module
             return
@@ -183,14 +183,14 @@ class Engine:
             yield self.module
 
     def _set_master(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """Give a 16-bit weight's fp32 master the value from before the rounding; DeepSpeed copies the rounded weight.
+        """Set a 16-bit weight's fp32 master to the unrounded value; DeepSpeed copies the rounded weight.
 
-        Rounded masters lose what fp16 files have beyond bf16's 8 bits. And masters that all lie on bf16's grid are rounded
-        alike after each of the first steps, by up to some per cent of an update.
+        Rounded masters lose what fp16 files hold beyond bf16's 8 bits. Masters on bf16's grid are also rounded alike after
+        each of the first steps, by up to a few per cent of an update.
 
         Args:
-            parameter: of the module.
-            value: its shape, on the CPU.
+            parameter: one of the module's.
+            value: in its shape, on the CPU.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -217,11 +217,11 @@ class Engine:
         return any(not p.requires_grad for p in self.module.parameters())
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write weights, masters and optimizer state to folder/tag; all ranks call it. Frozen weights are left out.
+        """Write weights, masters and optimizer state to folder/tag, without frozen weights; all ranks call it.
 
         Args:
-            folder: of the run's checkpoints.
-            tag: name of the new folder in it.
+            folder: the run's checkpoints.
+            tag: name of the new subfolder.
         """
         self._ds.save_checkpoint(
             str(folder),
@@ -235,16 +235,16 @@ class Engine:
         """Read what `save` wrote; all ranks call it.
 
         Args:
-            folder: of the run's checkpoints.
-            tag: name of the folder in it.
+            folder: the run's checkpoints.
+            tag: name of the subfolder.
 
         Raises:
-            ValueError: nothing is there.
+            ValueError: there is nothing to load.
         """
         decay = [group["weight_decay"] for group in self._ds.optimizer.param_groups]
         path, _ = self._ds.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
         if path is None:
-            raise ValueError(f"{folder / tag}: DeepSpeed found nothing to load there")
+            raise ValueError(f"{folder / tag}: DeepSpeed found nothing to load")
         for group, weight_decay in zip(self._ds.optimizer.param_groups, decay, strict=True):
             group["weight_decay"] = weight_decay  # stage 3's universal format gives every group the first one's
 
@@ -253,11 +253,11 @@ def to_universal(source: Path, target: Path) -> None:
     """Rewrite a checkpoint so that any number of ranks can load it; call on one rank.
 
     Args:
-        source: a folder that `Engine.save` wrote.
+        source: a folder written by `Engine.save`.
         target: folder to write.
 
     Raises:
-        RuntimeError: DeepSpeed's converter failed; its last words are in the message.
+        RuntimeError: DeepSpeed's converter failed; the message has the end of its output.
     """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]

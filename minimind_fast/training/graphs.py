@@ -1,18 +1,18 @@
-"""Forward and backward of a micro-batch as CUDA graphs: two launches in the place of some thousand.
+"""Forward and backward of a micro-batch as CUDA graphs: two launches instead of a few thousand.
 
-Purpose: `install(model)`, which is what --cuda_graphs does. A micro-batch of some thousand tokens (SFT, DPO, GRPO) keeps a
-    large GPU busy for a shorter time than Python needs to say what it is to do.
-Principle: a graph replays the same kernels on the same addresses. So a pack is copied into buffers of one of few sizes,
-    filled up by ignored documents, and its bounds to a power of two by empty ones. The forward pass (body and head, up to
-    the log-probabilities) is one graph, its backward another; between and after them runs what always runs: the stage's
-    loss, and autograd's hand-over of the gradients to DeepSpeed, for which the pair is one ordinary function.
-Properties: a shape is captured when it comes a second time, for at most MAX_GRAPHS shapes; others, and passes without
-    gradients, run as without graphs. All graphs share one memory pool, as only one micro-batch is under way at a time: a
-    second forward pass before the first one's backward is an error, never a wrong gradient. Beside the pool each graph keeps
-    its gradients, in the weights' dtype. Filler changes no result; other sizes may choose other matmul kernels, so that
-    results agree with those of a plain run to rounding.
+Purpose: `install(model)`, for --cuda_graphs. With a few thousand tokens a micro-batch (SFT, DPO, GRPO), a large GPU works
+    faster than Python can launch kernels.
+Principle: a graph replays the same kernels at the same addresses. So a pack is copied into buffers of one of a few sizes,
+    padded with ignored documents, and its bounds with empty ones to a power of two. The forward pass (body and head, up to
+    the log-probabilities) is one graph, its backward another. The stage's loss and autograd's hand-over of gradients to
+    DeepSpeed run as usual: to autograd the pair is one ordinary function.
+Properties: a shape is captured when it occurs a second time, for at most MAX_GRAPHS shapes; other shapes, and passes
+    without gradients, run eagerly. All graphs share one memory pool, because only one micro-batch is in flight at a time: a
+    second forward before the first one's backward is an error, never a wrong gradient. Outside the pool each graph keeps
+    its gradients, in the weights' dtype. Filler changes no result; other sizes may select other matmul kernels, so results
+    agree with an eager run's up to rounding.
 
-Source: torch.cuda.make_graphed_callables (PyTorch) for capturing forward and backward apart.
+Source: torch.cuda.make_graphed_callables (PyTorch) for capturing forward and backward separately.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from minimind_fast.ops.documents import Documents, round_up
 from minimind_fast.training.config import TrainConfig
 
 MAX_GRAPHS = 16
-LEAST_DOCUMENTS = 32  # bounds of fewer documents have this length too
-LEAST_LONGEST = 256  # attention is told a longest document of at least this
+LEAST_DOCUMENTS = 32  # bounds of fewer documents are padded to this length
+LEAST_LONGEST = 256  # smallest max_seqlen passed to attention, in tokens
 
 
 def capture(work: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Record what a function does on the GPU.
+    """Record a function's work on the GPU.
 
     Args:
-        work: has run before, on this device; reads and writes tensors that stay where they are.
-        pool: memory for what it allocates.
+        work: has run before on this device; the tensors that it reads and writes keep their addresses.
+        pool: memory pool for its allocations.
 
     Returns:
-        A function that does it again.
+        A function that replays it.
     """
     graph = torch.cuda.CUDAGraph()
-    # thread_local: the loader's thread may pin memory meanwhile, which a capture forbids to all threads by default.
+    # thread_local: by default a capture forbids all threads to pin memory, also the loader's.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         work()
     return graph.replay
@@ -58,7 +58,7 @@ def _power_of_two(size: int, least: int) -> int:
 
 
 class _Call:
-    """One call of the model: its tensors without filler, and everything else that it depends on."""
+    """One call of the model: its tensors without filler, and everything else that the call depends on."""
 
     def __init__(self, model: MiniMind, args: dict[str, Any], documents: Documents) -> None:
         for name in ("cu_seqlens", "max_seqlen", "documents"):
@@ -67,7 +67,7 @@ class _Call:
         self.tensors = {name: args.pop(name) for name in ("input_ids", "targets", "valid", "grad_weights")}
         self.tokens = tokens = documents.tokens
         self.size = round_up(tokens)
-        if model.config.use_moe and self.tensors["valid"] is None:  # filler must not count in the experts' balance
+        if model.config.use_moe and self.tensors["valid"] is None:  # the balancing loss must ignore filler
             self.tensors["valid"] = torch.ones(tokens, dtype=torch.bool, device=documents.positions.device)
         self.tensors["teacher"] = None if teacher is None else teacher.hidden
         self.teacher = teacher
@@ -79,14 +79,14 @@ class _Call:
         self.options = args  # numbers and flags
 
     def key(self) -> Hashable:
-        """What a graph is made for."""
+        """Calls with equal keys share a graph."""
         there = tuple(name for name, x in self.tensors.items() if x is not None)
         teacher = None if self.teacher is None else (self.teacher.weight.data_ptr(), *self.teacher[2:])
         backend = self.documents.backend
         return self.size, self.count, self.longest, backend, there, teacher, tuple(self.options.items())
 
     def filled(self) -> tuple[Documents, dict[str, Tensor]]:
-        """The same at the size of its graphs."""
+        """The documents and tensors, padded to the graph's size."""
         documents = self.documents.padded(self.size, self.count + 1, self.longest)
         tensors = {n: x for n, x in self.tensors.items() if x is not None}
         values = {"targets": IGNORE_INDEX}
@@ -95,7 +95,7 @@ class _Call:
 
 
 class _Plain(nn.Module):
-    """A model by its own forward, whatever stands for it now."""
+    """A model called through its original forward, even after `install`."""
 
     def __init__(self, model: MiniMind) -> None:
         super().__init__()
@@ -106,12 +106,12 @@ class _Plain(nn.Module):
 
 
 class _Graphs:
-    """Forward and backward of one shape.
+    """The forward and backward graphs of one shape.
 
     Args:
         model: on a GPU.
-        call: the first of its kind.
-        pool: shared by all graphs.
+        call: the call to capture.
+        pool: memory pool shared by all graphs.
     """
 
     def __init__(self, model: _Plain, call: _Call, pool: Any) -> None:
@@ -119,16 +119,16 @@ class _Graphs:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.addresses = [p.data_ptr() for p in self.parameters.values()]
         self.documents, filled = call.filled()
-        self.inputs = {name: x.clone() for name, x in filled.items()}  # without filler they are the caller's own
+        self.inputs = {name: x.clone() for name, x in filled.items()}  # clone: without filler they are the caller's
         tensors = dict(self.inputs)
         teacher = call.teacher and call.teacher._replace(hidden=tensors.pop("teacher"))
-        # To the graph filler is as real as the rest: what is cut off differs from call to call.
+        # The graph treats filler as real tokens: how much to cut off differs from call to call.
         documents = self.documents._replace(tokens=call.size, filler=0)
         self.arguments = {**call.options, **tensors, "teacher": teacher, "documents": documents}
         self._make(pool)
 
     def _make(self, pool: Any) -> None:
-        """Run outside the graphs first, which compiles kernels and lets libraries choose theirs; then capture."""
+        """Warm up outside the graphs (compiles kernels, lets libraries choose theirs), then capture."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -143,7 +143,7 @@ class _Graphs:
 
     @torch.enable_grad()
     def _forward(self) -> None:
-        # New leaves over the same memory, as autograd ties a leaf to the stream on which it was first used.
+        # New leaves over the same memory: autograd ties a leaf to the stream on which it was first used.
         self.leaves = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
         self.result = functional_call(self.model, self.leaves, kwargs=self.arguments)
         self.outputs = [x for x in self.result if x is not None]
@@ -153,11 +153,11 @@ class _Graphs:
         self.grads = torch.autograd.grad(live, tuple(self.leaves.values()), self.grads_out, allow_unused=True)
 
     def in_place(self) -> bool:
-        """Whether the weights are where they were."""
+        """Whether the weights are still at the captured addresses."""
         return self.addresses == [p.data_ptr() for p in self.parameters.values()]
 
     def load(self, call: _Call) -> None:
-        """Copy a call's tensors in, filled up."""
+        """Copy a call's tensors, with filler, into the static buffers."""
         documents, tensors = call.filled()
         self.documents.cu_seqlens.copy_(documents.cu_seqlens)
         self.documents.positions.copy_(documents.positions)
@@ -166,7 +166,7 @@ class _Graphs:
 
 
 class _Replay(torch.autograd.Function):
-    """A pair of graphs as a function of the weights; gives the outputs without filler, as copies."""
+    """A pair of graphs as a function of the weights; returns copies of the outputs, without filler."""
 
     @staticmethod
     def forward(ctx, graphs, tokens, replays, *parameters):
@@ -182,25 +182,21 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, *grads):
         if ctx.turn != ctx.replays.turn:
             raise RuntimeError(
-                "--cuda_graphs: another micro-batch went forward before this one went backward; do without the option"
+                "--cuda_graphs: another micro-batch ran forward before this one's backward; leave the option out"
             )
         graphs, tokens = ctx.graphs, ctx.tokens
         asked = [g for g, x in zip(grads, graphs.outputs, strict=True) if x.requires_grad]
         for static, grad in zip(graphs.grads_out, asked, strict=True):
-            (static[:tokens] if static.dim() else static).copy_(grad)  # filler's stay 0
+            (static[:tokens] if static.dim() else static).copy_(grad)  # filler's gradients stay 0
         graphs.backward()
         there = [g for g in graphs.grads if g is not None]
-        # Copies, as the next replay writes where these lie; in one launch, where autograd would take one for each.
+        # Copies, because the next replay overwrites these; in one launch, where autograd would need one each.
         copies = iter(torch._foreach_mul(there, 1.0))
         return None, None, None, *(None if g is None else next(copies) for g in graphs.grads)
 
 
 class Replays:
-    """Stands for a model's forward: replays where a graph fits, else runs the model's own.
-
-    Args:
-        model: whose forward it stands for.
-    """
+    """Replaces a model's forward: replays a graph if one fits, else calls the original."""
 
     def __init__(self, model: MiniMind) -> None:
         self.model, self.plain = model, _Plain(model)
@@ -225,7 +221,7 @@ class Replays:
         return ModelOutput(*(None if x is None else next(copies) for x in graphs.result))
 
     def _fit(self, a: dict[str, Any]) -> bool:
-        """Whether it is a micro-batch of training, packed, its longest document known on the host."""
+        """Whether this is a packed training micro-batch whose longest document the host knows."""
         if not self.model.training or not torch.is_grad_enabled():
             return False
         known: Documents | None = a["documents"]
@@ -238,7 +234,7 @@ class Replays:
 
     def _documents(self, a: dict[str, Any]) -> Documents:
         known: Documents | None = a["documents"]
-        if known is not None:  # its filler, if any, came in with the tensors: here it is as real as the rest
+        if known is not None:  # any filler arrived with the tensors: treat it as real tokens
             return known._replace(tokens=known.tokens + known.filler, filler=0)
         dtype = self.model.model.embed_tokens.weight.dtype
         return Documents.of(a["cu_seqlens"], a["input_ids"].numel(), dtype, a["max_seqlen"])
@@ -257,25 +253,25 @@ class Replays:
 
 
 def install(model: MiniMind) -> None:
-    """Let a model's training passes be replayed from CUDA graphs from now on.
+    """Replay a model's training passes from CUDA graphs from now on.
 
     Args:
-        model: on a GPU, its weights where they will stay.
+        model: on a GPU, with weights that no longer move.
     """
     model.forward = Replays(model)  # type: ignore[method-assign]
 
 
 def check(config: TrainConfig, model: MiniMind, device: torch.device, attention: str) -> None:
-    """Refuse what cannot be captured.
+    """Reject what cannot be captured.
 
     Args:
-        config: the run's options, zero_stage decided.
-        model: that will be trained.
-        device: of this rank.
-        attention: the backend that will run.
+        config: the run's options, with zero_stage settled.
+        model: the model to train.
+        device: this rank's.
+        attention: the resolved backend.
 
     Raises:
-        ValueError: naming the option that stands in the way.
+        ValueError: names the option in the way.
     """
     reasons = {
         "a GPU": device.type == "cuda",
@@ -283,8 +279,8 @@ def check(config: TrainConfig, model: MiniMind, device: torch.device, attention:
         "packed data: leave --no_packing out": config.packing,
         "a step without --use_compile": not config.use_compile,
         "a step without --gradient_checkpointing": not config.gradient_checkpointing,
-        f"--attention flash_attn or torch_varlen: {attention} asks the host for the documents": attention != "sdpa",
-        "the moe_route and moe_mlp kernels: their reference asks the host for the experts' loads": can_capture(model),
+        f"--attention flash_attn or torch_varlen: {attention} reads the documents on the host": attention != "sdpa",
+        "the moe_route and moe_mlp kernels: their reference reads the experts' loads on the host": can_capture(model),
     }
     for need, met in reasons.items():
         if not met:

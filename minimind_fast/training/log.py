@@ -1,10 +1,10 @@
-"""What a run counts, shows and writes while it goes.
+"""What a run counts, shows and writes as it goes.
 
-Purpose: sums between two log lines (`Window`); a progress bar or lines, a JSONL log, TensorBoard files, wandb or SwanLab
-    if asked (`Progress`); a picture of the loss.
-Principle: tensors stay on their device until the log line. One dict of numbers a log step; every sink gets the same dict.
-Properties: on a terminal a bar with the latest numbers, elsewhere one line a log step; MFU is told with the peak that it
-    is a share of. Nothing here touches the model.
+Purpose: sums between two log lines (`Window`); a progress bar or lines, a JSONL log, TensorBoard files, optionally wandb
+    or SwanLab (`Progress`); a plot of the loss.
+Principle: tensors stay on their device until the log line. Each log step is one dict of numbers, the same for every sink.
+Properties: on a terminal a bar with the latest numbers, elsewhere one line a log step; MFU is reported with the peak that
+    it refers to. Nothing here touches the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind, MoE
 from minimind_fast.training.losses import StepLoss
 
-# Dense bf16 peaks without sparsity, TFLOP/s, by what a device calls itself; vendors' data sheets.
+# Dense bf16 peaks (no sparsity) in TFLOP/s by device name; from the vendors' data sheets.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "GB200": 2250.0,
@@ -43,15 +43,15 @@ PEAK_TFLOPS = {
     "V100": 125.0,
     "T4": 65.0,
 }
-LOSSES = {"loss": "training", "val_loss": "validation"}  # numbers of the log, and their names in the picture
+LOSSES = {"loss": "training", "val_loss": "validation"}  # keys in the log -> labels in the plot
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that the device can reach in a matmul, and where the number is from.
+    """The device's peak FLOP/s in a matmul, and where the number comes from.
 
     Args:
-        device: of the training.
-        dtype: of its matmuls; a CPU, and a GPU that is not in the table, is measured with one.
+        device: a CPU, or a GPU that is not in the table, is measured with a matmul.
+        dtype: the matmuls' dtype.
 
     Returns:
         (FLOP/s, "data sheet" or "measured").
@@ -62,7 +62,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             if known in name and dtype in (torch.bfloat16, torch.float16):
                 return tflops * 1e12, f"{known} data sheet"
     n = 1024 if device.type == "cpu" else 8192
-    own = torch.Generator(device).manual_seed(0)  # the run's own generator must not move: a resumed run repeats it
+    own = torch.Generator(device).manual_seed(0)  # leave the run's generator alone: a resumed run must repeat it
     a, b = (torch.randn(n, n, generator=own, device=device).to(dtype) for _ in range(2))
     best = math.inf
     for _ in range(4):
@@ -75,11 +75,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def clock(seconds: float) -> str:
-    """A duration for people: 42s, 3m05s, 2h10m.
-
-    Args:
-        seconds: not negative.
-    """
+    """Format a duration: 42s, 3m05s, 2h10m."""
     s = int(seconds + 0.5)
     return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
@@ -100,15 +96,15 @@ class Progress:
     """All sinks of a run.
 
     Args:
-        folder: of the run; log.jsonl and tensorboard/ go there.
-        total_steps: for the bar.
+        folder: the run's; log.jsonl and tensorboard/ go there.
+        total_steps: length of the bar.
         first_step: where a resumed run begins.
-        options: of the run, for wandb and SwanLab.
-        name: of the run.
+        options: the run's options, for wandb and SwanLab.
+        name: the run's name, for wandb and SwanLab.
         use_wandb, use_swanlab: also log there.
 
     Raises:
-        ValueError: wandb or swanlab asked for but not installed.
+        ValueError: wandb or swanlab requested but not installed.
     """
 
     SHOWN = (
@@ -154,18 +150,14 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """A line for people, above the bar.
-
-        Args:
-            text: the line.
-        """
+        """Print a line above the bar."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
 
     def record(self, step: int, numbers: dict[str, Any]) -> None:
-        """Give one step's numbers to every sink but the screen.
+        """Send one step's numbers to every sink except the screen.
 
         Args:
             step: optimizer steps done.
@@ -175,7 +167,7 @@ class Progress:
         self.file.flush()
         flat = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
         if self.board is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second; the first step should not wait for it
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, which should not delay the first step
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
         for key, value in flat.items():
@@ -189,7 +181,7 @@ class Progress:
         Args:
             step: optimizer steps done.
             numbers: as for `record`.
-            left_s: seconds to go.
+            left_s: estimated seconds to the end of the run.
         """
         self.record(step, numbers)
         text = "  ".join(_show(k, numbers[k]) for k in self.SHOWN if k in numbers) + f"  left {clock(left_s)}"
@@ -201,7 +193,7 @@ class Progress:
         self.step = step
 
     def close(self) -> None:
-        """Finish every sink; the picture of the loss is drawn from the log."""
+        """Close every sink, and draw the loss from the log."""
         if self.bar is not None:
             self.bar.close()
         self.file.close()
@@ -225,7 +217,7 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.tokens, self.pairs = 0, 0  # positions through the model, and pairs of them that attend
+        self.tokens, self.pairs = 0, 0  # tokens through the model, and (query, key) pairs that attend
         self.counted = self.steps = self.useful_tokens = 0.0
         self.skipped, self.has_aux = 0, False
 
@@ -252,7 +244,7 @@ class Window:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def totals(self, model: MiniMind, device: torch.device) -> tuple[list[str], Tensor]:
-        """(names, values) with loss, aux and flops always among them, in the same order on every rank."""
+        """(names, values), always including loss, aux and flops, in the same order on every rank."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         known = {"loss": zero, "aux": zero, **self.sums, "flops": zero + model.flops(self.tokens, self.pairs)}
         names = sorted(known)
@@ -269,7 +261,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def expert_load(model: MiniMind) -> dict[str, Any]:
-    """Expert load of the last micro-batch: max/mean by layer, router entropy, experts that got nothing."""
+    """Expert load in the last micro-batch: max/mean by layer, router entropy, experts without tokens."""
     layers = [m for m in model.modules() if isinstance(m, MoE) and m.last_counts is not None]
     if not layers:
         return {}
@@ -288,14 +280,14 @@ def expert_load(model: MiniMind) -> dict[str, Any]:
 def draw_loss(
     log: Path, picture: Path, title: str, curves: Mapping[str, str] = LOSSES, ylabel: str = "loss, nats per token"
 ) -> None:
-    """Draw the training and validation loss of a log, or other numbers of it.
+    """Plot the training and validation loss of a log, or other numbers in it.
 
     Args:
         log: a log.jsonl.
         picture: the PNG to write.
-        title: above the curves.
-        curves: numbers of the log, and what to call them.
-        ylabel: of the axis.
+        title: printed above the curves.
+        curves: keys in the log -> labels.
+        ylabel: label of the y axis.
     """
     import matplotlib
 

@@ -1,9 +1,8 @@
 """Losses as pure functions of per-token log-probabilities.
 
 Purpose: every stage's objective in a few lines that can be checked by hand.
-Principle: the model turns tokens into log-probabilities of the targets; what a stage wants of them is arithmetic.
-Properties: no model, no config, no state; sums rather than means, so that the trainer can divide by the count of the
-    whole global batch.
+Principle: the model turns tokens into log-probabilities of the targets; a stage's objective is arithmetic on them.
+Properties: no model, no config, no state; sums, not means, so that the trainer can divide by the global batch's count.
 
 Shapes: T tokens.
 """
@@ -25,8 +24,8 @@ class StepLoss:
 
     Attributes:
         total: () sum over counted units (tokens, pairs); the trainer divides by their number in the global batch.
-        aux: () added as a mean over micro-batches, or None.
-        metrics: further sums over counted units, for the log.
+        aux: () averaged over micro-batches and added, or None.
+        metrics: other sums over counted units, for the log.
     """
 
     total: Tensor
@@ -34,7 +33,7 @@ class StepLoss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-LossFunction = Callable[[Any, Any], StepLoss]  # (Engine or MiniMind, batch of the stage's own kind)
+LossFunction = Callable[[Any, Any], StepLoss]  # (Engine or MiniMind, the stage's batch)
 
 
 def lm(logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -62,11 +61,10 @@ def dpo(
     """Direct preference optimisation: the loss of each pair of answers, and its reward margin.
 
     Args:
-        chosen: (P,) float32 log-probability of each preferred answer, summed over its tokens (or averaged: all four alike).
-        rejected: (P,) of the other answer.
-        reference_chosen: (P,) the same under the frozen reference.
-        reference_rejected: (P,) the same.
-        beta: how much a log-ratio is worth.
+        chosen: (P,) float32 log-probability of each preferred answer, summed (or, in all four, averaged) over its tokens.
+        rejected: (P,) that of the other answer.
+        reference_chosen, reference_rejected: (P,) the same under the frozen reference.
+        beta: scale of the log-ratios.
         kind: "sigmoid", -log sigmoid(margin); "ipo", a squared distance of the log-ratios' difference to 1 / (2 beta).
         label_smoothing: probability that a pair is the wrong way round ("sigmoid" only).
 
@@ -93,8 +91,8 @@ def distill(logprobs: Tensor, kl: Tensor, alpha: float, temperature: float) -> T
     Args:
         logprobs: (...) float32 of the targets at temperature 1, 0 where there is none.
         kl: (...) float32 KL(teacher || student) of both at `temperature`, 0 where there is no target.
-        alpha: share of the data's own words; the rest is the teacher's.
-        temperature: T; T^2 undoes that gradients shrink by it.
+        alpha: weight of the data's tokens; the teacher gets the rest.
+        temperature: T; the factor T^2 makes up for the smaller gradients.
 
     Returns:
         () float32.
@@ -129,11 +127,11 @@ def grpo(
     """The clipped policy loss of each token.
 
     Args:
-        logprobs: (T,) float32 of the policy that is trained.
-        old_logprobs: (T,) float32 of the policy that wrote the tokens.
-        advantages: (T,) float32, each token its answer's.
-        epsilon: the ratio gains nothing below 1 - epsilon.
-        epsilon_high: nor above 1 + this; None: as epsilon.
+        logprobs: (T,) float32 under the policy in training.
+        old_logprobs: (T,) float32 under the policy that wrote the tokens.
+        advantages: (T,) float32, one per token: its answer's.
+        epsilon: the ratio is clipped at 1 - epsilon.
+        epsilon_high: and at 1 + epsilon_high; None: epsilon.
 
     Returns:
         loss (T,), -min(ratio * A, clip(ratio) * A); clipped (T,) bool, where the clip stops the gradient.
@@ -152,13 +150,13 @@ def cispo(
     """The policy loss of each token whose weight is clipped instead of its gradient.
 
     Args:
-        logprobs: (T,) float32 of the policy that is trained.
-        old_logprobs: (T,) float32 of the policy that wrote the tokens.
-        advantages: (T,) float32, each token its answer's.
+        logprobs: (T,) float32 under the policy in training.
+        old_logprobs: (T,) float32 under the policy that wrote the tokens.
+        advantages: (T,) float32, one per token: its answer's.
         epsilon_high: largest weight.
 
     Returns:
-        loss (T,), -min(ratio, epsilon_high) * A * logprob with a constant weight; clipped (T,) bool, where it was less.
+        loss (T,), -min(ratio, epsilon_high) * A * logprob with a constant weight; clipped (T,) bool, where it was cut.
 
     Source: MiniMax-M1 (CISPO), 2025; the bound is MiniMind's.
     """
@@ -167,11 +165,11 @@ def cispo(
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """An estimate, from one token each, of KL(policy || reference): unbiased, and never negative.
+    """Estimate KL(policy || reference) from each single token: unbiased, and never negative.
 
     Args:
-        logprobs: (T,) float32 of the policy, which wrote the tokens.
-        reference_logprobs: (T,) float32.
+        logprobs: (T,) float32 under the policy, which wrote the tokens.
+        reference_logprobs: (T,) float32 under the reference.
 
     Returns:
         (T,), exp(d) - 1 - d with d = reference - policy.

@@ -1,8 +1,8 @@
-"""The ranks of a run: how a process becomes one, whoever started it, and how it leaves.
+"""The ranks of a run: how a process joins, under any launcher, and how it leaves.
 
 Purpose: `prepare()` before anything else, `world()`, `leave()`; the same under `deepspeed`, `torchrun` and plain `python`.
-Principle: the launchers say who is who by environment variables; without them the process is a world of one.
-Properties: no environment variable has to be set by hand; whatever happens, no rank waits for one that failed (`together`).
+Principle: launchers assign ranks in environment variables; without them the process is a world of one.
+Properties: no environment variable must be set by hand; no rank waits for one that failed (`together`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from minimind_fast.ops.cpu.allocator import keep_freed_memory
 
 
 def prepare(num_threads: int = 0) -> torch.device:
-    """Make this process a rank, whoever started it.
+    """Make this process a rank, under any launcher.
 
     Args:
-        num_threads: CPU threads of this rank; 0 shares the cores among the ranks of this machine.
+        num_threads: CPU threads of this rank; 0 shares the machine's cores among its ranks.
 
     Returns:
         The rank's device.
@@ -52,7 +52,7 @@ def prepare(num_threads: int = 0) -> torch.device:
 
 
 def device() -> torch.device:
-    """This rank's own."""
+    """This rank's device."""
     gpu = torch.cuda.is_available()
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
 
@@ -63,17 +63,13 @@ def world() -> tuple[int, int]:
 
 
 def say(text: str) -> None:
-    """Print on rank 0.
-
-    Args:
-        text: a line.
-    """
+    """Print a line on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, flush=True)
 
 
 def leave(code: int = 0) -> None:
-    """Leave the world; one of several ranks ends here, with all its output written.
+    """Leave the world; with several ranks, flush all output and end the process.
 
     A gloo thread may still hold the last collective's tensors, which DeepSpeed's groups keep alive. If it frees them
     while the interpreter shuts down, the process aborts ("terminate called without an active exception").
@@ -95,18 +91,18 @@ def leave(code: int = 0) -> None:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Either all ranks leave the block well, or all raise: nobody waits for a rank that failed.
+    """Either all ranks complete the block, or all raise: none waits for one that failed.
 
     Args:
-        what: opens the error, such as "the checkpoint could not be written".
+        what: start of the error message, such as "the checkpoint could not be written".
 
     Raises:
-        OSError: on every rank, when one failed.
+        OSError: on every rank, if one failed.
     """
     problem: Exception | None = None
     try:
         yield
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except Exception as error:  # any error: the other ranks must learn of it
         problem = error
     failed = torch.tensor([float(problem is not None)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(failed)

@@ -1,12 +1,12 @@
 """The state of a run on disk: everything that the next step needs, and nothing half-written.
 
-Purpose: `save` and `load` a run so that it goes on exactly, with the same number of ranks or another.
-Principle: each rank writes into a folder with a name that nobody reads; when all are done the folder is renamed to
-    `step_<n>`. A folder with that name is therefore whole: the newest one is the one to go on from.
-Properties: frozen weights are not stored again: they come from where they came from, and must be the same (a fingerprint
-    is compared). Holds DeepSpeed's own files (weights, float32 masters, optimizer), every rank's random generators, the data
-    position and the schedule. Files are only ever replaced by a rename. For another number of ranks DeepSpeed's universal
-    format is made from the newest checkpoint first.
+Purpose: `save` and `load` a run so that it continues exactly, on the same number of ranks or another.
+Principle: all ranks write into a temporary folder; when all are done it is renamed to `step_<n>`. A folder with that name
+    is therefore complete, and a run resumes from the newest.
+Properties: frozen weights are not stored: they are loaded from their source again, and a fingerprint must match. Holds
+    DeepSpeed's own files (weights, float32 masters, optimizer), every rank's random generators, the data position and the
+    schedule. Files are only replaced by a rename. For another number of ranks, the newest checkpoint is first converted to
+    DeepSpeed's universal format.
 """
 
 from __future__ import annotations
@@ -35,17 +35,13 @@ _NAME = re.compile(r"step_(\d+)$")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first.
-
-    Args:
-        folder: of the run's checkpoints.
-    """
+    """The complete checkpoints in a folder, oldest first."""
     found = [(int(m[1]), p) for p in folder.glob("step_*") if (m := _NAME.search(p.name)) and p.is_dir()]
     return [p for _, p in sorted(found)]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given as state.
+    """The `state` that was passed to `save`.
 
     Args:
         checkpoint: one of `checkpoints`.
@@ -54,10 +50,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def frozen_fingerprint(model: torch.nn.Module) -> str | None:
-    """16 hex digits for the parameters that are not trained; None if all are.
+    """A hash (16 hex digits) of the parameters that are not trained; None if all are.
 
     Args:
-        model: as it was loaded.
+        model: as loaded, before training.
     """
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if not frozen:
@@ -73,17 +69,17 @@ def save(engine: Engine, folder: Path, state: dict[str, Any], keep: int, own: An
     """Write a checkpoint; all ranks call it.
 
     Args:
-        engine: of the run.
-        folder: of the run's checkpoints.
+        engine: the run's engine.
+        folder: the run's checkpoints.
         state: JSON-serialisable, with "step".
-        keep: how many checkpoints stay.
-        own: this rank's part of the position in the data: tensors, numbers and texts in lists and dicts.
+        keep: how many checkpoints to keep.
+        own: this rank's part of the data position: tensors, numbers and texts in lists and dicts.
 
     Returns:
         The new checkpoint's folder.
 
     Raises:
-        OSError: the disk is full or not writable; the older checkpoints are untouched.
+        OSError: the disk is full or not writable; older checkpoints are untouched.
     """
     rank, world_size = world()
     final = folder / f"step_{state['step']:08d}"
@@ -114,8 +110,8 @@ class Start:
 
     Attributes:
         step: optimizer steps done.
-        useful_tokens: trained on so far.
-        seconds: of training so far.
+        useful_tokens: tokens trained on so far, without padding.
+        seconds: training time so far.
     """
 
     step: int = 0
@@ -124,17 +120,17 @@ class Start:
 
 
 def find(run: Run, frozen: str | None) -> Path | None:
-    """The checkpoint that --from_resume goes on from.
+    """The checkpoint that --from_resume continues from.
 
     Args:
-        run: settled.
+        run: the resolved run.
         frozen: `frozen_fingerprint` of its model.
 
     Returns:
         The newest, or None without --from_resume.
 
     Raises:
-        ValueError: there is none, or it is of another precision, ZeRO stage or base.
+        ValueError: there is none, or its precision, ZeRO stage or frozen weights differ.
     """
     config = run.config
     if not config.from_resume:
@@ -147,7 +143,7 @@ def find(run: Run, frozen: str | None) -> Path | None:
         if before[option] != getattr(config, option):
             raise ValueError(
                 f"--from_resume: {checkpoint} was written with --{option} {before[option]}, this run has "
-                f"{getattr(config, option)}: give the same"
+                f"{getattr(config, option)}: use the same value"
             )
     if before.get("frozen") != frozen:
         raise ValueError(
@@ -158,15 +154,15 @@ def find(run: Run, frozen: str | None) -> Path | None:
 
 
 def load(engine: Engine, checkpoint: Path, data: Batches) -> Start:
-    """Put a checkpoint into an engine, the data and this rank's random generators; all ranks call it.
+    """Load a checkpoint into an engine, the data and this rank's random generators; all ranks call it.
 
     Args:
-        engine: fresh, made with `universal` as `needs_universal` says.
-        checkpoint: of `find`.
-        data: fresh.
+        engine: new, built with `universal=needs_universal(...)`.
+        checkpoint: the result of `find`.
+        data: new, at its beginning.
 
     Returns:
-        Where the run goes on.
+        Where the run continues.
     """
     rank, ranks = world()
     state = read_state(checkpoint)
@@ -192,16 +188,14 @@ def load(engine: Engine, checkpoint: Path, data: Batches) -> Start:
 
 
 def needs_universal(checkpoint: Path, ranks: int) -> bool:
-    """Whether a checkpoint was written by another number of ranks in a form that depends on it.
+    """Whether a checkpoint depends on its number of ranks and was written by a different number.
 
     Args:
         checkpoint: one of `checkpoints`.
-        ranks: now.
+        ranks: current number of processes.
     """
     state = read_state(checkpoint)
-    return (
-        state["zero_stage"] > 0 and state["world_size"] != ranks
-    )  # at stage 0 every rank holds, and reads, everything
+    return state["zero_stage"] > 0 and state["world_size"] != ranks  # at stage 0 every rank holds and reads everything
 
 
 def _generators() -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A run with nothing left open: what the options, the stage, the machine and a DeepSpeed file make together.
+"""A fully resolved run: the options, the stage, the machine and a DeepSpeed file combined.
 
-Purpose: `resolve(options, stage, ranks)` gives a frozen `Run`; everything after it reads, and nothing assigns.
-Principle: what was given stays. What was not given is settled in one place, in this order: the shipped sample and what suits
-    it, the weights to begin with, the precision, the DeepSpeed file. Each step leaves its reason.
-Properties: the same from Python as from the command line; `run.explain()` says what was given and what was chosen, and why;
-    the same is written beside the run, as run.json.
+Purpose: `resolve(options, stage, ranks)` returns a frozen `Run`; everything after it only reads.
+Principle: given options stay. The others are settled in one place, in this order: the shipped sample and its defaults, the
+    initial weights, the precision, the DeepSpeed file. Each step records its reason.
+Properties: works the same from Python and from the command line; `run.explain()` says what was given, what was chosen and
+    why; run.json, in the run's folder, says the same.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Options = TypeVar("Options", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is before anybody has chosen anything.
+    """What defines a stage, before any option is chosen.
 
     Attributes:
-        name: of the script; the run's folder is --save_dir/NAME unless --save_weight says otherwise.
+        name: the script's name; the run's folder is --save_dir/NAME unless --save_weight says otherwise.
         sample: shipped file to train on without --data_path, or "".
         sample_val: shipped file to validate on with it, or "".
-        suits: options that suit the sample, where they are not given.
-        needs: option that names weights -> the stage that makes its default.
-        also: what the stage settles by itself, last.
+        suits: defaults that suit the sample.
+        needs: option that names weights -> the stage that writes its default.
+        also: settles the stage's own options, last.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Run(Generic[Options]):
     """A run, ready to start.
 
     Attributes:
-        stage: its name.
+        stage: the stage's name.
         config: the options, each with its final value.
-        deepspeed: the whole DeepSpeed config.
+        deepspeed: the complete DeepSpeed config.
         ranks: number of processes.
-        began: `time.perf_counter` when it was settled.
+        began: `time.perf_counter()` when the run was resolved.
     """
 
     stage: str
@@ -67,22 +67,22 @@ class Run(Generic[Options]):
 
     @property
     def folder(self) -> Path:
-        """Where the run leaves everything."""
+        """The folder for everything that the run writes."""
         return Path(self.config.save_dir) / (self.config.save_weight or self.stage)
 
     @property
     def checkpoints(self) -> Path:
-        """What --from_resume goes on from."""
+        """Folder of checkpoints, for --from_resume."""
         return self.folder / "checkpoints"
 
     @property
     def weights(self) -> Path:
-        """What the run is for."""
+        """Folder of the trained model."""
         return self.folder / "weights"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights under training; their masters are float32."""
+        """The dtype of the weights in training; their masters are float32."""
         return getattr(torch, self.config.dtype)
 
     @property
@@ -92,11 +92,11 @@ class Run(Generic[Options]):
         return c.preset if c.from_weight == "none" else f"From {c.from_weight}"
 
     def explain(self) -> dict[str, dict[str, Any]]:
-        """option -> {"value", "why"}: "given", "default", or the reason for which it was chosen."""
+        """option -> {"value", "why"}; why is "given", "default", or the reason for the choice."""
         return {name: {"value": value, "why": self.config.why(name)} for name, value in self.config.options().items()}
 
     def write(self) -> None:
-        """Write run.json into the run's folder, which exists."""
+        """Write run.json into the run's folder, which must exist."""
         content = {"stage": self.stage, "ranks": self.ranks, "options": self.explain(), "deepspeed": self.deepspeed}
         (self.folder / "run.json").write_text(
             json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -104,11 +104,7 @@ class Run(Generic[Options]):
 
 
 def command(stage: str) -> str:
-    """How a stage is started here: from a clone by its script, from an installed package by its name.
-
-    Args:
-        stage: its name.
-    """
+    """The command that starts a stage: its script in a clone, its name in an installed package."""
     clone = (Path(__file__).parents[2] / "train" / f"{stage}.py").is_file()
     return f"deepspeed train/{stage}.py" if clone else f"minimind-fast train {stage}"
 
@@ -117,12 +113,12 @@ def resolve(config: Options, stage: Stage, ranks: int = 1) -> Run[Options]:
     """Settle every option.
 
     Args:
-        config: as given.
-        stage: of the script.
+        config: the options as given.
+        stage: the script's.
         ranks: number of processes.
 
     Raises:
-        ValueError: weights that are not there, a clash with the DeepSpeed file, a combination that cannot be.
+        ValueError: missing weights, a clash with the DeepSpeed file, or an invalid combination.
     """
     if stage.sample and not config.data_path:
         config = config.settle("the shipped sample: no --data_path", data_path=[str(samples.path(stage.sample))])
@@ -153,7 +149,7 @@ def _machine(ranks: int) -> str:
 
 
 def _find_weights(config: Options, option: str, before: str) -> Options:
-    """Make --from_weight, or an option like it, a path; it may also name a run in --save_dir, as MiniMind's does."""
+    """Turn --from_weight, or an option like it, into a path; as in MiniMind, it may also name a run in --save_dir."""
     name = getattr(config, option)
     may_be_none = option == "from_weight"
     if name == "none" and may_be_none or Path(name).exists():
@@ -163,7 +159,7 @@ def _find_weights(config: Options, option: str, before: str) -> Options:
         hint = (
             ""
             if option in config.given
-            else f" This stage goes on from trained weights: run `{command(before)}` first."
+            else f" This stage continues from trained weights: run `{command(before)}` first."
         )
         advice = " or a MiniMind .pth; none starts from nothing." if may_be_none else "."
         raise ValueError(

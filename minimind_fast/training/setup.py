@@ -1,10 +1,10 @@
-"""From a stage's script to a running Trainer: every part is made here, in the order in which one needs the other.
+"""From a stage's script to a running Trainer: all parts are built here, in order of dependency.
 
-Purpose: `begin` settles the options and makes the process a rank; `train` does the rest of a stage that learns from the next
+Purpose: `begin` resolves the options and makes the process a rank; `train` does the rest for stages that predict the next
     token; other stages call the parts themselves.
-Principle: weights that are given decide the model and its tokenizer; else a preset and the shipped tokenizer do. The
-    tokenizer's fingerprint travels with the weights, and another tokenizer is refused by name.
-Properties: a script runs the package of its own checkout. User errors end in one sentence on rank 0, without a traceback.
+Principle: given weights determine the model and its tokenizer; otherwise a preset and the shipped tokenizer do. Weights
+    carry their tokenizer's fingerprint, and a different tokenizer is rejected.
+Properties: a script runs its own checkout's package. User errors end in one sentence on rank 0, without a traceback.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def start(main: Callable[[], Any]) -> None:
 
 
 def _with_own_package(script: Path) -> None:
-    """Start again if Python found another checkout's package than the script's own: the environment is editable there."""
+    """Restart if Python found another checkout's package (an editable install), not the script's own."""
     root = script.parents[1]
     own, found = root / "minimind_fast" / "__init__.py", Path(minimind_fast.__file__)
     if not own.is_file() or own.samefile(found):
@@ -87,11 +87,11 @@ def _with_own_package(script: Path) -> None:
 
 
 def begin(options: Options, stage: Stage) -> Run[Options]:
-    """Become a rank, settle the options, choose kernels, seed every generator.
+    """Become a rank, resolve the options, choose kernels, seed every generator.
 
     Args:
         options: as given.
-        stage: of the script.
+        stage: the script's.
 
     Raises:
         ValueError: options that cannot work together.
@@ -109,10 +109,10 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
     """The tokenizer of --tokenizer_path, else that of the weights, else the shipped one.
 
     Args:
-        config: tokenizer_path, from_weight.
+        config: read for tokenizer_path and from_weight.
 
     Raises:
-        ValueError: it is not the one that the weights were trained with, or they have none with them and none is given.
+        ValueError: the weights were trained with another tokenizer, or have none and none is given.
     """
     weights = resolve_folder(config.from_weight) if config.from_weight != "none" else None
     tokenizer = tokenizer_of(weights, config.tokenizer_path, "--tokenizer_path", samples.path("tokenizer"))
@@ -125,7 +125,7 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     """The model of --from_weight, else a new one of --preset.
 
     Args:
-        config: from_weight, preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob, dropout.
+        config: read for from_weight, preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob and dropout.
         tokenizer: its ids must fit the model.
 
     Raises:
@@ -146,11 +146,11 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
 
 
 def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The shape that --preset and its overrides describe.
+    """The model shape given by --preset and its overrides.
 
     Args:
-        config: preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob, dropout.
-        tokenizer: gives the vocabulary's size and the special ids.
+        config: read for preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob and dropout.
+        tokenizer: sets vocabulary size and special ids.
     """
     name = config.preset
     if config.use_moe and not name.endswith("-moe"):
@@ -167,17 +167,17 @@ def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encode: Encoder, training: bool) -> Batches:
-    """Tokenised, cached and batched JSONL.
+    """Tokenise, cache and batch JSONL files.
 
     Args:
-        config: batch_size, max_seq_len, packing, truncate, seed, cache_dir, on_bad_line.
+        config: read for batch_size, max_seq_len, packing, truncate, seed, cache_dir and on_bad_line.
         paths: JSONL files.
-        tokenizer: of the model.
-        encode: rows to documents, the stage's own.
-        training: shuffle.
+        tokenizer: the model's.
+        encode: the stage's function from rows to documents.
+        training: whether to shuffle.
 
     Raises:
-        DataError: naming file and line.
+        DataError: names file and line.
     """
     rank, world_size = ranks.world()
     cache = build_cache(
@@ -214,7 +214,7 @@ def one_pass(batches: Batches) -> Callable[[], Iterator[Batch]]:
     """A function that starts the same single pass each time, for validation.
 
     Args:
-        batches: at its beginning.
+        batches: not yet iterated.
     """
     begin_state = batches.state_dict()
 
@@ -226,25 +226,25 @@ def one_pass(batches: Batches) -> Callable[[], Iterator[Batch]]:
 
 
 def next_token_loss(model: Any, batch: Batch) -> StepLoss:
-    """Negative log-likelihood of the targets by their weights, and the experts' balancing loss.
+    """Weighted negative log-likelihood of the targets, and the experts' balancing loss.
 
     Args:
         model: the engine.
-        batch: with weights where not every target counts the same.
+        batch: has weights if targets count differently.
 
     Returns:
-        The sum; `nll` is the sum without weights, where there are any.
+        The sum; with weights, `nll` is the unweighted sum.
     """
     counted = batch.targets != IGNORE_INDEX
-    # Padded rows: what follows the last target is padding, which must not count in the experts' balance.
+    # Padded rows: everything after the last target is padding, which the balancing loss must ignore.
     valid = counted.flip(-1).cumsum(-1).flip(-1) > 0 if batch.cu_seqlens is None else None
     out = run_packed(
         model,
         batch,
         targets=batch.targets,
         valid=valid,
-        # Known before the pass, which saves the head a matmul. What is left for backward to multiply by is then a power
-        # of two, so that 16-bit gradients are not rounded a second time.
+        # Passing the weights in advance saves the head a matmul. The factor left for backward is a power of two, so
+        # 16-bit gradients are not rounded twice.
         grad_weights=(counted.float() if batch.weights is None else batch.weights) * math.frexp(batch.factor)[0],
     )
     metrics = {} if batch.weights is None else {"nll": losses.lm(out.logprobs.detach())}
@@ -253,10 +253,7 @@ def next_token_loss(model: Any, batch: Batch) -> StepLoss:
 
 
 def own_loss(config: TrainConfig) -> LossFunction:
-    """The loss of --loss, or that of the next token.
-
-    Args:
-        config: loss.
+    """The loss of --loss, or else `next_token_loss`.
 
     Raises:
         ValueError: --loss names no function.
@@ -266,7 +263,7 @@ def own_loss(config: TrainConfig) -> LossFunction:
     function = plugins.load("--loss", config.loss)
 
     def loss(model: Any, batch: Batch) -> StepLoss:
-        # Without grad_weights: nobody knows beforehand what the function makes of the log-probabilities.
+        # No grad_weights: what the function does with the log-probabilities is unknown in advance.
         out = run_packed(model, batch, targets=batch.targets)
         total = function(out, batch)
         aux = out.aux_loss if model.config.use_moe else None
@@ -276,12 +273,12 @@ def own_loss(config: TrainConfig) -> LossFunction:
 
 
 def make_engine(run: Run, model: MiniMind, device: torch.device, universal: bool = False) -> Engine:
-    """The model on its device, compiled or captured if asked for, under DeepSpeed.
+    """The model on its device under DeepSpeed, compiled or captured if requested.
 
     Args:
-        run: settled.
+        run: the resolved run.
         model: on the CPU.
-        device: of this rank.
+        device: this rank's.
         universal: as for `Engine`.
 
     Raises:
@@ -290,7 +287,7 @@ def make_engine(run: Run, model: MiniMind, device: torch.device, universal: bool
     config = run.config
     model.model.gradient_checkpointing = config.gradient_checkpointing
     model.to(device).train()
-    ops.describe(device.type)  # a kernel asked for by name that cannot run is told before the first step
+    ops.describe(device.type)  # a requested kernel that cannot run fails here, before the first step
     backend, _ = chosen(device.type, run.dtype)
     if config.cuda_graphs:
         graphs.check(config, model, device, backend)
@@ -311,25 +308,25 @@ def make_trainer(
     loss: LossFunction,
     hooks: Hooks | None = None,
 ) -> Trainer:
-    """A Trainer at the run's beginning, or where --from_resume goes on.
+    """A Trainer at the run's beginning, or where --from_resume continues.
 
     Args:
-        run: settled.
+        run: the resolved run.
         model: on the CPU; every rank gets rank 0's weights.
         tokenizer: saved with the weights.
-        data: training batches of this rank, or what makes them from the engine.
+        data: this rank's training batches, or a function that makes them from the engine.
         loss: (engine, batch) -> StepLoss.
-        hooks: of the stage.
+        hooks: where the stage differs.
 
     Raises:
-        ValueError: a checkpoint that does not fit the run.
+        ValueError: the checkpoint does not match the run.
     """
     device, frozen = ranks.device(), resume.frozen_fingerprint(model)
     checkpoint = resume.find(run, frozen)
     engine = make_engine(run, model, device, checkpoint is not None and resume.needs_universal(checkpoint, run.ranks))
     if callable(data):
         data = data(engine)
-    elif device.type == "cuda":  # on a CPU a loader beside the model would take its cores
+    elif device.type == "cuda":  # on a CPU a loader thread would compete for the model's cores
         data = Prefetcher(data)
     torch.manual_seed(run.config.seed + ranks.world()[0])  # dropout differs between ranks
     begins = resume.Start() if checkpoint is None else resume.load(engine, checkpoint, data)
@@ -343,17 +340,17 @@ def train(
     save_weights: Callable[[MiniMind, Path], None] | None = None,
     make_loss: Callable[[MiniMind, Tokenizer], LossFunction] | None = None,
 ) -> Trainer:
-    """The whole of a stage that learns from the next token: tokenizer, model, data, training.
+    """Run a whole stage that predicts the next token: tokenizer, model, data, training.
 
     Args:
-        run: settled.
-        make_encoder: gives the stage's own way from rows to documents.
-        adapt: changes the loaded model.
+        run: the resolved run.
+        make_encoder: makes the stage's function from rows to documents.
+        adapt: modifies the loaded model.
         save_weights: as for `Hooks`.
-        make_loss: gives the stage's own loss; None: --loss, or that of the next token.
+        make_loss: makes the stage's own loss; None: `own_loss`.
 
     Returns:
-        The trainer, its run over.
+        The trainer, after its run.
     """
     config = run.config
     tokenizer = load_tokenizer(config)
@@ -378,14 +375,14 @@ def report(
     chat: dict[str, Any] | None = PROMPTS[0],
     weights: Path | None = None,
 ) -> None:
-    """The end of a stage, on rank 0: what the weights on disk say, where everything is, what to do now.
+    """End a stage on rank 0: show samples from the saved weights, where everything is, and what to do next.
 
     Args:
-        trainer: its run over.
-        prompts: if --sample_prompts is not given.
-        then: the last line.
+        trainer: after its run.
+        prompts: used if --sample_prompts is not given.
+        then: the last line to print.
         chat: as for `show_samples`.
-        weights: a whole model, if the run left one elsewhere than usual.
+        weights: folder of the whole model, if not the usual one.
     """
     run = trainer.plan
     if trainer.rank == 0:
@@ -400,17 +397,17 @@ def report(
 
 
 def show_samples(weights: Path, prompts: list[str], new_tokens: int, chat: dict[str, Any] | None = None) -> None:
-    """Continue or answer prompts with the weights on disk, as anybody else would read them.
+    """Continue or answer prompts with the weights on disk, loaded as a user would.
 
     Args:
         weights: a folder written by `save_pretrained`.
         prompts: texts to continue, or questions.
-        new_tokens: at most, for each; 0 shows nothing.
-        chat: variables of the chat template: the prompts are questions; None: they are continued.
+        new_tokens: at most this many for each; 0 shows nothing.
+        chat: the chat template's variables, for questions; None: continue the prompts.
     """
     if not new_tokens:
         return
-    from minimind_fast.infer.generate import generate_batch  # only rank 0 at the end of a run needs it
+    from minimind_fast.infer.generate import generate_batch  # needed only by rank 0 at the end of a run
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_pretrained(weights), Tokenizer.load(weights)

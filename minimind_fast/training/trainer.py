@@ -1,12 +1,12 @@
 """The one training loop, for every stage.
 
-Purpose: a stage gives an engine, batches and a loss; `Trainer.run` does the rest: schedule, accumulation, logs, validation,
-    checkpoints, a clean stop.
-Principle: an optimizer step is a group of micro-batches. Their targets are counted over all ranks first, so that the loss
-    is the mean over the counted tokens of the whole global batch, however they are spread. The position in the data, the
-    random generators and the optimizer are saved together, so that a resumed run repeats the uninterrupted one bit for bit.
-Properties: between log lines nothing waits for the GPU except DeepSpeed's own overflow check; a signal, a full disk or
-    memory that runs out ends in a sentence, and never costs a finished checkpoint.
+Purpose: a stage provides an engine, batches and a loss; `Trainer.run` does the rest: schedule, accumulation, logs,
+    validation, checkpoints, a clean stop.
+Principle: an optimizer step is a group of micro-batches. Their targets are first counted over all ranks, so that the loss
+    is the mean over the counted tokens of the global batch, however distributed. Data position, random generators and
+    optimizer are saved together: a resumed run matches an uninterrupted one bit for bit.
+Properties: between log lines nothing waits for the GPU except DeepSpeed's overflow check; a signal, a full disk or running
+    out of memory ends in one sentence, and never costs a finished checkpoint.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from minimind_fast.weights.checkpoint import save_pretrained
 from minimind_fast.weights.files import check_replaceable
 
 SAVE_EVERY_S = 600  # with --save_interval 0
-SECOND_SIGNAL_S = 2.0  # a launcher passes Ctrl-C on as SIGTERM at once; a later second signal means "now"
+SECOND_SIGNAL_S = 2.0  # a launcher forwards Ctrl-C as SIGTERM at once; a second signal after this means "now"
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
+    """The run cannot continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Hooks:
 
     Attributes:
         val_data: makes the batches of one validation pass.
-        count: units of a batch by which the loss is divided.
-        save_weights: (model with whole weights, the run's folder) writes what the stage leaves; None: the model.
+        count: how many units of a batch the loss is divided by.
+        save_weights: (model with whole weights, the run's folder) writes the stage's result; None: the model.
     """
 
     val_data: Callable[[], Iterable[Batch]] | None = None
@@ -65,9 +65,9 @@ def learning_rate(config: TrainConfig, step: float, total: int) -> float:
     """Learning rate of a step.
 
     Args:
-        config: learning_rate, lr_schedule, warmup_steps.
+        config: read for learning_rate, lr_schedule and warmup_steps.
         step: optimizer steps done, from 0.
-        total: optimizer steps of the whole run.
+        total: optimizer steps in the whole run.
 
     Returns:
         Linear warmup, then MiniMind's lr * (0.1 + 0.45 * (1 + cos)) from 1 to a tenth ("minimind"), a cosine to zero
@@ -87,15 +87,15 @@ class Trainer:
     """One run of one stage.
 
     Args:
-        run: settled.
-        engine: around the model.
+        run: the resolved run.
+        engine: holds the model.
         tokenizer: saved with the weights.
-        data: training batches of this rank, at the position where the run begins.
+        data: this rank's training batches, positioned where the run begins.
         loss: (engine, batch) -> StepLoss.
-        device: of this rank.
-        hooks: of the stage.
+        device: this rank's.
+        hooks: where the stage differs.
         start: where the run begins.
-        frozen: fingerprint of the weights that are not trained, or None.
+        frozen: fingerprint of the frozen weights, or None.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Trainer:
         self.progress: Progress | None = None
         self._stop_signal, self._first_signal_at = 0, 0.0
         self._began, self._agreed_clock = time.monotonic(), 0.0
-        self._position = data.state_dict()  # after the last group that was trained on
-        # Ranks agree over the host's network, so that no step waits for the GPU.
+        self._position = data.state_dict()  # after the last trained group
+        # Ranks agree through the host (gloo), so that no step waits for the GPU.
         on_gpus = device.type == "cuda" and self.world_size > 1
         self._talk = dist.new_group(backend="gloo") if on_gpus else None
 
@@ -130,12 +130,12 @@ class Trainer:
         """Train to the end, or to a signal; weights and a checkpoint are on disk when it returns.
 
         Raises:
-            TrainingStopped: too many steps in a row were not finite, memory ran out, or the disk is full.
+            TrainingStopped: too many non-finite steps in a row, out of memory, or a full disk.
         """
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._run()
-        except RuntimeError as error:  # a GPU's and the CPU allocator's words for the same thing
+        except RuntimeError as error:  # GPU and CPU allocators word it differently
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise TrainingStopped(words.memory_advice(error, self.config, self.plan.checkpoints)) from None
@@ -158,10 +158,10 @@ class Trainer:
         peak = peak_flops(self.device, self.plan.dtype) if self.rank == 0 else (1.0, "")
         self._say(f"MFU is of {peak[0] / 1e12:.3g} TFLOP/s a device ({peak[1]}).")
         if self.step == 0:
-            self.validate()  # what the stage begins with, so that its end can be judged
+            self.validate()  # the baseline for judging the end
         window = Window()
         last_log, last_save = time.monotonic(), self.start.seconds
-        self._began = last_log  # --max_minutes buys steps, not the start of a busy machine
+        self._began = last_log  # --max_minutes counts training only, not a slow start
         groups = self.groups()
         while self.step < self.total_steps:
             group = next(groups)
@@ -194,7 +194,7 @@ class Trainer:
             draw_loss(folder / "log.jsonl", folder / "loss.png", f"{folder.name}, {self.plan.title}")
 
     def groups(self) -> Iterator[list[Batch]]:
-        """Micro-batches of each optimizer step; an epoch's last group may be shorter, none is lost."""
+        """The micro-batches of each optimizer step; an epoch's last group may be shorter, none is dropped."""
         while True:
             batches = iter(self.data)
             while group := list(itertools.islice(batches, self.config.accumulation_steps)):
@@ -207,19 +207,19 @@ class Trainer:
 
         Args:
             group: this rank's micro-batches.
-            counted: units in the whole global batch.
-            window: takes the sums for the log.
-            time_share: of --max_minutes that is gone; the schedule follows whichever of steps and time is further.
+            counted: units in the global batch.
+            window: collects the sums for the log.
+            time_share: fraction of --max_minutes used; the schedule follows steps or time, whichever is further.
 
         Returns:
-            (learning rate, gradient norm if it is known).
+            (learning rate, gradient norm if known).
         """
         lr = learning_rate(self.config, max(self.step, time_share * self.total_steps), self.total_steps)
         micro_batches = len(group)
         for i, batch in enumerate(group):
             window.add_work(batch)
             batch = batch.to(self.device, non_blocking=True)
-            # DeepSpeed averages gradients over ranks; the mean wanted is over counted units.
+            # DeepSpeed averages gradients over ranks; we want the mean over counted units.
             if self.config.packing:
                 factor = self.world_size / max(counted, 1.0)
             else:  # MiniMind's mean of micro-batch means
@@ -240,11 +240,11 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- agreement
 
     def _seconds(self) -> float:
-        """Seconds of training so far, those before a resume included."""
+        """Seconds of training so far, including those before a resume."""
         return self.start.seconds + time.monotonic() - self._began
 
     def _agree(self, group: list[Batch]) -> tuple[float, float, bool, float]:
-        """(counted units and targets over all ranks, whether any was asked to stop, largest share of --max_minutes gone)."""
+        """(counted units, targets: over all ranks; whether any must stop; largest share of --max_minutes used)."""
         counted, tokens = sum(self.hooks.count(b) for b in group), sum(b.num_targets for b in group)
         mine = [float(counted), float(bool(self._stop_signal)), self._seconds(), float(tokens)]
         everyone = torch.tensor([mine], dtype=torch.float64)
@@ -268,7 +268,7 @@ class Trainer:
         if finite:
             self.nonfinite = 0
             return
-        ops.check_promises()  # a loss that breaks one has NaN gradients; a lower learning rate would not mend it
+        ops.check_promises()  # a broken promise gives NaN gradients; a lower learning rate would not help
         self.nonfinite += 1
         window.skipped += 1
         self._say(
@@ -337,21 +337,21 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- the run's folder
 
     def _open_folder(self) -> Progress:
-        """The run's folder and its log, on rank 0; an older run of the same name is moved aside, never mixed in."""
+        """Open the run's folder and log on rank 0; an older run of the same name is moved aside, never mixed in."""
         config, folder = self.config, self.plan.folder
         if self.step == 0 and resume.checkpoints(self.plan.checkpoints):
             aside = next(a for i in itertools.count(1) if not (a := folder.with_name(f"{folder.name}.old{i}")).exists())
             folder.rename(aside)
             print(f"An older run was moved from {folder} to {aside}.", flush=True)
         if self.hooks.save_weights is None:
-            check_replaceable(self.plan.weights)  # now rather than after an hour of training
+            check_replaceable(self.plan.weights)  # fail now, not after an hour of training
         options, sinks = config.options(), dict(use_wandb=config.use_wandb, use_swanlab=config.use_swanlab)
         progress = Progress(folder, self.total_steps, self.step, options, folder.name, **sinks)
         self.plan.write()
         return progress
 
     def _save(self) -> None:
-        """A checkpoint to go on from, and the weights as a folder that stands alone."""
+        """Write a checkpoint to resume from, and the weights as a self-contained folder."""
         if self.config.val_interval == 0 or self.step >= self.total_steps:
             self.validate()
         state = {
@@ -374,7 +374,7 @@ class Trainer:
         dist.barrier()
 
     def _count_steps(self) -> int:
-        """Optimizer steps of the whole run, those before a resume included."""
+        """Optimizer steps of the whole run, including those before a resume."""
         config, step = self.config, self.step
         current = self.data.state_dict()["epoch"]
         for epoch in range(current, config.epochs):

@@ -1,9 +1,9 @@
-"""What a run says to people at its start, at its end, and when memory runs out.
+"""What a run prints at its start, at its end, and when memory runs out.
 
-Purpose: sentences about a run, apart from the loop.
-Principle: a function from the trainer or the options to lines of text.
-Properties: whatever could surprise is said once, at the start: the implementation of each op, precision, a router that
-    learns nothing.
+Purpose: the texts of a run, kept out of the loop.
+Principle: functions from the run or its options to lines of text.
+Properties: anything that might surprise is said once, at the start: the implementation of each op, precision, a router
+    that learns nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def introduction(
     """The first lines of a run.
 
     Args:
-        run: settled.
+        run: the resolved run.
         m: its model.
         device: "cuda" or "cpu".
-        steps: optimizer steps in all.
-        batch_tokens: most tokens of a micro-batch.
-        partly: some weights are frozen.
+        steps: optimizer steps in total.
+        batch_tokens: maximum tokens in a micro-batch.
+        partly: whether some weights are frozen.
         start: where a resumed run begins.
     """
     c, ranks = run.config, run.ranks
@@ -57,7 +57,7 @@ def introduction(
             f"Note: this CPU has no instructions for {c.dtype} and is many times faster in float32 (--dtype auto)."
         )
     if c.cuda_graphs:
-        lines.append("Forward and backward are replayed as CUDA graphs, captured when a shape comes a second time.")
+        lines.append("Forward and backward are replayed as CUDA graphs, captured when a shape occurs a second time.")
     if not m.config.router_gets_lm_gradient:
         lines.append(
             "Note: normalised top-1 routing gives the router no gradient from the language-model loss (MiniMind's "
@@ -72,10 +72,10 @@ def finished(run: Run, steps: int, tokens: int, seconds: float) -> str:
     """The last lines of a run.
 
     Args:
-        run: that is over.
+        run: the finished run.
         steps: optimizer steps done.
-        tokens: useful ones.
-        seconds: of the whole run.
+        tokens: tokens trained on, without padding.
+        seconds: duration of the whole run.
     """
     return (
         f"Done: {steps} steps, {tokens:,} tokens in {clock(seconds)}.\n"
@@ -86,12 +86,12 @@ def finished(run: Run, steps: int, tokens: int, seconds: float) -> str:
 
 
 def memory_advice(error: BaseException, c: TrainConfig, checkpoints: Path) -> str:
-    """What to lower when memory ran out, with numbers.
+    """What to lower when memory runs out, with numbers.
 
     Args:
-        error: of the allocator.
+        error: the allocator's.
         c: the run's options.
-        checkpoints: folder that is named as untouched.
+        checkpoints: the folder to report as untouched.
     """
     return (
         f"Out of memory ({str(error).splitlines()[0]}). A micro-batch is {c.batch_size} x {c.max_seq_len} tokens: try "

@@ -1,9 +1,9 @@
-"""Our options as a DeepSpeed config, and the user's own file laid over it.
+"""Our options as a DeepSpeed config, overlaid with the user's own file.
 
-Purpose: `deepspeed_config(options, ranks)`; `decided` gives back what a user's file decided, as options.
-Principle: options make the config; a user's file wins where an option was not given, and a clash with one that was given is
-    an error that names both.
-Properties: no tensors, no process group: the same dict for the same options.
+Purpose: `deepspeed_config(options, ranks)`; `decided` turns what a user's file decided back into options.
+Principle: options make the config; a user's file overrides options that were not given; a clash with a given option is an
+    error that names both.
+Properties: no tensors, no process group: the same options always give the same dict.
 
 Source: DeepSpeed 0.19's config; ZeRO: Rajbhandari et al., 2020.
 """
@@ -19,20 +19,20 @@ import torch
 from minimind_fast.ops import precision
 from minimind_fast.training.config import TrainConfig
 
-# Elements of a bucket of gradients: 25 MB in bf16, as in PyTorch's DDP. DeepSpeed's own 500M are never filled by a MiniMind,
-# but allocated, and twice with overlap. At stages 2 and 3 sending one bucket overlaps with making the next.
+# Elements in a bucket of gradients: 25 MB in bf16, as in PyTorch's DDP. A MiniMind never fills DeepSpeed's default of 500M,
+# but it is allocated, twice with overlap. At stages 2 and 3 sending one bucket overlaps with filling the next.
 REDUCE_BUCKET = 12_500_000
 
 
 def choose_zero_stage(config: TrainConfig, world_size: int) -> int:
-    """The stage asked for, or 1; plain fp32 on one rank takes 0, as there is nothing to partition.
+    """The requested stage, or 1; 0 for fp32 on one rank, which has nothing to partition.
 
     Stage 1 with bf16 is DeepSpeed's BF16 optimizer, which accumulates gradients in fp32 (stage 0 keeps them in bf16).
-    Stages 0 and 1 send gradients once an optimizer step, 2 and 3 once a micro-batch; a MiniMind fits every card, so
-    that the memory which 2 and 3 save is not worth their traffic.
+    Stages 0 and 1 send gradients once an optimizer step, 2 and 3 once a micro-batch. A MiniMind fits on any card, so the
+    memory that 2 and 3 save is not worth their traffic.
 
     Args:
-        config: zero_stage, dtype, offload.
+        config: read for zero_stage, dtype and offload.
         world_size: number of ranks.
     """
     if config.zero_stage >= 0:
@@ -42,14 +42,14 @@ def choose_zero_stage(config: TrainConfig, world_size: int) -> int:
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """Our options as a DeepSpeed config, the user's own file laid over it.
+    """Our options as a DeepSpeed config, overlaid with the user's own file.
 
     Args:
         config: the run's options.
         world_size: number of ranks.
 
     Raises:
-        ValueError: a clash between the file and an option (both are named), or a combination that cannot be.
+        ValueError: the file clashes with an option (both are named), or an invalid combination.
     """
     dtype = precision.choose(config.dtype)
     stage = choose_zero_stage(config, world_size)
@@ -75,7 +75,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     if config.offload == "cpu":
         made["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if dtype == "bfloat16":
-        # At stage 1 a gradient is added to its fp32 sum as soon as it is there, and freed.
+        # Stage 1: add each gradient to its fp32 sum as soon as it is ready, and free it.
         made["bf16"] = {"enabled": True, "immediate_grad_update": True}
     elif dtype == "float16":
         made["fp16"] = {"enabled": True, "initial_scale_power": 12}
@@ -84,17 +84,17 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     stage = made["zero_optimization"]["stage"]
     dtype = dtype_of(made)
     if dtype == "float16" and stage == 0:
-        raise ValueError(  # it divides by the loss's scale without having multiplied by it
+        raise ValueError(  # it divides by the loss scale without having multiplied by it
             "float16 at ZeRO stage 0: DeepSpeed loses small gradients there; give --zero_stage 1, 2 or 3, or leave it out"
         )
     if dtype == "bfloat16" and stage > 0:
         made.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-        if stage == 1:  # else the fp32 sums are rounded to bf16 before they are reduced
+        if stage == 1:  # else the fp32 sums are rounded to bf16 before the reduction
             made.setdefault("communication_data_type", "fp32")
     return made
 
 
-# DeepSpeed's key -> the option of ours that says the same.
+# DeepSpeed's key -> our option with the same meaning.
 _OPTION_OF = {
     "train_micro_batch_size_per_gpu": "batch_size",
     "gradient_accumulation_steps": "accumulation_steps",
@@ -135,10 +135,10 @@ def _overlay(made: dict[str, Any], theirs: dict[str, Any], file: str, given: fro
 
 
 def decided(ds: dict[str, Any]) -> dict[str, Any]:
-    """The options that a DeepSpeed config settles.
+    """The options that a DeepSpeed config determines.
 
     Args:
-        ds: of `deepspeed_config`.
+        ds: the result of `deepspeed_config`.
 
     Returns:
         option -> value: batch_size, accumulation_steps, grad_clip, zero_stage, dtype.

@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not there: no spills, shared memory that fits, tensor cores for dots."""
+"""Every kernel compiled ahead of time, without a GPU: no spills, shared memory fits, dots use tensor cores."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from minimind_fast import ops
 
 ROOT = Path(__file__).resolve().parents[2]
-# The compiler runs in a process of its own: Triton decides at its import between compiler and interpreter.
+# The compiler runs in its own process: Triton chooses compiler or interpreter when it is imported.
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
@@ -35,19 +35,19 @@ def check_table(found: dict, targets: set[str], presets: set[str], names: set[st
 
 
 def test_the_newest_model_on_two_architectures(tmp_path):
-    """A subset for each run of the suite: the largest and the smallest shared memory."""
+    """The subset for every run of the suite: the largest and the smallest shared memory."""
     names = {"rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_kl"}
     argv = ("--targets", "sm_90,sm_86", "--presets", "minimind3", "--ops", ",".join(sorted(names)))
     found = compile_all(tmp_path, *argv, timeout_s=280)
     check_table(found, {"sm_90", "sm_86"}, {"minimind3"}, names)
-    # The floors of the fused norm and of SwiGLU, as anybody can work them out: 4 D and 3 F values of 2 bytes a token.
+    # The floors of the fused norm and of SwiGLU by hand: 4 D and 3 F values of 2 bytes a token.
     floors = {(row["op"], row["direction"]): row["floor_bytes"] for row in found["ops"]}
     assert floors["rms_norm", "forward"] == 65536 * 4 * 768 * 2
     assert floors["swiglu", "forward"] == 65536 * 3 * 2432 * 2
 
 
 def test_a_dense_model_on_turing(tmp_path):
-    """A T4 multiplies float16 only, and has the smallest shared memory."""
+    """A T4 has tensor cores only for float16, and the smallest shared memory."""
     names = {"rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_kl"}
     argv = ("--targets", "sm_75", "--presets", "minimind3", "--ops", ",".join(sorted(names)), "--dtype", "float16")
     check_table(compile_all(tmp_path, *argv, timeout_s=280), {"sm_75"}, {"minimind3"}, names)

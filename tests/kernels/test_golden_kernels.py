@@ -1,7 +1,7 @@
-"""MiniMind's own answers with every Triton kernel on (float32): the tests of test_golden.py, at the same tolerances."""
+"""MiniMind's reference outputs with every Triton kernel on (float32): test_golden.py's tests, at the same tolerances."""
 
 # isort: off
-import kernel_helpers  # before anything imports triton: it chooses the interpreter where there is no GPU
+import kernel_helpers  # before triton is imported: chooses the interpreter if there is no GPU
 
 import copy
 
@@ -35,7 +35,7 @@ def case(request, monkeypatch):
 
 
 def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkeypatch):
-    """The stages' loss promises the head how its tokens weigh; the gradients are those without the promise."""
+    """The stages' loss promises the head its token weights; the gradients equal those without the promise."""
     model, golden, targets = case
     head = ops.kernel("linear_cross_entropy")
     promised = []
@@ -51,7 +51,7 @@ def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkey
     mean = out.total / batch.num_targets
     mean.backward()
     assert promised == [True]
-    # The balancing loss is left out on both sides: only the head's own gradient is in question.
+    # Without the balancing loss on both sides: only the head's gradient is tested.
     with ops.use("none"):
         twin = copy.deepcopy(model)
         twin.zero_grad()
@@ -59,6 +59,6 @@ def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkey
         (-plain.logprobs.sum() / batch.num_targets).backward()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         if name.endswith("gate.weight") and not model.config.router_gets_lm_gradient:
-            assert a.grad.norm() < 1e-6 and b.grad.norm() < 1e-6, name  # nothing but rounding, on either side
+            assert a.grad.norm() < 1e-6 and b.grad.norm() < 1e-6, name  # only rounding, on both sides
             continue
         assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm() + 1e-9, name

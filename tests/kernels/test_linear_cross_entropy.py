@@ -1,6 +1,6 @@
 """Linear cross-entropy's kernel against the error rule, in several chunks: values, shapes, both forms of the gradient.
 
-Runs the interpreter where there is no GPU (float32, float16), the compiled kernel where there is one (bfloat16 too).
+Runs the compiled kernel on a GPU (float32, float16, bfloat16), else the interpreter (float32, float16).
 """
 
 from functools import partial
@@ -16,11 +16,11 @@ from minimind_fast.kernels import linear_cross_entropy as module
 from minimind_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from minimind_fast.ops import reference
 
-# The interpreter is numpy, which warns where a GPU would not.
+# The interpreter uses numpy, which warns where a GPU would not.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 REAL_CHUNK_ROWS = module._chunk_rows
-# Leading shape, D, V: several chunks with a rest, one token, no leading dimension, a vocabulary of one, of a block's size
-# and one more, of several blocks.
+# Leading shape, D, V: several chunks with a remainder, one token, no leading dimension; vocabularies of one, of a block and
+# one more, of several blocks.
 SHAPES = [
     ((3, 5), 20, 301),
     ((1,), 64, 7),
@@ -64,7 +64,7 @@ def check(op, inputs, name="linear_cross_entropy", wanted=None, grads=None, **op
 
 
 def check_grad_weights(op, inputs, factor=0.25, wanted=None, **options):
-    """The three-matmul form, where the gradient that comes back is factor times what was promised."""
+    """The three-matmul form, where the incoming gradient is factor times the promised one."""
     grad = gradient(inputs[2])
     kh.assert_op(
         "with grad_weights",
@@ -102,7 +102,7 @@ def test_grad_weights(shape, dtype):
 
 
 def check_scaled(m, dtype=torch.float16):
-    """Only the product is rounded: a factor that is no power of two keeps its digits in a narrow dtype."""
+    """Only the product is rounded: a factor that is not a power of two keeps its digits in a narrow dtype."""
     source = kh.randn(3, 2000, dtype=dtype)
     for factor in (-1 / 3, 1 / 51234, 77.7):
         exact = torch.tensor(factor, dtype=torch.float64, device=kh.DEVICE)
@@ -194,7 +194,7 @@ def test_any_shape_and_scale(tokens, D, V, scale, ignored, temperature, entropy,
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38])
 def test_infinite_logits(value):
-    # One column of weight times one of hidden, all positive: whole logits become inf, -inf or nan.
+    # One column of weight times one of hidden, all positive: entire logits become inf, -inf or nan.
     hidden, weight, targets = draw((5,), 4, 40, torch.float32, ignored=0.0)
     hidden = hidden.abs() + 1.0
     weight[3], targets[1] = value, 3
@@ -213,7 +213,7 @@ def test_targets_outside_the_vocabulary_give_nan():
 
 
 def test_a_broken_promise_is_told():
-    """On a CPU in the backward; on a GPU, which nothing waits for, by nan and at the next check."""
+    """On a CPU it raises in the backward; on a GPU, without a sync, gradients are nan and the next check raises."""
     hidden, weight, targets = draw((9,), 8, 30, torch.float32)
     promised = gradient(targets)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -227,14 +227,14 @@ def test_a_broken_promise_is_told():
         assert all(d.isfinite().all() for d in gradients(kept))
     broken = promised.clone()
     broken[0] *= 1.0 + 1e-3
-    assert all(d.isnan().all() for d in gradients(promised * float("nan")))  # no promise is broken by a loss of nan
+    assert all(d.isnan().all() for d in gradients(promised * float("nan")))  # a nan loss breaks no promise
     ops.check_promises()
 
     def assert_told(grad):
         with pytest.raises(ops.BrokenPromise, match="one number times the sum of grad_weights.*leave grad_weights out"):
             assert all(d.isnan().all() for d in gradients(grad))
             ops.check_promises()
-        ops.check_promises()  # told once
+        ops.check_promises()  # reported once
 
     for grad in (broken, promised + 1.0, promised.abs()):
         assert_told(grad)
@@ -267,7 +267,7 @@ def test_a_broken_promise_in_a_cuda_graph_is_told():
     grad.mul_(torch.linspace(0.5, 1.0, 9, device="cuda"))
     graph.replay()
     grad.copy_(promised)
-    graph.replay()  # a promise that is kept again takes nothing back
+    graph.replay()  # a promise kept later does not clear the flag
     with pytest.raises(ops.BrokenPromise):
         ops.check_promises()
 
@@ -277,7 +277,7 @@ def test_gradcheck():
     hidden.requires_grad_(), weight.requires_grad_()
     op = partial(linear_cross_entropy, targets=targets, temperature=1.3, return_entropy=True)
     assert torch.autograd.gradcheck(op, (hidden, weight))
-    # The three-matmul form: of a weighted sum, which is what it is for.
+    # The three-matmul form, for the gradient of a weighted sum.
     w = gradient(targets)
     op = partial(linear_cross_entropy, targets=targets, temperature=1.3, grad_weights=w)
     assert torch.autograd.gradcheck(lambda x, y: (op(x, y) * w).sum() * 0.7, (hidden, weight))
@@ -303,12 +303,12 @@ def test_custom_ops_and_compile():
     grad = gradient(inputs[2])
     leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in inputs]
     logprobs, entropy, lse = module._linear_cross_entropy_fwd(*inputs, 1.0, True)
-    # What has no gradient of its own needs no test of how it is traced.
+    # Ops without a gradient need no test of autograd tracing.
     traced = ("test_schema", "test_faketensor")
     torch.library.opcheck(module._linear_cross_entropy_fwd, (*leaves, 0.7, True))
     backward = (grad, grad, *inputs, entropy, lse, 0.7, True, True)
     torch.library.opcheck(module._linear_cross_entropy_bwd, backward, test_utils=traced)
-    # The op's own backward checks the promise, which opcheck's gradients of ones keep.
+    # The op's backward checks the promise; opcheck's gradients of ones keep it.
     ones = torch.ones_like(grad)
     torch.library.opcheck(module._linear_cross_entropy_both, (*leaves, ones, 0.7, True, True))
     scale = (ones, inputs[2], ones, *inputs[:2])
@@ -352,7 +352,7 @@ def test_chunk_rows(V, itemsize):
 def test_peak_memory(monkeypatch):
     monkeypatch.setattr(module, "_chunk_rows", REAL_CHUNK_ROWS)
     T, V, D = 65536, 6400, 768
-    # Stored logits: in bfloat16 alone, the strictest measure; eager also holds float32 copies.
+    # Compared with logits stored only in bfloat16, the strictest measure; eager also holds float32 copies.
     assert module.buffer_bytes(T, D, V, 2) <= 0.1 * T * V * 2
     # With grad_weights d_hidden exists from the forward on; against bfloat16 logits and one float32 copy.
     assert module.buffer_bytes(T, D, V, 2, with_grad_weights=True) <= 0.1 * T * V * (2 + 4)
@@ -360,7 +360,7 @@ def test_peak_memory(monkeypatch):
 
 @pytest.mark.parametrize("with_grad_weights", [False, True])
 def test_peak_memory_is_what_is_counted(monkeypatch, with_grad_weights):
-    """No tensor larger than the count says is made, and nothing else is kept for the backward."""
+    """No tensor exceeds the count, and nothing else is saved for the backward."""
     monkeypatch.setattr(module, "_chunk_rows", lambda V, itemsize: 8)
     T, D, V = 64, 8, 50
     hidden, weight, targets = draw((T,), D, V, torch.float32)
@@ -402,7 +402,7 @@ def test_a_broken_kernel_is_seen(tmp_path, monkeypatch, old, new):
 
     def checks(m):
         monkeypatch.setattr(m, "_chunk_rows", lambda V, itemsize: 4)
-        # Several blocks a row, so that the maximum moves.
+        # Several blocks a row, so that the maximum changes.
         monkeypatch.setattr(m, "_launch_params", lambda V: {"BLOCK_V": 16, "num_warps": 1, "num_stages": 1})
         if "_scaled" in old:
             check_grad_weights(m.linear_cross_entropy, inputs)

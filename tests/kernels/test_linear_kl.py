@@ -1,6 +1,6 @@
 """Linear KL's kernel against the error rule, in several chunks: both directions, temperature, mask, shapes, autograd.
 
-Runs the interpreter where there is no GPU (float32, float16), the compiled kernel where there is one (bfloat16 too).
+Runs the compiled kernel on a GPU (float32, float16, bfloat16), else the interpreter (float32, float16).
 """
 
 from functools import partial
@@ -15,12 +15,12 @@ from minimind_fast.kernels import linear_kl as module
 from minimind_fast.kernels.linear_kl import linear_kl
 from minimind_fast.ops import reference
 
-# The interpreter is numpy, which warns where a GPU would not.
+# The interpreter uses numpy, which warns where a GPU would not.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 REAL_CHUNK_ROWS = module._chunk_rows
-STUDENT = [True, True, False, False]  # whose gradients are asked for
-# Leading shape, D, D', V, V': several chunks with a rest, one token, no leading dimension, a vocabulary of one, several
-# blocks, a teacher with more words.
+STUDENT = [True, True, False, False]  # which inputs' gradients to compute
+# Leading shape, D, D', V, V': several chunks with a remainder, one token, no leading dimension, a vocabulary of one, several
+# blocks, a teacher with a larger vocabulary.
 SHAPES = [
     ((3, 5), 20, 12, 301, 301),
     ((1,), 64, 64, 7, 9),
@@ -171,7 +171,7 @@ def test_custom_ops_and_compile():
     kl, lse = module._linear_kl_fwd(*inputs, mask, 0.7, False)
     leaves = [t.clone().requires_grad_() for t in inputs[:2]]
     torch.library.opcheck(module._linear_kl_fwd, (*leaves, *inputs[2:], mask, 0.7, True))
-    # What has no gradient of its own needs no test of how it is traced.
+    # Ops without a gradient need no test of autograd tracing.
     backward = (grad, *inputs, None, kl, lse, 0.7, False, True, True)
     torch.library.opcheck(module._linear_kl_bwd, backward, test_utils=("test_schema", "test_faketensor"))
     kh.assert_compiles(lambda x, w: linear_kl(x, w, *inputs[2:], mask, 0.7), inputs[:2], [grad])
@@ -211,7 +211,7 @@ def test_chunk_rows(V, itemsize):
 
 
 def test_peak_memory(monkeypatch):
-    """Against both models' logits stored in bfloat16 alone, the strictest measure (eager also holds float32 copies)."""
+    """Against both models' logits stored only in bfloat16, the strictest measure (eager also holds float32 copies)."""
     monkeypatch.setattr(module, "_chunk_rows", REAL_CHUNK_ROWS)
     T, V, D = 65536, 6400, 768
     assert module.buffer_bytes(T, D, V, 2) <= 0.1 * 2 * T * V * 2
@@ -239,7 +239,7 @@ def test_a_broken_kernel_is_seen(tmp_path, monkeypatch, old, new):
 
     def checks(m):
         monkeypatch.setattr(m, "_chunk_rows", lambda V, itemsize: 4)
-        # Several blocks a row, so that the maximum moves.
+        # Several blocks a row, so that the maximum changes.
         monkeypatch.setattr(m, "_launch_params", lambda V: {"BLOCK_V": 16, "num_warps": 1, "num_stages": 1})
         check(m.linear_kl, inputs, grad, mask=mask, temperature=0.7, reverse="q - p" in old)
 

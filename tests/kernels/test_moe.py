@@ -1,6 +1,6 @@
 """The routing and the experts' kernels against the error rule: routings of every kind, shapes, documents, autograd.
 
-Runs the interpreter where there is no GPU (float32, float16), the compiled kernel where there is one (bfloat16 too).
+Runs the compiled kernel on a GPU (float32, float16, bfloat16), else the interpreter (float32, float16).
 """
 
 import kernel_helpers as kh
@@ -18,7 +18,7 @@ from minimind_fast.kernels.moe_mlp import moe_mlp
 from minimind_fast.kernels.moe_route import moe_route
 from minimind_fast.ops import reference
 
-# The interpreter is numpy, which warns where a GPU would not.
+# The interpreter uses numpy, which warns where a GPU would not.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 INTS = ("experts", "counts", "order", "inverse")
 # tokens, D, E, top_k, normalize, ends of documents, padding
@@ -50,7 +50,7 @@ MLPS = {
 
 
 def clear_tokens(tokens, D, E, top_k, dtype, seed=0):
-    """-> x, gate: no token's choice hangs on rounding, so that the integers can be compared."""
+    """-> x, gate: no token's choice depends on rounding, so that the integers can be compared."""
     gate = kh.randn(E, D, dtype=dtype, seed=seed, scale=2 * D**-0.5)
     x = kh.randn(4 * tokens + 64, D, dtype=dtype, seed=seed + 1)
     logits = (x.double() @ gate.double().t()).sort(-1, descending=True).values
@@ -113,7 +113,7 @@ def test_route_gradients_only_where_asked(wanted):
 
 
 def test_route_long_input():
-    """Many tiles, the prefix of the histogram over more rows than one step reads, and dW split over the tokens."""
+    """Many tiles, a histogram prefix over more rows than one step reads, and dW split over the tokens."""
     check_route(route_module, (1090, 16, 3, 2, True, None, True))
 
 
@@ -132,7 +132,7 @@ def test_ties_go_to_the_lower_expert_and_nan_stays_in_range():
 
 
 def plan(experts, E):
-    """-> a Routing of given choices, as the reference lays it out."""
+    """-> a Routing for given choices, as the reference lays it out."""
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     counts = (flat[:, None] == torch.arange(E)).sum(0)
@@ -181,7 +181,7 @@ def test_mlp_error_rule(name, dtype):
 
 @pytest.mark.parametrize("name", ["70/10/10/10", "large tiles"])
 def test_tiles_of_large_cards(name, monkeypatch):
-    """The tiles of an H200, which no small input would choose."""
+    """The tiles of an H200, which small inputs never select."""
     if kh.HAS_GPU:
         pytest.skip("the card's own tiles are tested by the other cases")
     params = mlp_module._launch_params
@@ -213,7 +213,7 @@ def test_mlp_keeps_nothing_without_gradients():
 
 
 class _Zeros(TorchDispatchMode):
-    """Keeps the shapes of the tensors of zeros that are made while it is on."""
+    """Records the shapes of the zero tensors made while it is active."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,7 @@ def test_non_contiguous_inputs():
     kh.assert_op("strides", mlp_function(moe_mlp, routing), mlp_function(reference.moe_mlp, routing), inputs, grads)
     gate = kh.randn(16, 4, dtype=torch.float32).t()
     case = (40, 16, 4, 2, True, None, False)
-    # Not the same for all experts: what a softmax makes of that is nought, and rounding all that is left to compare.
+    # Not equal for all experts: through a softmax that gives zero, leaving only rounding to compare.
     grads = [kh.randn(n, dtype=torch.float32).expand(40, n) for n in (2, 4)]
     grads.insert(1, torch.ones((), device=kh.DEVICE))
     kh.assert_op(
@@ -338,7 +338,7 @@ def test_custom_ops_and_compile():
 
 
 def test_router_learns_from_the_language_model_only_in_the_mended_form(monkeypatch):
-    """MiniMind's top-1 weight is score / score = 1: the language-model loss tells the router nothing."""
+    """MiniMind's top-1 weight is score / score = 1: the language-model loss gives the router no gradient."""
     norms = {}
     for implementation, (route, mlp) in {
         "reference": (reference.moe_route, reference.moe_mlp),
@@ -395,7 +395,7 @@ def refused_mlp(E=4, tokens=3, gate_up=None, down=None):
     return moe_mlp(torch.zeros(tokens, 8), routing, gate_up, torch.zeros(E, 8, 3) if down is None else down)
 
 
-# Broken copies must not write beyond their tensors: in the interpreter that would end the process.
+# Broken copies must not write out of bounds: in the interpreter that would kill the process.
 BROKEN_ROUTE_CASE = (50, 24, 4, 3, True, (0, 1, 1, 33, 50), True)
 BROKEN_MLP_CASE = (40, 24, 16, 3, 2, None)
 
@@ -459,7 +459,7 @@ def test_a_broken_mlp_is_seen(tmp_path, old, new):
 @pytest.mark.parametrize("D, F, top_k", [(640, 1728, 2), (768, 2432, 1)], ids=["minimind2", "minimind3"])
 @pytest.mark.parametrize("T", [1, 64, 4099])
 def test_model_shapes(T, D, F, top_k, probabilities, dtype):
-    # With one token a weight's gradient is one number, and whether eager happens to hit it is luck.
+    # With one token a weight's gradient is one number, which eager may happen to get exactly right.
     check_mlp(mlp_module, (T, D, F, 4, top_k, probabilities), dtype, wanted=(True, T > 1, True, True))
     check_route(route_module, (T, D, 4, top_k, top_k > 1, (0, T // 3, T), False), dtype)
 

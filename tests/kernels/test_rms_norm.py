@@ -1,6 +1,6 @@
 """RMSNorm's kernel against the error rule: alone and with the residual, both orders of the cast, shapes, autograd.
 
-Runs the interpreter where there is no GPU (float32, float16), the compiled kernel where there is one (bfloat16 too).
+Runs the compiled kernel on a GPU (float32, float16, bfloat16), else the interpreter (float32, float16).
 """
 
 import kernel_helpers as kh
@@ -13,10 +13,10 @@ from minimind_fast.kernels import rms_norm as module
 from minimind_fast.kernels.rms_norm import rms_norm
 from minimind_fast.ops import reference
 
-# The interpreter is numpy, which warns where a GPU would not.
+# The interpreter uses numpy, which warns where a GPU would not.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 INF, NAN = float("inf"), float("nan")
-# The presets' hidden and head sizes, sizes with a rest, one warp and more; rows with a rest, one row, many programs.
+# The presets' hidden and head sizes, odd sizes, one warp and more; rows with a remainder, one row, many programs.
 SHAPES = [(3, 512), (5, 640), (5, 768), (19, 96), (2, 3, 80), (33, 100), (1, 2), (7, 3), (2, 1500), (70, 8), (24,)]
 
 
@@ -27,7 +27,7 @@ def functions(op, fused, cast_first, eps=1e-5):
 
 
 def tensors(x, fused, seed=20, weight_dtype=None):
-    """-> inputs and output gradients that go with x."""
+    """-> inputs and output gradients to match x."""
     shape, dtype = x.shape, x.dtype
     weight = kh.randn(shape[-1], dtype=weight_dtype or dtype, seed=seed)
     grads = [kh.randn(*shape, dtype=dtype, seed=seed + 1), kh.randn(*shape, dtype=dtype, seed=seed + 2)]
@@ -50,13 +50,13 @@ def test_error_rule(shape, fused, dtype):
 
 
 def test_one_column():
-    """With eps of the size of x: else the gradient is what a cancellation leaves, only noise."""
+    """With eps as large as x: otherwise cancellation leaves only noise in the gradient."""
     check(rms_norm, kh.randn(9, 1, dtype=torch.float32), True, eps=0.5)
 
 
 @pytest.mark.parametrize("cast_first", [False, True], ids=["cast_last", "cast_first"])
 def test_order_of_the_cast(cast_first):
-    """A kernel that rounds only once is nearer to the truth than MiniMind2: the error rule alone would not see it."""
+    """A kernel that rounds only once is more exact than MiniMind2: the error rule alone would not notice."""
     x, weight = kh.randn(40, 96, dtype=torch.float16), kh.randn(96, dtype=torch.float16, seed=1)
     ours = rms_norm(x, weight, 1e-5, cast_first=cast_first)
     same = [(ours == reference.rms_norm(x, weight, 1e-5, cast_first=c)).double().mean() for c in (False, True)]

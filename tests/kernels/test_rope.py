@@ -1,6 +1,6 @@
 """RoPE's kernel against the error rule: with and without the norms of q and k, head shapes, positions, autograd.
 
-Runs the interpreter where there is no GPU (float32, float16), the compiled kernel where there is one (bfloat16 too).
+Runs the compiled kernel on a GPU (float32, float16, bfloat16), else the interpreter (float32, float16).
 """
 
 import kernel_helpers as kh
@@ -13,16 +13,16 @@ from minimind_fast.kernels import rope as module
 from minimind_fast.kernels.rope import rope
 from minimind_fast.ops import reference
 
-# The interpreter is numpy, which warns where a GPU would not.
+# The interpreter uses numpy, which warns where a GPU would not.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 INF, NAN = float("inf"), float("nan")
 POSITIONS = 64
-# H, K, hd: the presets' heads, odd halves, one head, as many kv heads as heads, counts that are no power of two.
+# H, K, hd: the presets' heads, odd halves, one head, as many kv heads as heads, counts that are not powers of two.
 HEADS = [(8, 2, 64), (8, 2, 80), (8, 4, 96), (2, 1, 128), (3, 1, 12), (4, 4, 20), (6, 3, 16), (2, 1, 6), (1, 1, 2)]
 
 
 def tables(head_dim, positions=POSITIONS, dtype=torch.float32):
-    """-> cos and sin (positions, hd // 2) of the usual angles."""
+    """-> cos and sin (positions, hd // 2) of the standard angles."""
     frequency = 1e4 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
     return angle.cos().to(kh.DEVICE, dtype), angle.sin().to(kh.DEVICE, dtype)
@@ -35,13 +35,13 @@ def packed_positions(*shape, seed=0, positions=POSITIONS):
 
 
 def function(op, heads, positions, norms, table_dtype=torch.float32):
-    """-> the op as a function of qkv and of the weights of the norms in `norms` ("", "q", "k", "qk")."""
+    """-> the op as a function of qkv and the weights of the norms named in `norms` ("", "q", "k", "qk")."""
     num_heads, num_kv_heads, head_dim = heads
     cos, sin = tables(head_dim, dtype=table_dtype)
 
     def call(qkv, *weights):
         named = dict(zip([f"{n}_weight" for n in norms], weights, strict=True))
-        # Truth takes the very same angles, in float64.
+        # The float64 truth uses the same angles.
         wide = (lambda t: t.double()) if qkv.dtype == torch.float64 else (lambda t: t)
         return op(qkv, wide(cos), wide(sin), positions, num_heads, num_kv_heads, **named, eps=1e-6)
 
@@ -49,7 +49,7 @@ def function(op, heads, positions, norms, table_dtype=torch.float32):
 
 
 def tensors(qkv, heads, norms, seed=20, weight_dtype=None):
-    """-> inputs and output gradients that go with qkv."""
+    """-> inputs and output gradients to match qkv."""
     num_heads, num_kv_heads, head_dim = heads
     weights = [kh.randn(head_dim, dtype=weight_dtype or qkv.dtype, seed=seed + i) for i in range(len(norms))]
     grads = [
@@ -117,7 +117,7 @@ def test_strides():
     x, positions = kh.randn(5, width, dtype=dtype), packed_positions(5)
     inputs, _ = tensors(x, heads, "qk")
     grads = [
-        kh.randn(4, 5, 12, dtype=dtype).transpose(0, 1),  # heads before tokens, as attention may give them
+        kh.randn(4, 5, 12, dtype=dtype).transpose(0, 1),  # heads before tokens, as attention may return them
         kh.randn(1, dtype=dtype).expand(5, 2, 12),
         kh.randn(12, 2, 5, dtype=dtype).permute(2, 1, 0),
     ]
@@ -201,7 +201,7 @@ def test_custom_ops_and_compile():
     heads, positions = (4, 2, 12), packed_positions(5)
     (x, wq, wk), grads = tensors(projection(5, heads=heads, dtype=torch.float32), heads, "qk")
     cos, sin = tables(12)
-    # The autograd of these ops is the Function around them, so opcheck looks at their schema and their fakes.
+    # A Function around these ops does their autograd, so opcheck covers only schema and fakes.
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(module._rope_fwd, (x, cos, sin, positions, wq, wk, 4, 2, 1e-6), test_utils=checks)
     backward = (*grads, cos, sin, positions, x, wq, wk, 1e-6, True, True)

@@ -1,6 +1,6 @@
 """SwiGLU's kernel against the error rule: shapes, strides, values, autograd, compilation, repeatability.
 
-Runs the interpreter where there is no GPU (float32, float16), the compiled kernel where there is one (bfloat16 too).
+Runs the compiled kernel on a GPU (float32, float16, bfloat16), else the interpreter (float32, float16).
 """
 
 import kernel_helpers as kh
@@ -13,10 +13,10 @@ from minimind_fast.kernels import swiglu as module
 from minimind_fast.kernels.swiglu import swiglu
 from minimind_fast.ops import reference
 
-# The interpreter is numpy, which warns where a GPU would not.
+# The interpreter uses numpy, which warns where a GPU would not.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 INF, NAN = float("inf"), float("nan")
-# One row, one column, less than a block, more than one block with a rest, leading dimensions, none (a single vector).
+# One row, one column, less than a block, more than one block with a remainder, leading dimensions, none (a single vector).
 SHAPES = [(1, 2), (3, 10), (17, 2 * 130), (2, 3, 2 * 64), (5, 2 * 1408), (2 * 7,)]
 
 

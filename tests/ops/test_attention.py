@@ -70,7 +70,7 @@ def rows_of(n, length, heads, kv_heads, head_dim, dtype):
 
 
 def results_of(attend, inputs, dtype):
-    """(out, dq, dk, dv) in float64, of the same inputs in a dtype."""
+    """(out, dq, dk, dv) in float64, computed from the inputs in a dtype."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
     out = attend(q, k, v)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(inputs[0].dtype)
@@ -110,8 +110,8 @@ def test_kept_probabilities_are_those_that_are_made_again(monkeypatch, length):
     none, again = run()
     assert none == attention_rows.kept(length, torch.bfloat16) == attention_rows.kept(40, torch.float32) == 0
     for one, other in zip(ours, again, strict=True):
-        assert (one - other).norm() <= 2**-8 * one.norm()  # P rounded or not where dS is made
-    assert torch.equal(ours[0], again[0]) and torch.equal(ours[3], again[3])  # neither has to do with dS
+        assert (one - other).norm() <= 2**-8 * one.norm()  # dS is computed from rounded or unrounded P
+    assert torch.equal(ours[0], again[0]) and torch.equal(ours[3], again[3])  # out and dv do not depend on dS
 
 
 def test_probabilities_kept_are_bounded():
@@ -162,7 +162,7 @@ def test_the_choice_is_the_whole_process_s_and_ends_with_its_block(monkeypatch):
 
 
 def test_a_compiled_function_looks_the_choice_up(monkeypatch):
-    """No import and no cache that a compiler looks through: the graph is whole, for a GPU's backend too."""
+    """No import and no cache to trace through: the graph has no break, with a GPU's backend too."""
     module = sys.modules[attention.__module__]
     monkeypatch.setattr(module, "before_ampere", lambda: False)
     monkeypatch.setattr(module, "_chosen", {})

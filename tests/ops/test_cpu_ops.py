@@ -1,4 +1,4 @@
-"""The CPU's ops: outputs and gradients no worse than eager's own, whatever the chunks."""
+"""The CPU ops: outputs and gradients no worse than eager's, for any chunk size."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def run(module, given, call, dtype):
     out = call(module, inputs)
     outs = out if isinstance(out, tuple) else (out,)
     torch.manual_seed(1)
-    # The head's promise allows one factor only; 0.5 is exact.
+    # The head's promise allows a single factor; 0.5 is exact.
     loss = sum((o * (0.5 if "hidden" in given else torch.randn(o.shape))).sum() for o in outs)
     return outs, torch.autograd.grad(loss, list(inputs.values()))
 
@@ -119,7 +119,7 @@ def test_a_broken_promise_is_an_error_that_says_what_was_promised():
         with pytest.raises(ops.BrokenPromise, match="one number times the sum of grad_weights.*leave grad_weights out"):
             torch.autograd.grad(wrong, hidden, retain_graph=True)
     (grad,) = torch.autograd.grad((out * weights).sum() * float("nan"), hidden, retain_graph=True)
-    assert grad.isnan().all()  # no promise is broken by a loss of nan
+    assert grad.isnan().all()  # a nan loss breaks no promise
     ops.check_promises()
 
 
@@ -136,7 +136,7 @@ def test_auto_takes_them_for_training_only():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_frequent_tokens_gradient_is_summed_in_float32(dtype):
-    """PyTorch's own sums stop growing in 16 bits."""
+    """PyTorch's sums stop growing in 16 bits."""
     from minimind_fast.model import Embedding
 
     torch.manual_seed(0)

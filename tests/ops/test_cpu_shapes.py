@@ -1,4 +1,4 @@
-"""Filled packs: the same numbers as without filler, and a process that does not grow with every new length."""
+"""Packs with filler: the same numbers as without, and memory that does not grow with every new length."""
 
 import ctypes
 
@@ -74,7 +74,7 @@ def test_a_filled_pack_gives_what_the_pack_gives(monkeypatch, preset, lengths):
     assert sizes == [len(ids)] * 3
     for got, want in zip(filled, plain, strict=True):
         assert got.shape == want.shape
-        torch.testing.assert_close(got, want)  # bf16: another height of a matmul may round the other way
+        torch.testing.assert_close(got, want)  # bf16: a matmul with more rows may round differently
 
 
 @pytest.mark.parametrize("kind", ["next token", "pairs", "score", "rollout"])
@@ -121,7 +121,7 @@ def test_a_filled_prefill_leaves_the_same_cache(monkeypatch):
 
 
 def used_mib():
-    """What this process has taken from malloc and not given back."""
+    """Memory that this process holds from malloc."""
 
     class Info(ctypes.Structure):
         _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
@@ -135,7 +135,7 @@ def used_mib():
 
 
 def test_grpo_takes_no_more_memory_from_step_to_step():
-    """Each step has another number of tokens. oneDNN kept 0.5 MiB for each matmul of a new shape: 10 MiB a step."""
+    """The number of tokens differs from step to step; oneDNN kept 0.5 MiB for each new matmul shape: 10 MiB a step."""
     model = make("minimind3").train()
     tokenizer = Tokenizer.load(samples.path("tokenizer"))
     prompts = [Prompt({}, ["", ""], [list(range(9, 269 + n))] * 2) for n in range(12)]
@@ -153,4 +153,4 @@ def test_grpo_takes_no_more_memory_from_step_to_step():
         lengths.add(batch.input_ids.numel())
         used.append(used_mib())
     assert len(used) == 12 and len(lengths) > 9 and len(set(map(round_up, lengths))) == 2
-    assert used[-1] - used[2] < 25, used  # one of the two sizes may come late
+    assert used[-1] - used[2] < 25, used  # one of the two sizes may first occur late

@@ -1,4 +1,4 @@
-"""What is worked out of a pack's bounds, and that it is done once a batch."""
+"""What is computed from a pack's bounds, and that it is computed once a batch."""
 
 import pytest
 import torch

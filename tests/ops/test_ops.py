@@ -1,4 +1,4 @@
-"""The switch: which implementation an op has, and that a wrong wish is an error."""
+"""The switch: which implementation of an op runs, and that an invalid choice is an error."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def restore():
 
 @pytest.fixture
 def marked(monkeypatch):
-    """Kernels that say that they ran, and a device on which they may."""
+    """Kernels that record that they ran, and a device on which they may."""
     monkeypatch.setattr(ops, "kernel", lambda name: lambda *args, **kwargs: f"kernel {name}")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
@@ -124,7 +124,7 @@ def test_the_environment_variable_sets_the_start():
     done = run_python(DESCRIBE, MINIMIND_KERNELS="swiglu")
     assert done.stdout.strip() == "reference: switched off | kernel: asked for", done.stderr
     done = run_python(DESCRIBE, MINIMIND_KERNELS="nope")
-    assert done.returncode != 0 and "unknown kernel nope; choose auto, all, none or of rms_norm" in done.stderr
+    assert done.returncode != 0 and "unknown kernel nope; choose auto, all, none or any of rms_norm" in done.stderr
 
 
 def test_importing_the_package_and_running_on_a_cpu_needs_no_triton():

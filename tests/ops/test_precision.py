@@ -1,4 +1,4 @@
-"""Which precision `auto` is, by what a CPU says of itself, and that what it says is true."""
+"""Which precision `auto` chooses from a CPU's flags, and whether those tell the truth."""
 
 import argparse
 import sys
@@ -27,7 +27,7 @@ GRAVITON = {"architecture": "aarch64", "bf16": True, "fp16_arith": True}
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """Be on a CPU with these flags, and with oneDNN or without."""
+    """Pretend to be a CPU with these flags, with or without oneDNN."""
 
     def be(flags, onednn=True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -44,7 +44,7 @@ def cpu(monkeypatch):
         (ZEN4, True, "bfloat16", torch.bfloat16, torch.float32),
         (SAPPHIRE_RAPIDS, True, "bfloat16", torch.bfloat16, torch.float16),
         (GRAVITON, True, "bfloat16", torch.bfloat16, torch.float16),
-        (GRAVITON, False, "float32", torch.float32, torch.float32),  # a Mac: the flags, but nothing that uses them
+        (GRAVITON, False, "float32", torch.float32, torch.float32),  # a Mac: has the flags, but no oneDNN to use them
     ],
     ids=["AVX2", "Zen 4", "Sapphire Rapids", "Graviton", "Mac"],
 )
@@ -75,7 +75,7 @@ def test_an_older_pytorch_is_asked_by_its_own_names(monkeypatch):
     ids=["V100", "T4", "A100", "AMD"],
 )
 def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability, hip, training):
-    cpu(AVX2)  # which says nothing of the GPU
+    cpu(AVX2)  # must not affect the GPU's choice
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -89,7 +89,7 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
 
 
 def times_float32(dtype):
-    """Time of a matmul in a dtype over float32's: the best of many on one thread, as other tests share the cores."""
+    """Time of a matmul relative to float32: the best of many on one thread, because other tests share the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     best = {torch.float32: float("inf"), dtype: float("inf")}
@@ -105,8 +105,8 @@ def times_float32(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_this_cpu_says_is_true(dtype):
-    """One of three tries must show it: 16 bits are about as fast as float32 or faster where they are said to be multiplied,
-    and slower with AVX2 alone, where they are not. AVX512 without them was not measured."""
+    """One of three tries must show it: with the instructions 16 bits are about as fast as float32 or faster; with AVX2 alone
+    they are slower. AVX512 without them was not measured."""
     if precision.multiplies(dtype):
         assert any(times_float32(dtype) < 1.5 for _ in range(3))
     elif torch.backends.cpu.get_cpu_capability() == "AVX2":

@@ -15,7 +15,7 @@ def test_on_a_cpu_it_is_raised_at_once():
 
 
 def test_a_flag_is_told_once(monkeypatch):
-    """A tensor of the CPU stands for a GPU's flag."""
+    """A CPU tensor stands in for a GPU's flag."""
     flag = torch.tensor(False)
     monkeypatch.setattr(promises, "_flags", {torch.device("cuda", 0): flag})
     ops.check_promises()

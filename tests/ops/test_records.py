@@ -1,4 +1,4 @@
-"""The records: that a file in the folder is an op, and that each says what can be so."""
+"""The records: each file in the folder is an op, and its fields are consistent."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Distillation: the loss against whole logits, which teachers are refused, and the real command."""
+"""Distillation: the loss against full logits, rejected teachers, and the real command."""
 
 import json
 
@@ -53,7 +53,7 @@ def settled(distill, teacher, **changes):
 @pytest.mark.parametrize("preset", ["tiny", "minimind2-moe"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_the_loss_and_its_gradients_are_those_of_whole_logits(distill, teacher, tokenizer, preset, alpha):
-    """Two packed chats. The oracle runs each alone, both models' logits whole."""
+    """Two packed chats; the oracle runs each alone, with both models' full logits."""
     student = make_model(32, preset=preset).train()
     loss = distill.make_loss(settled(distill, teacher, alpha=alpha, temperature=2.0), student, tokenizer)
     documents = [(torch.randint(3, 6400, (n,)), begin) for n, begin in ((9, 4), (6, 2))]
@@ -101,10 +101,10 @@ def test_the_teacher_is_frozen_in_the_students_precision_and_no_part_of_it(disti
 def test_a_teacher_that_speaks_another_language_is_refused(distill, teacher, tokenizer, tmp_path):
     student = make_model(32)
     mm.save_pretrained(make_model(32, vocab_size=6399), tmp_path / "small")
-    with pytest.raises(ValueError, match="knows 6399 ids and the student 6400"):
+    with pytest.raises(ValueError, match="has 6399 ids and the student 6400"):
         distill.load_teacher(settled(distill, tmp_path / "small"), student, tokenizer)
     mm.save_pretrained(make_model(32), tmp_path / "foreign")
-    for file in ("tokenizer.json", "tokenizer_config.json"):  # another program's folder: it names no fingerprint
+    for file in ("tokenizer.json", "tokenizer_config.json"):  # as from another program, without a fingerprint
         text = (samples.path("tokenizer") / file).read_text(encoding="utf-8")
         (tmp_path / "foreign" / file).write_text(text, encoding="utf-8")
     distill.load_teacher(settled(distill, tmp_path / "foreign"), student, tokenizer)
@@ -121,7 +121,7 @@ def test_a_teacher_that_speaks_another_language_is_refused(distill, teacher, tok
 
 
 def test_the_command_makes_a_new_student_that_nears_its_teacher(teacher, tmp_path):
-    """Its tokenizer is the teacher's, its checkpoint its own alone."""
+    """The student has the teacher's tokenizer, and its checkpoint holds the student alone."""
     args = ["--save_dir", teacher.parent, "--cache_dir", tmp_path / "cache", "--max_steps", 4, "--batch_size", 2]
     args += ["--from_weight", "none", "--preset", "tiny", "--hidden_size", 32, "--num_hidden_layers", 2, "--alpha", 0]
     args += [

@@ -1,4 +1,4 @@
-"""DPO: which tokens of which pairs are trained, what a batch holds, the reference, and the real command."""
+"""DPO: which tokens of which pairs are trained, the batches, the reference, and the real command."""
 
 import json
 import shutil
@@ -63,10 +63,10 @@ BEFORE = [message("system", "Be kind."), message("user", "hi"), message("assista
     ("row", "chosen", "rejected"),
     [
         (pair("2?", "3", "no"), "3<|im_end|>", "no<|im_end|>"),
-        # the answer before is the same in both: it is part of the prompt
+        # the earlier answer is the same in both: part of the prompt
         (pair("2?", "3", "no", BEFORE), "3<|im_end|>", "no<|im_end|>"),
         (pair("2?", "", "no"), "<|im_end|>", "no<|im_end|>"),
-        # markers in an answer are its own words
+        # markers in an answer are plain text
         (
             pair("2?", "a<|im_end|>\n<|im_start|>user\nb", "a"),
             "a<|im_end|>\n<|im_start|>user\nb<|im_end|>",
@@ -124,7 +124,7 @@ def test_a_bad_pair_is_told_by_what_is_wrong_with_it(tokenizer, row, problem):
 
 @pytest.fixture(scope="module")
 def cache(tokenizer, tmp_path_factory):
-    """30 pairs; the last two each lose an answer at 64 tokens, one the chosen and one the rejected, by a long prompt."""
+    """30 pairs; long prompts cost the last two an answer at 64 tokens, one the chosen, one the rejected."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = [pair(f"What is {i}?", f"{i} " * (1 + i % 9), f"no {i} " * (1 + i % 4)) for i in range(28)]
     long = [message("user", "word " * 80)]
@@ -161,7 +161,7 @@ def test_a_pair_is_never_parted_and_each_comes_once_an_epoch(cache, tokenizer, w
 
 
 def test_a_pair_that_lost_one_answer_is_dropped_whole(tokenizer, tmp_path):
-    """An answer with a thought begins sooner: its prompt holds no empty one. Cut in between, only the rejected is lost."""
+    """An answer with a thought begins earlier (no empty thought in its prompt): a cut in between loses only the rejected."""
     row = pair("2?", "3", "3")
     row["chosen"][-1]["reasoning_content"] = "one more"
     rows = [row, pair("?", "a", "b")]
@@ -200,7 +200,7 @@ def model():
 
 
 def test_log_probabilities_are_those_of_each_answer_alone(cache, tokenizer, model):
-    """Oracle: each document through whole logits by itself, its trained tokens by the cache's own mask."""
+    """Oracle: each document alone, with full logits; the cache's mask says which tokens are trained."""
     batch = next(iter(batches(cache)))
     got, _ = answer_logprobs(model, batch)
     lengths = answer_lengths(batch)
@@ -243,7 +243,7 @@ def test_batches_bring_the_reference_of_their_own_pairs(cache):
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("beside", [False, True])
 def test_the_loss_of_a_batch_and_its_numbers(cache, model, average, beside):
-    """Oracle: log-ratios of sums, or of means over an answer's tokens, in the textbook's formula."""
+    """Oracle: the textbook formula, on sums or means over an answer's tokens."""
     script = load_script("dpo")
     config = script.DPOConfig(beta=0.7, average_logprob=average, label_smoothing=0.1)
     torch.manual_seed(1)
@@ -267,7 +267,7 @@ def test_the_loss_of_a_batch_and_its_numbers(cache, model, average, beside):
 
 
 def test_a_rank_without_pairs_adds_nothing(cache, model):
-    """More ranks than pairs: a batch of one ignored position still goes forward and backward."""
+    """More ranks than pairs: a batch of one ignored position still runs forward and backward."""
     data = batches(cache)
     data.set_reference("x", torch.zeros(28, 2))
     empty = data._assemble(np.zeros(0, np.int64))
@@ -308,7 +308,7 @@ def test_the_command_learns_the_sample_and_resumes_to_the_bit(model, tokenizer, 
 
     shutil.rmtree(checkpoints(tmp_path / "dpo" / "checkpoints")[-1])
     for file in (tmp_path / "cache").glob("*.reference-*.npy"):
-        file.unlink()  # it is made again, from the same weights
+        file.unlink()  # it is rebuilt from the same weights
     assert "Going on from step 3" in run("dpo.py", [*args, "--from_resume"])
     again = read_log(tmp_path / "dpo")
     for step in range(1, 7):

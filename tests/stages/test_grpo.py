@@ -44,7 +44,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, tokenizer):
-    """A folder with a model that has learned nothing, prompts and a reward."""
+    """A folder with an untrained model, prompts and a reward."""
     folder = tmp_path_factory.mktemp("grpo")
     torch.manual_seed(0)
     mm.save_pretrained(mm.MiniMind(mm.ModelConfig.preset("minimind3", **SHAPE)), folder / "base", tokenizer=tokenizer)
@@ -68,7 +68,7 @@ def model(work):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", ["minimind3", "minimind2-moe"])
 def test_the_ratio_of_the_first_update_is_exactly_one(work, tokenizer, preset, dtype):
-    """The old log-probabilities come from a pass of their own, before the update's; the rollout ran without a graph."""
+    """The old log-probabilities come from a separate pass before the update; the rollout ran without autograd."""
     torch.manual_seed(0)
     model = mm.MiniMind(mm.ModelConfig.preset(preset, **SHAPE)).to(dtype).train()
     data = rollouts(model, work, tokenizer, updates=2)
@@ -113,11 +113,11 @@ def same(a, b):
 
 
 def test_an_epoch_meets_every_prompt_and_ends_with_a_whole_step(model, work, tokenizer):
-    data = rollouts(model, work, tokenizer, accumulation_steps=2, updates=2)  # 5 prompts, 4 a rollout
+    data = rollouts(model, work, tokenizer, accumulation_steps=2, updates=2)  # 5 prompts, 4 in a rollout
     assert data.num_batches(0) == data.num_left() == 8
     batches = list(data)
     assert len(batches) == 8 and data.num_left() == 8 and data.state_dict()["epoch"] == 1
-    assert all(batches[i] is batches[i + 2] for i in (0, 1, 4, 5))  # the second update's
+    assert all(batches[i] is batches[i + 2] for i in (0, 1, 4, 5))  # the second update reuses the first one's
     text = "".join(tokenizer.decode(b.input_ids.tolist()) for b in batches)
     assert all(f"user\n{q}<|im_end|>" in text for q in QUESTIONS)
     assert len({tuple(b.targets.tolist()) for b in batches}) == 4
@@ -140,7 +140,7 @@ def test_a_position_goes_on_where_it_was_also_between_two_updates(model, work, t
     next(batches)
     next(batches)
     state = data.state_dict()
-    model.model.embed_tokens.weight.data.mul_(2)  # the policy has moved on: what it wrote before must not be lost
+    model.model.embed_tokens.weight.data.mul_(2)  # the policy has changed: its earlier answers must not be lost
     later = rollouts(model, work, tokenizer, updates=3)
     later.load_state_dict(state)
     assert later.num_left() == len(through) - 2
@@ -187,7 +187,7 @@ def test_options_that_cannot_work_are_refused(wrong, capsys):
 
 @pytest.mark.parametrize("kind", ["grpo", "cispo"])
 def test_the_stage_objective_is_that_of_each_answer_alone_with_whole_logits(model, work, tokenizer, kind):
-    """Policy, old policy and reference all differ, the ratios are partly clipped; the oracle knows no packing."""
+    """Policy, old policy and reference all differ, and some ratios are clipped; the oracle does not pack."""
     script = runpy.run_path(str(ROOT / "train" / "grpo.py"))
     wanted = ["--grpo_loss", kind, "--beta", "0.3", "--epsilon", "0.01", "--epsilon_high", "1.01"]
     config = parse(script["GRPOConfig"], wanted)
@@ -235,11 +235,9 @@ def test_rows_without_an_answer_are_refused_at_the_start(work, tokenizer):
 
 
 def test_a_model_learns_what_is_rewarded(work, tokenizer):
-    """Eighteen steps towards ASCII, of which the model writes about half before; the objective's sign turned, none after."""
+    """Eighteen steps towards ASCII, at first about half of the output; with the objective's sign flipped, none remains."""
     model = mm.load_pretrained(work / "base").train()
-    model.model.embed_tokens.weight.data.mul_(
-        8
-    )  # a new model draws from 6400 tokens alike, and meets few of them twice
+    model.model.embed_tokens.weight.data.mul_(8)  # a new model draws uniformly from 6400 tokens, few of them twice
     script = runpy.run_path(str(ROOT / "train" / "grpo.py"))
     config = parse(script["GRPOConfig"], ["--beta", "0"])
     data = rollouts(model, work, tokenizer, generations=16, temperature=1.0)
@@ -257,7 +255,7 @@ def test_a_model_learns_what_is_rewarded(work, tokenizer):
 
 # ------------------------------------------------------------------------------------------------------ the real command
 
-# Several runs one after another in the same processes, which saves most of the time of a launch.
+# Several runs in turn in the same processes, which saves most of the launch time.
 DRIVER = f"""
 import json, runpy, sys
 from minimind_fast.training import ranks
@@ -287,7 +285,7 @@ def numbers(folder):
 
 @pytest.fixture(scope="module")
 def one_rank(work):
-    """Ten steps, with a checkpoint after each; and the same from the seventh, in the middle of a rollout."""
+    """Ten steps with a checkpoint after each, and a resume from the seventh, in the middle of a rollout."""
     run = ["--batch_size", 4, "--save_interval", 1, "--keep_checkpoints", 99, "--max_steps", 10, "--save_weight", "one"]
     out = launch(work, [run])
     shutil.copytree(work / "out" / "one", work / "out" / "resumed")
@@ -314,7 +312,7 @@ def test_a_resume_in_the_middle_of_a_rollout_is_bitwise(work, one_rank):
 
 
 def test_two_ranks_under_every_zero_stage_do_what_one_does(work, one_rank):
-    """Two rollouts: the second is written by weights that were trained, and gathered under stage 3."""
+    """Two rollouts: trained weights write the second, gathered under stage 3."""
     stages = [0, 1, 2, 3]
     run = ["--batch_size", 2, "--max_steps", 3]
     launch(work, [[*run, "--zero_stage", z, "--save_weight", f"zero{z}"] for z in stages], ranks=2)

@@ -1,4 +1,4 @@
-"""The chain in one go: each stage begins with what an earlier one wrote, and the table says what the logs say."""
+"""The whole chain: each stage starts from an earlier one's output, and the table agrees with the logs."""
 
 import importlib.util
 import json
@@ -57,12 +57,14 @@ def test_files_time_and_options_reach_their_stage():
     tokenizer = pipeline.tokenizer_command(args)
     assert tokenizer[2:5] == ["--data_path", "a b.jsonl", "c.jsonl"] and "--vocab_size" not in tokenizer
     assert commands["pretrain"][commands["pretrain"].index("--data_path") + 1 :][:2] == ["a b.jsonl", "c.jsonl"]
-    assert "--val_data_path" not in commands["pretrain"]  # the sample's would say nothing about these files
+    assert (
+        "--val_data_path" not in commands["pretrain"]
+    )  # the sample's validation data would say nothing about these files
     assert value(commands["sft"], "--data_path") == "s.jsonl" and "--val_data_path" not in commands["sft"]
-    # A stage without files of its own keeps the sample, and with it the script's defaults for the sample.
+    # A stage without its own files keeps the sample and the script's defaults for it.
     assert "--data_path" not in commands["dpo"] and value(commands["dpo"], "--val_data_path") == "v.jsonl"
     assert value(commands["reason"], "--val_data_path").endswith("reason_val.jsonl")
-    assert commands["dpo"][-4:] == ["--beta", "0.2", "--seed", "4"]  # last, so that they win
+    assert commands["dpo"][-4:] == ["--beta", "0.2", "--seed", "4"]  # last, to take precedence
     minutes = [float(value(command, "--max_minutes")) for command in commands.values()]
     assert sum(minutes) == pytest.approx(10, rel=0.01) and {value(c, "--max_steps") for c in commands.values()} == {"7"}
     deepspeed = commands["lora"]

@@ -1,4 +1,4 @@
-"""SFT, LoRA and reasoning by their real commands: each trains, ranks and ZeRO stages agree, a resume is bitwise."""
+"""SFT, LoRA and reasoning through their real commands: each trains, ranks and ZeRO stages agree, a resume is bitwise."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ TINY = ["--max_seq_len", "64", "--batch_size", "4", "--num_threads", "1", "--log
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A run's folder with the weights of a model that has learned nothing yet."""
+    """A run's folder with the weights of an untrained model."""
     torch.manual_seed(0)
     config = mm.ModelConfig.preset("tiny", hidden_size=64, num_hidden_layers=2, vocab_size=6400)
     folder = tmp_path_factory.mktemp("base")
@@ -62,7 +62,7 @@ def test_without_weights_the_command_to_run_first_is_named(tmp_path):
 
 
 def test_reason_weighs_tags(base, tmp_path):
-    """The first step's loss by hand: the same batch without dropout, tags ten times, over the number of tokens."""
+    """The first step's loss by hand: the same batch, tags weighted ten times, divided by the number of tokens."""
     data = chats(tmp_path / "chats.jsonl", [chat("2?", "<think>\none more\n</think>\n<answer>\n3\n</answer>")])
     args = [
         *TINY,
@@ -123,7 +123,7 @@ def test_a_bad_line_and_weights_without_shape_or_tokenizer_stop_before_training(
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("preset", ["minimind3", "minimind2-moe"])
 def test_the_loss_and_its_gradients_are_those_of_plain_cross_entropy(preset, packed, weighted):
-    """Rows of a prompt, an answer and padding. The oracle runs each row alone, whole logits and all."""
+    """Rows of a prompt, an answer and padding; the oracle runs each row alone, with full logits."""
     torch.manual_seed(0)
     shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=97)
     model = mm.MiniMind(mm.ModelConfig.preset(preset, **shape))
@@ -234,9 +234,9 @@ def test_lora_moves_adapters_only_and_merges_them(base, one_rank):
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_path, zero_stage):
-    """Frozen base, tied head. A rank that trained for itself alone, or lost its part, would end elsewhere.
+    """Frozen base, tied head: a rank that trained alone, or lost its part, would end with other weights.
 
-    At stage 3 also: a resume is bitwise, and another base is refused.
+    At stage 3 also: a resume is bitwise, and another base is rejected.
     """
     args = [*lora_args, "--save_dir", tmp_path, "--zero_stage", zero_stage, "--accumulation_steps", 2, "--max_steps", 4]
     args += ["--save_interval", 2, "--keep_checkpoints", 9, "--no_merge"]
@@ -247,7 +247,7 @@ def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_pat
     whole = adapters(tmp_path)
     for name, pair in adapters(one_rank).items():
         for mine, want in zip(whole[name], pair, strict=True):
-            # By norm: where a gradient is no more than rounding, Adam's step has a size all the same, in any direction.
+            # By norm: where a gradient is only rounding noise, Adam still takes a full step, in any direction.
             assert (mine - want).norm() <= 1e-3 * want.norm(), name
     if zero_stage == 3:
         shutil.rmtree(checkpoints(tmp_path / "lora" / "checkpoints")[-1])

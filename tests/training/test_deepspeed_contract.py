@@ -1,4 +1,4 @@
-"""What `training.engine` relies on inside DeepSpeed, one test each: after an upgrade, what fails names what moved."""
+"""DeepSpeed internals that `training.engine` relies on, one test each: after an upgrade, a failure names what moved."""
 
 import importlib
 import inspect
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# A process of its own: what an engine of each (stage, dtype) has, and what a start leaves behind.
+# In its own process: what an engine has at each (stage, dtype), and what its startup leaves behind.
 LOOK = """
 import json, sys
 import torch

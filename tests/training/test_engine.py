@@ -1,4 +1,4 @@
-"""Our options as a DeepSpeed config, what the engine makes of them, and the learning rate."""
+"""Our options as a DeepSpeed config, what the engine does with them, and the learning rate."""
 
 import json
 import math
@@ -114,8 +114,8 @@ def test_out_of_memory_says_what_to_lower_with_numbers(tmp_path):
     assert "32 x 512" in text and "--batch_size 16 --accumulation_steps 8" in text and "Tried to allocate 2 GiB" in text
 
 
-# A process of its own, as it becomes a rank: what each (ZeRO stage, dtype) does with a loss that is not finite, and what the
-# sums of two micro-batches are at stage 1 in bf16.
+# In its own process, because it becomes a rank: how each (ZeRO stage, dtype) handles a non-finite loss, and the sums of two
+# micro-batches at stage 1 in bf16.
 UNDER_ENGINE = """
 import json, sys
 import torch
@@ -167,13 +167,13 @@ def under_engine():
 
 @pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_a_step_that_is_not_finite_is_skipped_under_every_stage(under_engine, case):
-    """(said to be finite, weights changed, weights finite), for a step, one that is not finite, and one after it."""
+    """(reported finite, weights changed, weights finite) for a step, a non-finite one, and one after it."""
     assert under_engine[case]["steps"] == [[True, True, True], [False, False, True], [True, True, True]]
 
 
 @pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_a_first_step_is_that_of_float32(under_engine, case):
-    """(norm of the gradient, how far the embedding moved): a loss scale that is not undone would show in both."""
+    """(gradient norm, how far the embedding moved): a loss scale that is not undone would show in both."""
     assert under_engine[case]["first"] == pytest.approx(under_engine[0, "float32"]["first"], rel=0.02)
 
 
@@ -188,11 +188,11 @@ def test_float16_is_refused_where_deepspeed_would_lose_gradients(tmp_path):
 
 
 def test_sums_of_micro_batches_stay_in_float32(under_engine):
-    """DeepSpeed's own default rounds them to bf16 on their way to the reduction, on one rank too."""
+    """DeepSpeed's default rounds them to bf16 for the reduction, even on one rank."""
     assert under_engine[1, "bfloat16"]["rounded"] < 0.7
 
 
-# One process a rank: how far masters are from the weights that were given, and weights from their rounding.
+# One process a rank: how far masters are from the given weights, and whether weights are those rounded.
 MASTERS = """
 import json, sys
 import torch
@@ -230,7 +230,7 @@ ranks.leave()
 
 
 def in_a_world(script, ranks):
-    """The script in a process a rank; what each wrote."""
+    """Run the script in one process a rank -> what each wrote."""
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     world["MASTER_PORT"] = str(free_port())
     command = [sys.executable, "-W", "ignore", "-c", script]
@@ -253,7 +253,7 @@ def test_masters_are_the_weights_before_their_rounding(ranks):
         assert found == [[stage, 0.0, True] for stage in range(4)]
 
 
-# Collectives that are not waited for are still at work when the script ends, and the group is kept, as DeepSpeed's are.
+# Unawaited collectives are still running when the script ends, and the group stays alive, as DeepSpeed's do.
 LEAVES = """
 import torch
 import torch.distributed as dist
@@ -273,7 +273,7 @@ def test_a_rank_leaves_without_an_abort_and_with_its_output_written():
     assert in_a_world(LEAVES, 2) == ["all is written\n"] * 2
 
 
-# A mistake of ours, not of the user's.
+# A bug of ours, not a user's mistake.
 FAILS = """
 from minimind_fast.training import ranks, setup
 

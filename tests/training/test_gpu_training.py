@@ -1,8 +1,8 @@
 """Two steps of training through the deepspeed launcher on one GPU, ZeRO 0 to 3, against the same steps on the CPU.
 
-Truth are the CPU's steps in float32 with every kernel off; the measure is how far the CPU's own steps in bfloat16 are from
-it. As in `test_zero_stages.py` this file is the test and the script that the processes run. Without a GPU the launcher
-starts the same on the CPU.
+The truth is the CPU's steps in float32 with every kernel off; the yardstick is how far the CPU's bfloat16 steps are from
+it. As in `test_zero_stages.py`, this file is both the test and the script that the processes run. Without a GPU the
+launcher starts the same on the CPU.
 """
 
 import math
@@ -21,13 +21,13 @@ from minimind_fast.training import log as progress
 HAS_GPU = torch.cuda.is_available()
 MODELS = {"dense": "minimind3", "moe": "minimind3-moe"}
 STEPS = (1, 2)
-RUNS = [*(("ours", stage) for stage in "0123"), *(("graphs", stage) for stage in "012")]  # graphs: by --cuda_graphs
-ROUNDING = 2**-10  # relative, of a mean of some hundred losses; the CPU's own bfloat16 steps come within 2**-11
+RUNS = [*(("ours", stage) for stage in "0123"), *(("graphs", stage) for stage in "012")]  # graphs: with --cuda_graphs
+ROUNDING = 2**-10  # relative, for a mean of some hundred losses; the CPU's bfloat16 steps are within 2**-11
 
 
 def run_all(folder: Path, models: str, runs: list[str]) -> None:
-    """Each model in each run (name:zero_stages:dtype:kernels), as `train/pretrain.py` does it."""
-    # What costs more than the training here: pictures, and the measuring of this machine.
+    """Train each model in each run (name:zero_stages:dtype:kernels), as `train/pretrain.py` does."""
+    # Plots and measuring the machine would take longer than the training.
     progress.draw_loss, progress.peak_flops = lambda *_: None, lambda *_: (1.0, "not measured")
     module = load_script("pretrain")
     common = ["--data_path", str(folder / "text.jsonl"), "--val_data_path", str(folder / "val.jsonl")]
@@ -45,7 +45,7 @@ def run_all(folder: Path, models: str, runs: list[str]) -> None:
 
 
 def start(arguments: list[str], on_gpu: bool) -> subprocess.Popen:
-    """Through the launcher, as a user starts it; its environment decides whether there is a GPU."""
+    """Start through the launcher, as a user would; the environment decides whether there is a GPU."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINIMIND_KERNELS")}
     if not on_gpu:
         env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -63,7 +63,7 @@ def runs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     write_corpus(folder / "text.jsonl", 200)
     write_corpus(folder / "val.jsonl", 40, seed=1)
-    # Without a GPU one case shows that the test works; the CPU's own stages are tested in test_zero_stages.py.
+    # Without a GPU one case shows that the test works; test_zero_stages.py covers the stages on a CPU.
     models, stages = (list(MODELS), "0123") if on_gpu else (["dense"], "1")
     ours = ["ours:0123:bfloat16:all", "graphs:012:bfloat16:all"] if on_gpu else ["ours:1:bfloat16:auto"]
     what = [str(folder), ",".join(models)]
@@ -97,13 +97,13 @@ def test_two_steps_lose_what_the_cpu_loses_in_float32(runs, model, name, zero_st
     if not HAS_GPU and (name, zero_stage, model) != ("ours", "1", "dense"):
         pytest.skip("without a GPU one case shows that the test works")
     want, got = (losses(runs, run) for run in (f"truth-{model}-0", f"{name}-{model}-{zero_stage}"))
-    assert want[0] - want[-1] > 32 * ROUNDING * want[0]  # a step not taken is seen
+    assert want[0] - want[-1] > 32 * ROUNDING * want[0]  # a skipped step would show
     assert got == pytest.approx(want, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("name, zero_stage", RUNS)
 def test_two_steps_move_the_weights_as_exactly_as_eager_steps_do(runs, name, zero_stage):
-    """By the error rule's norm; a mixture's experts are chosen anew by rounding, so that the dense model is the judge."""
+    """By the error rule's norm, for the dense model: rounding changes a mixture's choice of experts."""
     if not HAS_GPU and (name, zero_stage) != ("ours", "1"):
         pytest.skip("without a GPU one case shows that the test works")
     truth, eager, ours = (

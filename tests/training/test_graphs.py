@@ -1,4 +1,4 @@
-"""--cuda_graphs: replays give what plain passes give. Without a GPU, running again stands for replaying."""
+"""--cuda_graphs: replays agree with eager passes. Without a GPU, rerunning stands in for replaying."""
 
 import json
 import os
@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Again:
-    """Stands for a captured graph: runs the function again, and leaves what comes of it where it lay at the capture."""
+    """Stands in for a captured graph: reruns the function and writes its results to the captured addresses."""
 
     def __init__(self, work):
         self.work, self.me, self.made = work, work.__self__, "grads" if "backward" in work.__name__ else "outputs"
@@ -54,7 +54,7 @@ class Again:
 
 
 def stand_for_cuda(patch):
-    """Let graphs be captured without a GPU."""
+    """Make capturing work without a GPU."""
     none = SimpleNamespace(wait_stream=lambda _: None)
     for name, fake in {
         "Stream": lambda: none,
@@ -125,12 +125,12 @@ def assert_same(got, wanted, rtol=1e-5):
 def test_a_replay_gives_what_a_plain_pass_gives(preset, captures):
     plain, model = make(preset), make(preset)
     graphs.install(model)
-    # All are brought to 416 positions and 32 documents.
+    # All are padded to 416 positions and 32 documents.
     for seed, lengths in enumerate([[200, 216], [200, 209], [30] * 13 + [20], [1, 1, 249, 160], [240, 175]]):
         how = pack(lengths, seed)
         assert_same(learn(model, how), learn(plain, how))
-    assert len(captures) == 2  # forward and backward, once: the first pack ran plain
-    learn(model, pack([30]))  # runs plain: what the log tells of the experts must be the last pack's all the same
+    assert len(captures) == 2  # forward and backward, once: the first pack ran eagerly
+    learn(model, pack([30]))  # runs eagerly: the log's expert load must be this pack's
     learn(model, pack([240, 175], 4))
     for m in (m for m in model.modules() if isinstance(m, MoE)):
         assert int(m.last_counts.sum()) == 416 * plain.config.num_experts_per_tok
@@ -158,7 +158,7 @@ def test_what_a_stage_may_ask_for_is_replayed_too(captures):
 
 @pytest.mark.parametrize("lengths", [[3, 4], [40, 60]])
 def test_a_batch_that_is_run_is_replayed_too(lengths, captures):
-    """What comes by `run` brings its documents; a pack of 7 tokens is filled up with more than itself."""
+    """`run` passes Documents; a pack of 7 tokens gets more filler than its own length."""
     plain, model = make("minimind3-moe"), make("minimind3-moe")
     graphs.install(model)
     for seed in range(3):
@@ -172,7 +172,7 @@ def test_a_batch_that_is_run_is_replayed_too(lengths, captures):
 
 
 def test_a_replay_never_writes_into_a_batch(captures):
-    """64 tokens need no filler: the first such batch must not become the graph's buffer."""
+    """64 tokens need no filler, but the first such batch must not become the graph's buffer."""
     model = make("minimind3")
     graphs.install(model)
     hows = [pack([30, 34], seed) for seed in range(3)]
@@ -193,7 +193,7 @@ def test_gradients_add_up_over_micro_batches(captures):
             outs[-1].sum().neg().backward()
         kept.append(torch.stack(outs))
     assert captures
-    torch.testing.assert_close(*kept)  # nor does a replay write into the outputs of one before it
+    torch.testing.assert_close(*kept)  # a replay does not overwrite an earlier one's outputs
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
 
@@ -263,7 +263,7 @@ def test_a_second_forward_before_the_backward_is_an_error(captures):
 
 
 class _NoHost(TorchDispatchMode):
-    """Refuses operators that wait for a GPU."""
+    """Rejects operators that wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -318,8 +318,8 @@ def test_a_mixture_needs_both_its_kernels(monkeypatch):
         graphs.check(*how)
 
 
-# A process of its own, as it becomes a rank: three steps of two micro-batches under each (ZeRO stage, dtype), plain and
-# replayed, on packs that need no filler; are the weights the same to the bit?
+# In its own process, because it becomes a rank: three steps of two micro-batches at each (ZeRO stage, dtype), eager and
+# replayed, on packs without filler; are the weights bitwise equal?
 UNDER_ENGINE = """
 import json, sys
 import pytest, torch
@@ -370,7 +370,7 @@ def test_under_deepspeed_a_run_of_replays_ends_with_the_same_weights():
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", PRESETS)
 def test_on_a_gpu(preset):
-    """Truth is float32 without kernels; a replay is no further from it than a plain pass in bf16."""
+    """The truth is float32 without kernels; a replay is no further from it than an eager pass in bf16."""
     truth, plain, model = make(preset), make(preset, torch.bfloat16), make(preset, torch.bfloat16)
     graphs.install(model)
     for seed, lengths in enumerate([[200, 216], [200, 209], [30] * 13 + [20], [1, 1, 249, 160], [240, 175]]):
@@ -380,7 +380,7 @@ def test_on_a_gpu(preset):
         with mm.ops.use("none"):
             exact = learn(truth, how)
         pairs = [(got[0].logprobs, wanted[0].logprobs, exact[0].logprobs)]
-        if not truth.config.use_moe:  # there near ties are decided by rounding, and gradients with them
+        if not truth.config.use_moe:  # in a mixture, rounding decides near ties and so the gradients
             pairs += [(got[1][n], wanted[1][n], exact[1][n]) for n in exact[1]]
         for a, b, c in pairs:
             result = compare(a, b, c.double(), norm_factor=NORM_FACTOR + 3 * a.numel() ** -0.5)

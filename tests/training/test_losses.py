@@ -1,4 +1,4 @@
-"""Cross-entropy, DPO and distillation against plain PyTorch and against numbers by hand."""
+"""Cross-entropy, DPO and distillation against plain PyTorch and numbers worked out by hand."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from minimind_fast.ops import reference
 from minimind_fast.training import losses
 
-PAIR = [torch.tensor([x]) for x in (-1.0, -2.0, -1.75, -1.75)]  # chosen, rejected, and what the reference says of them
+PAIR = [torch.tensor([x]) for x in (-1.0, -2.0, -1.75, -1.75)]  # chosen, rejected, and both under the reference
 
 
 def test_lm_by_hand():
@@ -90,7 +90,7 @@ def test_distill_by_hand():
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_distill_is_that_of_whole_logits(alpha, temperature):
-    """Oracle: F.cross_entropy and F.kl_div on the counted rows; the teacher is wider and knows more words."""
+    """Oracle: F.cross_entropy and F.kl_div on the counted rows; the teacher is wider and has a larger vocabulary."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     teacher_hidden, teacher_weight = torch.randn(6, 8, dtype=torch.float64), torch.randn(12, 8, dtype=torch.float64)

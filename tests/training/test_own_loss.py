@@ -1,4 +1,4 @@
-"""`--loss`: an objective of the user's own, as the docs show it."""
+"""`--loss`: a user's own objective, as in the docs."""
 
 import json
 
@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "en" / "train_pretrain.md"
 
 @pytest.fixture
 def mine(tmp_path):
-    """The example of the docs, as a file."""
+    """The docs' example, as a file."""
     file = tmp_path / "mine.py"
     (example,) = fenced(PAGE.read_text(encoding="utf-8"), "python")
     file.write_text(example, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run is settled once: what was given stays, what was chosen has a reason, and nothing is assigned afterwards."""
+"""A run is resolved once: given options stay, chosen ones have a reason, and nothing is assigned afterwards."""
 
 import dataclasses
 import json

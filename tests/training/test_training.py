@@ -48,7 +48,7 @@ def test_kill_9_and_resume_is_bitwise(corpus, tmp_path, stage, ranks, dtype):
     finish(processes, expect=-signal.SIGKILL)
     saved = checkpoints(folder / "checkpoints")
     assert saved, "no checkpoint before the kill"
-    # Step 5 was logged, so that step 4's checkpoint is whole; going on from step 2's proves more steps.
+    # Step 5 was logged, so step 4's checkpoint is complete; resuming from step 2 covers more steps.
     out = run("pretrain.py", [*args, "--save_dir", tmp_path / "killed", "--from_resume"], ranks)
     assert "Going on from step" in out
     assert losses(folder) == whole
@@ -74,7 +74,7 @@ def test_other_number_of_ranks_goes_on(corpus, tmp_path, stage):
     run("pretrain.py", [*args, "--max_steps", 5, "--from_resume", "--learning_rate", 1e-12], ranks=1)
     after = mm.load_pretrained(tmp_path / "pretrain" / "weights")
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
-        # A lost master or optimizer would show at the scale of a weight, 0.02, or of a step, 5e-4.
+        # A lost master or optimizer state would show on the scale of a weight, 0.02, or a step, 5e-4.
         torch.testing.assert_close(a, b, atol=1e-7, rtol=0, msg=f"{name} moved although the learning rate is 1e-12")
     assert read_log(tmp_path / "pretrain")[5]["useful_tokens"] > tokens
     if stage == 0:
@@ -84,7 +84,7 @@ def test_other_number_of_ranks_goes_on(corpus, tmp_path, stage):
 
 
 def test_ranks_and_zero_stages_agree_in_fp32(corpus, tmp_path):
-    """The same global batch, however it is spread: the same losses."""
+    """The same global batch gives the same losses, however distributed."""
     args = [*TINY, *corpus, "--dtype", "float32", "--max_steps", 3, "--batch_size", 2]
     want = None
     for stage, ranks, accumulation in ((0, 1, 4), (1, 2, 2), (2, 2, 2), (3, 2, 2)):

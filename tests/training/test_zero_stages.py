@@ -1,7 +1,7 @@
 """Every stage on two ranks under ZeRO 0 to 3 against one rank with the same global batch.
 
-Starting a process takes longer than training a tiny model, so that one process a rank runs all of them in turn: this file
-is the test, and the script that the ranks run.
+Starting a process takes longer than training a tiny model, so one process a rank runs all of them in turn: this file is
+both the test and the script that the ranks run.
 """
 
 import json
@@ -17,14 +17,14 @@ from minimind_fast.data import samples
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.training import log as progress
 
-# The weights that each begins with; the adapters' base is frozen, and the teacher no part of the student.
+# The weights that each starts from; the adapters' base is frozen, and the teacher is not part of the student.
 STAGES = {"sft": "tied", "lora": "tied", "dpo": "tied", "distill": "tied", "reason": "untied"}
 EXTRA = {"lora": ["--no_merge"], "distill": ["--teacher_path", "untied"]}
 
 
 def run_all(folder: Path, zero_stages: list[int], accumulation_steps: int) -> None:
-    """Two steps of each stage under each ZeRO stage, as the command does them."""
-    # What costs more than the training here: pictures, and the measuring of this machine.
+    """Train two steps of each stage under each ZeRO stage, as the command does."""
+    # Plots and measuring the machine would take longer than the training.
     progress.draw_loss, progress.peak_flops = lambda *_: None, lambda *_: (1.0, "not measured")
     common = ["--max_steps", "2", "--batch_size", "1", "--accumulation_steps", str(accumulation_steps)]
     common += ["--max_seq_len", "64", "--dtype", "float32", "--learning_rate", "1e-3", "--log_interval", "1"]
@@ -38,7 +38,7 @@ def run_all(folder: Path, zero_stages: list[int], accumulation_steps: int) -> No
         for zero_stage in zero_stages:
             own = ["--save_weight", f"{stage}-{zero_stage}-{accumulation_steps}", "--zero_stage", str(zero_stage)]
             own += ["--data_path", data, "--val_data_path", val_data, "--from_weight", weights]
-            if stage == "dpo" and zero_stage % 2:  # must say the same as the one rank's cached reference
+            if stage == "dpo" and zero_stage % 2:  # must agree with the single rank's cached reference
                 own += ["--reference", "alongside"]
             sys.argv = [f"{stage}.py", *common, *own, *EXTRA.get(stage, [])]
             module.main()
@@ -46,7 +46,7 @@ def run_all(folder: Path, zero_stages: list[int], accumulation_steps: int) -> No
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All runs of both worlds, started side by side."""
+    """All runs on one and on two ranks, started side by side."""
     folder = tmp_path_factory.mktemp("zero")
     tokenizer = Tokenizer.load(samples.path("tokenizer"))
     for name, size in (("tied", 32), ("untied", 48)):
@@ -81,14 +81,14 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_lose_what_one_rank_loses(runs, stage, zero_stage):
-    """The losses of both steps, and of the weights after each on other batches."""
+    """The losses of both steps, and the weights' losses on other batches after each."""
 
     def losses(name):
         log = read_log(runs / name)
         return [log[step][loss] for loss in ("val_loss", "loss") for step in (1, 2)]
 
     want = losses(f"{stage}-0-4")
-    assert want[1] < want[0] - 1e-3  # steps are seen in the loss
+    assert want[1] < want[0] - 1e-3  # a step shows in the loss
     assert losses(f"{stage}-{zero_stage}-2") == pytest.approx(want, abs=1e-5)
 
 

@@ -1,1 +1,1 @@
-"""Ops for a CPU: attention in rectangles, fused passes, few matmul shapes. May import `ops`; only `ops` calls it."""
+"""CPU ops: attention in rectangles, fused passes, few matmul shapes. May import `ops`; only `ops` calls it."""

@@ -1,20 +1,20 @@
-"""Packed attention for hardware without a varlen kernel: documents laid into rectangles of like length.
+"""Packed attention for hardware without a varlen kernel: documents gathered into rectangles of similar length.
 
-Purpose: `attend_rows` is the backend `sdpa`, which is what a CPU runs.
-Principle: a causal row padded at its right end is exact, as real queries never look to the right. PyTorch's own SDPA is
-    slow on a CPU where rows are short, as MiniMind's are. Training there takes batched matmuls, a block of queries at a
-    time, each in tiles that fit a core's cache:
+Purpose: `attend_rows` is the backend `sdpa`, the one a CPU runs.
+Principle: padding a causal row on the right is exact: real queries never look there. PyTorch's SDPA is slow on a CPU for
+    short rows, such as MiniMind's. Training there uses batched matmuls, a block of queries at a time, each in tiles that
+    fit a core's cache:
         P = softmax(Q K^T / sqrt(hd)),  O = P V,
         dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = dS K,  dK = dS^T Q.
-Properties: scores, dP and dS are float32 until they enter a 16-bit matmul. Saved for backward: q, k, v, and of rows up to
-    KEPT in 16 bits also P, at most 320 bytes a token and query head; longer rows and float32 make P again.
-    Error against float64 in bf16, of SDPA's: O 1.2x, dQ 1.1x, dK and dV 0.6x (4 rows of 128, H 8, K 2, hd 64).
-    Without gradients, with dropout and on a GPU it is SDPA. Forward and backward, bf16, 2 cores of a Zen 4 EPYC, SDPA
-    forward and matmuls that make P again backward -> these: 22 -> 13 ms for 64 rows of 64 tokens, 31 -> 18 ms for 30 of
-    128, 77 -> 55 ms for 8 of 512 (H 8, K 2, hd 64).
+Properties: scores, dP and dS are float32 until they enter a 16-bit matmul. Saved for backward: q, k, v, and in 16 bits P
+    of rows up to KEPT, at most 320 bytes a token and query head; longer rows and float32 recompute P.
+    Error in bf16 against float64, relative to SDPA's: O 1.2x, dQ 1.1x, dK and dV 0.6x (4 rows of 128, H 8, K 2, hd 64).
+    Without gradients, with dropout and on a GPU, SDPA runs. Forward and backward in bf16 on 2 cores of a Zen 4 EPYC,
+    SDPA forward with recomputed P backward -> this: 22 -> 13 ms for 64 rows of 64 tokens, 31 -> 18 ms for 30 of 128,
+    77 -> 55 ms for 8 of 512 (H 8, K 2, hd 64).
 
 Shapes: T tokens, H query heads, K kv heads, hd head_dim, N rows of L tokens, G = H / K.
-Source: Dao et al., FlashAttention, 2022 (blocks of queries, P made again).
+Source: Dao et al., FlashAttention, 2022 (blocks of queries, P recomputed).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from minimind_fast.ops.cpu import shapes as cpu_shapes
 from minimind_fast.ops.reference import accum_dtype
 
 SCRATCH = 2**19  # score elements at a time; 2**18 and 2**20 were within 5%
-# Queries at a time: 64 spares a quarter of the pairs of a row of 128; rows above 512 take an eighth of theirs.
+# Queries at a time: 64 skips a quarter of the pairs of a row of 128; rows above 512 use an eighth of their length.
 BLOCK = 64
-KEPT = 256  # longest row whose probabilities are kept
+KEPT = 256  # longest row whose probabilities are saved
 
 
 class Rectangles:
-    """Documents of a pack laid into rectangles of like length, for attention that knows rows only.
+    """A pack's documents gathered into rectangles of similar length, for attention over rows.
 
-    A document goes to the rectangle of its length rounded up (`_round`); its missing positions repeat its last token,
-    which is harmless: a causal row never looks to its right, and what the repeated positions compute is dropped.
+    A document's length is rounded up (`_round`) and padded with its last token, which is harmless: a causal row never
+    looks to its right, and the padding's results are dropped.
 
     Args:
         offsets: document bounds on the host, [0, ..., T].
-        device: where the index tensors live.
+        device: where to put the index tensors.
     """
 
     def __init__(self, offsets: list[int], device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Rectangles:
         for begin, end in zip(offsets, offsets[1:], strict=False):
             if end > begin:
                 groups.setdefault(_round(end - begin), []).append((begin, end))
-        # One length for all: rows as they are, nothing to move.
+        # All of one length: use the rows as they are, move nothing.
         same = {end - begin for bounds in groups.values() for begin, end in bounds}
         if len(same) <= 1:
             length = max(same, default=1)
@@ -66,20 +66,20 @@ class Rectangles:
             source.append(torch.minimum(wanted, last).flatten())
             place.append((base + torch.arange(wanted.numel()).view_as(wanted))[wanted <= last])
             base += wanted.numel()
-        self.source = torch.cat(source).to(device)  # (padded,) token that stands at each padded position
+        self.source = torch.cat(source).to(device)  # (padded,) token at each padded position
         token = self.source[torch.cat(place).to(device)]
         self.place = torch.empty_like(token)  # (T,) padded position of each token
         self.place[token] = torch.cat(place).to(device)
 
 
 def _round(length: int) -> int:
-    """Up to a multiple of a quarter of the length's own power of two, at least 16: at most 1.25x the length above 64."""
+    """Round up to a multiple of a quarter of the length's power of two, at least 16: at most 1.25x above 64."""
     step = max(16, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 
 
 class _Spread(torch.autograd.Function):
-    """(T, ...) -> (padded, ...); the gradient of repeated tokens is nought, so that backward is a look-up as well."""
+    """(T, ...) -> (padded, ...); padding has no gradient, so backward is a look-up as well."""
 
     @staticmethod
     def forward(ctx, x, source, place):
@@ -108,13 +108,13 @@ class _Collect(torch.autograd.Function):
 
 
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
-    """(N, L, K G, hd) -> (N K, L G, hd): heads that share keys in one matrix, of which a block of queries is a slice."""
+    """(N, L, K G, hd) -> (N K, L G, hd): heads that share keys form one matrix; a block of queries is a slice of it."""
     n, length, _, hd = x.shape
     return x.reshape(n, length, kv_heads, -1, hd).transpose(1, 2).reshape(n * kv_heads, -1, hd)
 
 
 def _by_row(x: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse; shape is (N, L, K G, hd)."""
+    """The inverse, to shape (N, L, K G, hd)."""
     n, length, _, hd = shape
     return x.view(n, x.shape[0] // n, length, -1, hd).transpose(1, 2).reshape(shape)
 
@@ -125,17 +125,17 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def kept(length: int, dtype: torch.dtype) -> int:
-    """Number of probabilities that are kept for backward, of a row and head.
+    """Number of probabilities saved for backward, per row and head.
 
     Args:
-        length: of the row.
-        dtype: of q, k and v.
+        length: tokens in the row.
+        dtype: that of q, k and v.
     """
     return sum((end - start) * end for start, end in _blocks(length)) if dtype.itemsize == 2 and length <= KEPT else 0
 
 
 def _tiles(batch: int, groups: int, length: int, wide: torch.dtype) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Work that fits the cache: (which of the batch, which rows of queries, how many keys, what hides later ones)."""
+    """Pieces that fit the cache: (slice of the batch, slice of queries, number of keys, mask of later keys)."""
     for start, end in _blocks(length):
         future = torch.full((end - start, end), float("-inf"), dtype=wide).triu_(start + 1)
         mask = future.repeat_interleave(groups, 0)
@@ -144,13 +144,13 @@ def _tiles(batch: int, groups: int, length: int, wide: torch.dtype) -> Iterator[
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor, space: Tensor, beta: float = 1.0) -> Tensor:
-    """beta mask + q k^T / sqrt(hd), in the dtype and memory of space, which stays in the cache from tile to tile."""
+    """beta mask + q k^T / sqrt(hd), written to space, which stays in the cache from tile to tile."""
     q, k = q.to(space.dtype), k.to(space.dtype).transpose(1, 2)
     return torch.baddbmm(mask, q, k, beta=beta, alpha=q.shape[-1] ** -0.5, out=space.resize_(len(q), *mask.shape))
 
 
 class _Rows(torch.autograd.Function):
-    """Causal attention of rows by matmuls; (N, L, H, hd), (N, L, K, hd), (N, L, K, hd) -> (N, L, H, hd)."""
+    """Causal attention over rows by matmuls; (N, L, H, hd), (N, L, K, hd), (N, L, K, hd) -> (N, L, H, hd)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -192,13 +192,13 @@ class _Rows(torch.autograd.Function):
 
 
 def plain_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """What `_Rows` computes, by PyTorch's SDPA.
+    """The same as `_Rows`, with PyTorch's SDPA.
 
     Args:
         q: (N, L, H, hd).
         k: (N, L, K, hd).
         v: (N, L, K, hd).
-        dropout: of the attention probabilities.
+        dropout: probability of dropping an attention weight.
 
     Returns:
         (N, L, H, hd).
@@ -216,8 +216,8 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles, dropout
         q: (T, H, hd).
         k: (T, K, hd).
         v: (T, K, hd).
-        rectangles: of the documents.
-        dropout: of the attention probabilities.
+        rectangles: of the same documents.
+        dropout: probability of dropping an attention weight.
 
     Returns:
         (T, H, hd).
@@ -239,9 +239,9 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles, dropout
 
 
 def leave_out_of_compilation() -> None:
-    """Keep torch.compile from looking into `attend_rows`: it would make code for each pack's rectangles, for minutes.
+    """Keep torch.compile out of `attend_rows`: it would spend minutes on code for each pack's rectangles.
 
-    A call and not a decorator, which would load the compiler, and with it Triton, into every process.
+    Not a decorator, which would load the compiler, and with it Triton, into every process.
     """
     global attend_rows
     attend_rows = torch.compiler.disable(attend_rows)  # type: ignore[assignment]

@@ -1,12 +1,11 @@
-"""Ops written for a CPU's caches: what `auto` trains with where there is no GPU.
+"""Ops written for a CPU's caches: `auto` trains with them if there is no GPU.
 
-Purpose: the arithmetic of the references in fewer trips to memory. Autograd over a chain of plain operators keeps several
-    float32 copies of each activation and reads every one of them back; on two cores that was a quarter of a step.
-Principle: a function here goes over its rows in chunks that fit the cache, keeps what is needed to compute the rest again,
+Purpose: the references' arithmetic with less memory traffic. Autograd over a chain of plain operators keeps several float32
+    copies of each activation and reads all of them back; on two cores that was a quarter of a step.
+Principle: each function processes its rows in chunks that fit the cache, saves only what it needs to recompute the rest,
     and writes each gradient once, in its final place.
-Properties: forward rounds where the reference rounds; backward rounds once, at its end. Only
-    training comes here: without gradients, or while torch.compile traces, the reference itself runs. `embedding` alone is
-    here for its exactness, and always runs.
+Properties: forward rounds where the reference does; backward rounds once, at its end. For training only: without
+    gradients, or while torch.compile traces, the reference runs. `embedding` is here for exactness, and always runs.
 
 Shapes: T tokens, D hidden, F ffn, H query heads, K kv heads, hd head_dim, V vocab.
 """
@@ -27,8 +26,8 @@ from minimind_fast.ops.records import rms_norm as _rms_norm
 from minimind_fast.ops.records import rope as _rope
 from minimind_fast.ops.records import swiglu as _swiglu
 
-CHUNK = 2**18  # elements at a time: a megabyte of float32, the second-level cache of a server core
-PROMISE = 1e-5  # of the largest gradient: how far grad_weights may be off
+CHUNK = 2**18  # elements at a time: a megabyte of float32, a server core's L2 cache
+PROMISE = 1e-5  # tolerance of grad_weights, relative to the largest gradient
 HEAD_ROWS = 512  # rows of logits at a time; 128 were 1.25x slower, 2048 no faster
 
 
@@ -39,7 +38,7 @@ def _chunks(rows: int, width: int) -> Iterator[slice]:
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Whether the reference should run: nobody will ask for a gradient, or a compiler wants to see plain operators."""
+    """Whether the reference should run: no gradient is needed, or torch.compile is tracing."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return torch.compiler.is_compiling() or not wanted
 
@@ -53,9 +52,9 @@ def _norm_forward(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> tu
 
 
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., D) gradients of `_norm_forward`, -> (d_x, d_weight before its sum over rows), both wide."""
+    """Gradients of `_norm_forward`, (..., D) -> (d_x, d_weight before its sum over rows), both wide."""
     wide = accum_dtype(x.dtype)
-    normed = x.to(wide) * rstd  # never in place: float32 input is not copied by `to`
+    normed = x.to(wide) * rstd  # not in place: `to` does not copy float32 input
     grad = grad.to(wide)
     d_weight = grad * normed
     d_normed = grad * weight
@@ -79,10 +78,10 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of a table, whose gradient is summed in float32.
+    """Look up rows of a table, summing its gradient in float32.
 
-    PyTorch sums it on a CPU in the table's dtype. In bfloat16 a sum stops growing at 256 times its terms: of a token that
-    comes 1,000 times in a batch the gradient was off by 3%, of one that comes 8,000 times by half.
+    On a CPU PyTorch sums it in the table's dtype. In bfloat16 a sum stops growing at 256 times its terms: for a token that
+    occurs 1,000 times in a batch the gradient was off by 3%, for one that occurs 8,000 times by half.
 
     Args:
         ids: (...) int64.
@@ -192,7 +191,7 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.rope`; saves its input alone (and one number a head, where heads are normalised)."""
+    """As `reference.rope`; saves only its input (and one number a head, if heads are normalised)."""
     if _plain(qkv, q_weight, k_weight):
         return _rope.rope(qkv, cos, sin, positions, num_heads, num_kv_heads, q_weight, k_weight, eps)
     flat, index = qkv.reshape(-1, qkv.shape[-1]), positions.reshape(-1).long()
@@ -226,18 +225,18 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """As `reference.swiglu`; saves its input alone."""
+    """As `reference.swiglu`; saves only its input."""
     return _swiglu.swiglu(gate_up) if _plain(gate_up) else _SwiGLU.apply(gate_up)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Log-probabilities, and at once the gradients of their sum by grad_weights: the logits are made only once."""
+    """Log-probabilities, with the gradients of their weighted sum in the same pass: logits are computed only once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, grad_weights, temperature):
         wide = accum_dtype(hidden.dtype)
         logprobs = torch.empty_like(targets, dtype=wide)
-        d_logits = hidden.new_empty(hidden.shape[0], weight.shape[0])  # whole, so that each product rounds once
+        d_logits = hidden.new_empty(hidden.shape[0], weight.shape[0])  # not in chunks, so that each product rounds once
         for start in range(0, hidden.shape[0], HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
             counted = targets[rows] != IGNORE_INDEX
@@ -261,7 +260,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         given, promised = (torch.where(live, x, 0.0).double() for x in (grad, grad_weights))
         square = (promised * promised).sum()
         factor = float((given * promised).sum() / square) if square > 0 else 0.0
-        # A gradient of inf or nan breaks no promise: it gives nan, as anywhere else.
+        # An inf or nan gradient breaks no promise: the result is nan, as usual.
         kept = ((given - factor * promised).abs() <= PROMISE * given.abs().amax()).all()
         note_promise(~kept & given.isfinite().all())
         factor = factor if kept else float("nan")
@@ -276,7 +275,7 @@ def linear_cross_entropy(
     return_entropy: bool = False,
     grad_weights: Tensor | None = None,
 ):
-    """As `reference.linear_cross_entropy`; with grad_weights it holds one (T, V) tensor, not four, two of them float32."""
+    """As `reference.linear_cross_entropy`; with grad_weights it holds one (T, V) tensor, not four (two in float32)."""
     if grad_weights is None or return_entropy or _plain(hidden, weight) or not targets.numel():
         return _linear_cross_entropy.linear_cross_entropy(hidden, weight, targets, temperature, return_entropy)
     flat = hidden.reshape(-1, hidden.shape[-1])

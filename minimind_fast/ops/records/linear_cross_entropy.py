@@ -2,7 +2,7 @@
 
 Purpose: the record of the op: reference, work, cases, timing.
 Principle: logprob = z_target - logsumexp(z) with z = hidden W^T / temperature.
-Properties: bound by its matmuls. The reference stores whole logits; the kernel never does.
+Properties: compute-bound. The reference stores all logits; the kernel never does.
 
 Shapes: T tokens, D hidden, V vocab; `...` any leading shape.
 """
@@ -32,19 +32,19 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., D).
-        weight: (V, D) of the head.
+        weight: (V, D), the head.
         targets: (...) int64; IGNORE_INDEX where there is no loss.
         temperature: divides the logits.
         return_entropy: also return the entropy of the distribution.
-        grad_weights: (...) float32: a promise that the gradient will be one number times these, which lets the kernel
-            save a matmul; it changes no result, and nothing here. Unless that number is a power of two, the kernel's
-            d_hidden is rounded twice.
+        grad_weights: (...) float32: a promise that the gradient will be one number times these, which saves the kernel
+            a matmul and which the reference ignores. Unless that number is a power of two, the kernel rounds d_hidden
+            twice.
 
     Returns:
         logprobs (...) float32, 0 where ignored; with `return_entropy` also entropy (...) float32, 0 where ignored.
     """
     logits = (hidden @ weight.t()).to(accum_dtype(hidden.dtype))
-    if temperature != 1.0:  # spares a CPU a pass over the largest tensor of a step, forward and backward
+    if temperature != 1.0:  # on a CPU this saves a pass over a step's largest tensor, forward and backward
         logits = logits / temperature
     counted = targets != IGNORE_INDEX
     lse = logits.logsumexp(-1)
@@ -57,7 +57,7 @@ def linear_cross_entropy(
 
 
 def _work(c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Work:
-    """Forward: hidden, one matmul. Backward: hidden and its gradient, two matmuls."""
+    """Forward: hidden; one matmul. Backward: hidden and its gradient; two matmuls."""
     times = 2 if direction == "backward" else 1
     return Work(tokens * times * c.hidden_size * element_bytes, tokens * 2 * c.hidden_size * c.vocab_size * times)
 
@@ -115,7 +115,7 @@ OP = Op(
     timing=Timing(
         place=5,
         matmul=lambda c, tokens: (tokens, c.vocab_size, c.hidden_size),
-        no_backward="in training its gradients are made in the forward: see both; forward is that of evaluation",
+        no_backward="in training the forward computes the gradients: see both; forward is that of evaluation",
     ),
     page="kernel_linear_cross_entropy",
 )

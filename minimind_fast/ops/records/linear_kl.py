@@ -1,8 +1,8 @@
 """Linear KL divergence between a teacher's and a student's next-token distributions.
 
 Purpose: the record of the op: reference, work, cases, timing.
-Principle: sum_j p_j (log p_j - log q_j) with p and q the softmaxes of two heads' logits.
-Properties: bound by its matmuls. The reference stores both models' whole logits; the kernel never does.
+Principle: sum_j p_j (log p_j - log q_j) with p and q the softmax of each head's logits.
+Properties: compute-bound. The reference stores all logits of both models; the kernel never does.
 
 Shapes: T tokens, D the student's and D' the teacher's hidden size, V vocab; `...` any leading shape.
 """
@@ -19,7 +19,7 @@ from minimind_fast.ops.cases import Case, Draw
 from minimind_fast.ops.numbers import accum_dtype
 from minimind_fast.ops.registry import Op, Timing, Work
 
-TEACHER_HIDDEN = 768  # of the models' cases
+TEACHER_HIDDEN = 768  # D' in the models' cases
 
 
 def linear_kl(
@@ -39,7 +39,7 @@ def linear_kl(
         teacher_hidden: (..., D').
         teacher_weight: (V' >= V, D'); cut to the student's V rows before the softmax. No gradient reaches the teacher.
         mask: (...) bool; the result is 0 where it is False.
-        temperature: divides both logits; there is no T^2 factor here.
+        temperature: divides both logits; no T^2 factor is applied.
         reverse: KL(student || teacher) instead of KL(teacher || student).
 
     Returns:
@@ -66,7 +66,7 @@ def linear_kl(
 
 
 def _work(c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Work:
-    """Forward: both hidden states, a matmul each. Backward: the student's and its gradient, two matmuls."""
+    """Forward: both hidden states; a matmul each. Backward: the student's and its gradient; two matmuls."""
     d, v = c.hidden_size, c.vocab_size
     if direction == "backward":
         return Work(tokens * 2 * d * element_bytes, tokens * 4 * d * v)

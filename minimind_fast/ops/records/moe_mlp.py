@@ -1,8 +1,8 @@
-"""The experts of a mixture: each token through the SwiGLU MLPs of its experts, summed by their weights.
+"""The experts of a mixture: each token through its experts' SwiGLU MLPs, summed by the routing weights.
 
 Purpose: the record of the op: reference, work, cases, timing.
-Principle: slots sorted by expert, one split, one matmul an expert, rows brought back and summed.
-Properties: bound by its matmuls. The reference reads the experts' loads on the host; the kernel does not.
+Principle: slots sorted by expert, one split, one MLP an expert, rows scattered back and summed.
+Properties: compute-bound. The reference reads the experts' loads on the host; the kernel does not.
 
 Shapes: T tokens, D hidden, F ffn, E experts.
 """
@@ -21,15 +21,15 @@ from minimind_fast.ops.records.swiglu import swiglu
 from minimind_fast.ops.registry import Op, Timing, Work
 from minimind_fast.ops.routing import Routing
 
-PLAN = ("experts", "counts", "order", "inverse")  # as moe_route lays it out: always contiguous
+PLAN = ("experts", "counts", "order", "inverse")  # moe_route's output, always contiguous
 
 
 def moe_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Each token through the SwiGLU MLPs of its experts, summed by their weights.
+    """Each token through its experts' SwiGLU MLPs, summed by the routing weights.
 
     Args:
         x: (T, D).
-        routing: of `moe_route`.
+        routing: the result of `moe_route`.
         gate_up: (E, 2F, D) stacked expert weights, gate first.
         down: (E, D, F).
 
@@ -45,7 +45,7 @@ def moe_mlp(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tenso
 
 
 def _work(c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Work:
-    """Forward: x and y, three matmuls a chosen expert. Backward: x, dy and dx, six of them."""
+    """Forward: x and y; three matmuls a chosen expert. Backward: x, dy and dx; six."""
     assert c.moe_intermediate_size and c.num_experts_per_tok
     values, times = (3, 2) if direction == "backward" else (2, 1)
     flops = 6 * c.hidden_size * c.moe_intermediate_size * c.num_experts_per_tok * times
@@ -53,7 +53,7 @@ def _work(c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Wo
 
 
 def _arguments(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The op takes one Routing; of it the experts read weights and plan only."""
+    """Build the Routing that the op takes, of which the experts read only weights and plan."""
     rest = {key: value for key, value in tensors.items() if key not in (*PLAN, "weights")}
     plan, weights = {key: tensors[key] for key in PLAN}, tensors["weights"]
     return {**rest, "routing": Routing(weights=weights, **plan, aux_loss=weights.sum(), scores=weights)}

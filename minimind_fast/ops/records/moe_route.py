@@ -1,8 +1,8 @@
-"""The router of a mixture of experts: scores, the best experts, the plan of the dispatch, the balancing loss.
+"""The router of a mixture of experts: scores, the best experts, the dispatch plan, the balancing loss.
 
 Purpose: the record of the op: reference, work, cases, timing.
-Principle: softmax over the experts, the top_k of it, a stable sort of the slots by expert.
-Properties: near ties between experts are decided by rounding, not by right and wrong: cases hold no such tokens.
+Principle: softmax over the experts, its top_k, a stable sort of the slots by expert.
+Properties: rounding decides near ties between experts, so cases contain none.
 
 Shapes: T tokens, D hidden, E experts.
 """
@@ -30,17 +30,17 @@ def moe_route(
     cu_seqlens: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Routing:
-    """Score the experts for each token, choose the best, and plan the dispatch.
+    """Score the experts for each token, choose the best ones and plan the dispatch.
 
     Args:
         x: (T, D).
         gate_weight: (E, D).
         top_k: experts a token.
         normalize: divide the chosen scores by their sum. With top_k = 1 the weight is then 1 and the router learns
-            nothing from the language-model loss (MiniMind's own behaviour; `normalize=False` is the mended form).
-        cu_seqlens: (documents + 1,) int32: the aux loss is the mean over documents (MiniMind2); None: over the whole
-            batch (MiniMind3).
-        valid: (T,) bool; False for padding, which counts neither in the aux loss nor in its averages.
+            nothing from the language-model loss (as in MiniMind; `normalize=False` fixes it).
+        cu_seqlens: (documents + 1,) int32: the aux loss is a mean over documents (MiniMind2); None: one over the batch
+            (MiniMind3).
+        valid: (T,) bool; False for padding, which the aux loss and its averages leave out.
 
     Returns:
         Routing; `weights`, `aux_loss` and `scores` carry gradients.
@@ -49,7 +49,7 @@ def moe_route(
     """
     num_experts = gate_weight.shape[0]
     scores = F.linear(x, gate_weight).to(accum_dtype(x.dtype)).softmax(-1)
-    # A stable sort rather than topk, which leaves open who wins a tie: here it is the lower expert.
+    # A stable sort, because topk leaves ties undefined: here the lower expert wins.
     weights, experts = (x[:, :top_k] for x in scores.sort(dim=-1, descending=True, stable=True))
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -99,7 +99,7 @@ def _case(
     def tensors(draw: Draw) -> dict[str, Any]:
         gate = draw.normal(experts, hidden, scale=3 * hidden**-0.5)
         x = draw.normal(tokens, hidden)
-        if tokens and type(x) is Tensor:  # not where the compiler looks at shapes only
+        if tokens and type(x) is Tensor:  # not for tensors without data
             x = _without_near_ties(x, gate, top_k)
         cu = None
         if documents:
@@ -112,7 +112,7 @@ def _case(
 
 
 def _without_near_ties(x: Tensor, gate: Tensor, top_k: int) -> Tensor:
-    """Put a clear token in the place of each whose order of experts hangs on rounding."""
+    """Replace each token whose order of experts depends on rounding by a clear one."""
     logits = (x.double() @ gate.double().t()).sort(-1, descending=True).values
     gap = (logits[:, :-1] - logits[:, 1:])[:, :top_k]
     clear = gap.min(-1).values > 0.1 if gap.numel() else x.new_ones(x.shape[0], dtype=torch.bool)

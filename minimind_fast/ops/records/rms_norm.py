@@ -1,8 +1,8 @@
-"""RMSNorm, alone or of a sum with the residual stream.
+"""RMSNorm, alone or after adding to the residual stream.
 
 Purpose: the record of the op: reference, work, cases, timing.
 Principle: y = x / sqrt(mean(x^2) + eps) * weight, in float32.
-Properties: bound by memory; the fused form reads x and the residual and writes y and their sum.
+Properties: memory-bound; the fused form reads x and the residual and writes y and their sum.
 
 Shapes: T tokens, D hidden; `...` any leading shape.
 """
@@ -27,8 +27,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         x: (..., D) input.
         weight: (D,) scale.
         eps: added to the mean square.
-        residual: (..., D) residual stream; the sum is rounded to x's dtype, as an eager addition would be.
-        cast_first: round the normalised value to x's dtype before it meets the weight (MiniMind2); else after (MiniMind3).
+        residual: (..., D) residual stream; the sum is rounded to x's dtype, as in eager.
+        cast_first: round to x's dtype before multiplying by the weight (MiniMind2); else after (MiniMind3).
 
     Returns:
         y (..., D) in x's dtype, or (y, h) with h = x + residual.

@@ -1,8 +1,8 @@
-"""RoPE on the fused QKV projection, with the norms of q and k where the model has them.
+"""RoPE on the fused QKV projection, with the norms of q and k if the model has them.
 
 Purpose: the record of the op: reference, work, cases, timing.
 Principle: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the two halves of a head, by the token's position.
-Properties: bound by memory; v is a view of the projection.
+Properties: memory-bound; v is a view of the projection.
 
 Shapes: T tokens, H query heads, K kv heads, hd head_dim; `...` any leading shape.
 """
@@ -20,7 +20,7 @@ from minimind_fast.ops.records.rms_norm import rms_norm
 from minimind_fast.ops.registry import Op, Timing, Work
 from minimind_fast.ops.rotary import rope_tables
 
-POSITIONS = 2048  # of the cases' tables
+POSITIONS = 2048  # rows of the cases' tables
 
 
 def rope(
@@ -34,23 +34,21 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused QKV projection, normalise q and k where the model does, and rotate them by their positions.
+    """Split a fused QKV projection, normalise q and k if the model does, and rotate them by their positions.
 
     Args:
         qkv: (..., (H + 2K) * hd), in the order q, k, v.
-        cos: (max_positions, hd // 2) float32 table.
-        sin: (max_positions, hd // 2) float32 table.
+        cos, sin: (max_positions, hd // 2) float32 tables.
         positions: (...) int32 or int64, index into the tables.
-        num_heads: H.
-        num_kv_heads: K.
+        num_heads, num_kv_heads: H and K.
         q_weight: (hd,) weight of the RMSNorm over each q head, or None.
         k_weight: (hd,) the same for k.
-        eps: of those norms.
+        eps: added to the mean square of those norms.
 
     Returns:
         q (..., H, hd), k (..., K, hd), v (..., K, hd) in qkv's dtype.
 
-    Source: Su et al., RoFormer, 2021; the half form (not interleaved), as Llama and MiniMind use it.
+    Source: Su et al., RoFormer, 2021; the half form (not interleaved), as in Llama and MiniMind.
     """
     head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))
@@ -70,7 +68,7 @@ def _rotate(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
 
 
 def _work(c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Work:
-    """Forward: q and k read and written. Backward: their gradients, with norms also q and k, and v's gradient copied."""
+    """Forward: read and write q and k. Backward: their gradients (with norms also q and k), and a copy of v's gradient."""
     assert c.head_dim is not None
     qk, kv = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim, c.num_key_value_heads * c.head_dim
     values = (3 if c.qk_norm else 2) * qk + 2 * kv if direction == "backward" else 2 * qk
@@ -100,7 +98,7 @@ def _case(name: str, tokens: int, config: ModelConfig, scale: float = 1.0) -> Ca
 
 
 def _odd(name: str, tokens: int, heads: int, kv_heads: int, head_dim: int, norm: bool, scale: float = 1.0, **more: Any):
-    """A case of heads that no model of ours has."""
+    """A case with a head layout that no preset has."""
     shape = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, qk_norm=norm)
     return _case(name, tokens, ModelConfig(**{**shape, "rms_norm_eps": 1e-6, **more}), scale)
 

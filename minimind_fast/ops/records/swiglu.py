@@ -2,7 +2,7 @@
 
 Purpose: the record of the op: reference, work, cases, timing.
 Principle: silu(gate) * up.
-Properties: bound by memory; forward reads 2F values a token and writes F.
+Properties: memory-bound; forward reads 2F values a token and writes F.
 
 Shapes: T tokens, F ffn; `...` any leading shape.
 """
@@ -48,7 +48,7 @@ def _case(name: str, shape: tuple[int, ...], scale: float = 1.0, only: tuple[str
 
 
 def _model_case(c: ModelConfig, tokens: int) -> Case | None:
-    """A mixture's own SwiGLU is inside moe_mlp; the op runs in its shared expert, if it has one."""
+    """In a mixture only the shared experts call the op, if any; the routed ones run inside moe_mlp."""
     return _case("", (tokens, 2 * _width(c))) if not c.use_moe or c.num_shared_experts else None
 
 
