@@ -418,7 +418,7 @@ def _pack(lengths: np.ndarray, names: np.ndarray, capacity: int, max_items: int)
                     break
                 length = fitting.bit_length() - 1
             same_length = waiting[length]
-            piece = same_length.popleft()  # the oldest of its length; without a gap, the head itself
+            piece = same_length.popleft()  # the oldest of its length; when filling in order, the head itself
             if not same_length:
                 present ^= 1 << length
             taken[piece] = 1
