@@ -115,7 +115,6 @@ def save_pretrained(
     Everything is checked before anything is written. An existing model folder is replaced as a whole.
 
     Args:
-        model: any MiniMind; adapters must be merged first.
         path: a folder, or a file for "pth".
         format: "minimind" (folder with config.json and safetensors), "pth" (MiniMind's own file), or a Hugging Face
             folder: "llama", "qwen3" or "qwen3_moe" (with generation_config.json).
