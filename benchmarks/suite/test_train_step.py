@@ -45,9 +45,9 @@ def test_training(case: tuple[str], suite: Suite, benchmark: Any, rung: train_st
     rung.take(WARM)
     taken: list[dict[str, float]] = []
     benchmark.group = f"training {PRESET} T={TOKENS}, loader and engine included"
-    benchmark.pedantic(lambda: taken.append(rung.take(1)), rounds=STEPS)  # the host's clock: a step ends with its loss
+    benchmark.pedantic(lambda: taken.append(rung.take(1)), rounds=STEPS)  # host clock: a step ends when its loss is read
     if not taken[-1]["loss"] < first:
         pytest.fail(f"no time without a right answer: the loss went from {first:.3f} to {taken[-1]['loss']:.3f}")
-    # For as many useful tokens in every loop.
+    # Scaled to equal useful tokens in every loop.
     seconds = [TOKENS / step["rate"] for step in taken] if benchmark.stats is not None else []
     suite.host_row(benchmark, name, seconds, TOKENS, kind="training", op="training", preset=PRESET, tokens=TOKENS)

@@ -238,9 +238,7 @@ class Batcher:
         jobs = self._running[first:]
         tokens = pick(jobs, logits)
         scores, events = _scores(jobs, logits, tokens), []
-        for row in reversed(
-            range(len(jobs))
-        ):  # backwards: the last row, which replaces a leaving one, is already handled
+        for row in reversed(range(len(jobs))):  # backwards: a leaving row is replaced by one already handled
             job, token = jobs[row], tokens[row]
             job.last, job.count = token, job.count + 1
             stopped = token in job.stop_ids
