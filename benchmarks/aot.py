@@ -278,9 +278,9 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 def resident_warps(row: dict[str, Any]) -> int:
-    """Warps that one multiprocessor of an H100 or H200 can hold at once: by registers, shared memory, 64 at most."""
+    """Resident warps per multiprocessor of an H100 or H200: limited by registers and shared memory, at most 64."""
     warps = row["num_warps"]
-    registers = -(-row["registers"] * 32 // 256) * 256 * warps  # allocated in units of 256 a warp
+    registers = -(-row["registers"] * 32 // 256) * 256 * warps  # allocated in units of 256 per warp
     blocks = min(64 // warps, 32, 65536 // max(registers, 1), (228 << 10) // (row["shared_bytes"] + 1024))
     return blocks * warps
 

@@ -65,11 +65,11 @@ def proof_table(found: dict[str, Any]) -> str:
 
 
 def draw_proof(found: dict[str, Any], file: Path) -> None:
-    """Every comparison as a point: eager's error to the right, the kernel's upwards, the rule as a line.
+    """Plot every comparison as a point: eager's error on x, the kernel's on y, the rule as a line.
 
     Args:
         found: as for `proof_table`.
-        file: to write.
+        file: image to write.
     """
     import matplotlib
 

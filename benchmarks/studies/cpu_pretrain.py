@@ -43,7 +43,7 @@ ATTENTION = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data")  # operator
 
 
 class BaselineProcess:
-    """The baseline in a process of its own, asked for one thing at a time."""
+    """The baseline in its own process, which answers one request at a time."""
 
     def __init__(self, args: argparse.Namespace, model: Any, accumulation: int) -> None:
         weights = Path(tempfile.mkdtemp()) / "start"

@@ -47,10 +47,10 @@ from minimind_fast.training.log import Window
 from minimind_fast.training.run import Stage
 from minimind_fast.training.trainer import Trainer
 
-PLAIN = "ZeRO 1 plain"  # with what DeepSpeed does by itself, where `engine` has it do otherwise
+PLAIN = "ZeRO 1 plain"  # DeepSpeed's defaults where `engine` overrides them
 LOOPS = ("bare", "ZeRO 0", "ZeRO 1", PLAIN, "ZeRO 2", "ZeRO 3")
-# Losses may differ from the bare loop's by this after all steps, in nats a token: stages sum in different orders, and in
-# bf16 some of them round gradients that others sum in float32.
+# Tolerance of the final loss against the bare loop's, in nats per token: stages sum in different orders, and in bf16 some
+# of them round gradients that others sum in float32.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 

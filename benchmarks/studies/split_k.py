@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_ROWS = 512  # of a piece: below, its partial costs more than its product
+MIN_ROWS = 512  # per piece: with fewer, its partial costs more than its product
 MAX_PIECES = 32
-SUM_BLOCK = 1024  # elements of dW that a program of the second pass adds up
+SUM_BLOCK = 1024  # elements of dW per program of the second pass
 
 
 def pieces(T: int, N: int, K: int, multiprocessors: int, block_n: int = 128, block_k: int = 256) -> int:

@@ -57,17 +57,17 @@ class Rung:
     name: str
     aside: str = ""  # key of the rung to compare with, if not the one before; such a rung is not part of the ladder
     eager: bool = False
-    joined: bool = False  # documents fill the eager loop's rows
+    joined: bool = False  # fill the eager loop's rows with documents
     compiled: bool = False
     dtype: str = field(default_factory=lambda: precision.choose("auto"))
     kernels: str = "auto"
     attention: str = "auto"
     fused_adam: bool = True
     micro_batches: int = 1
-    own_attention: bool = True  # by matmuls (CPU)
-    kept_memory: bool = True  # freed blocks stay with the process (CPU)
+    own_attention: bool = True  # our attention by matmuls (CPU)
+    kept_memory: bool = True  # keep freed blocks in the process (CPU)
     zero_stage: int = -1
-    graphs: bool = False  # forward and backward replayed
+    graphs: bool = False  # replay forward and backward
     threads: int = 0
 
 

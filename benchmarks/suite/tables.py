@@ -64,9 +64,9 @@ def read(files: list[Path]) -> dict[str, Any]:
                 rows[key] = {"group": row["group"], "extra_info": row["extra_info"]}
     for (group, _), row in rows.items():
         info = row["extra_info"]
-        for other in OTHERS:  # the suite notes some itself, when theirs is measured first
+        for other in OTHERS:  # the suite records some itself, when theirs is measured first
             theirs = [r["extra_info"]["median_s"] for (g, n), r in rows.items() if g == group and n.split()[0] == other]
-            if theirs:  # the better of a peer's forms
+            if theirs:  # the better of a peer's variants
                 info.setdefault(f"times_{other}", min(theirs) / info["median_s"])
     order = {kind: i for i, kind in enumerate(ORDER)}
     found = sorted(rows.values(), key=lambda r: order[r["extra_info"]["kind"]])  # stable: groups as they ran

@@ -49,10 +49,10 @@ def _moe_rows(suite: Suite) -> list[tuple[Any, ...]]:
         for load in (loads if suite.on_gpu or suite.everything else loads[:1])
         for direction in ("both", "forward")
         for name in ("eager", "dense", "ours", *moe_peers.NAMES)
-        if name != "dense" or load == "balanced"  # it has no routing
+        if name != "dense" or load == "balanced"  # dense has no routing
     ]
     if not suite.everything:
-        # Peers' forwards, and a compilation for every shape, are for --shapes all.
+        # Peers' forwards and a compilation per shape are for --shapes all.
         rows = [r for r in rows if r[4] == "both" or r[3] in ("eager", "dense", "ours")]
         rows = [r for r in rows if r[3] != last or r[2] == "balanced"]
     return sorted(rows, key=lambda r: (r[3] == last, r[4] == "forward"))  # stable
