@@ -1,4 +1,4 @@
-"""What measures: `suite/` (pytest), `studies/` (a program a question), `peers/` (what others do), `report.py`, `results/`.
+"""Benchmarks: `suite/` (pytest), `studies/` (one program per question), `peers/` (other implementations), `results/`.
 
-May import anything of the package; only tests import it. From the repository's root: `python -m benchmarks.report`.
+May import anything in the package; only tests import it. Run from the repository's root: `python -m benchmarks.report`.
 """

@@ -1,16 +1,16 @@
-"""Compile every kernel for GPUs that are not there, exactly as its launcher would, and read what the compiler made.
+"""Compile every kernel ahead of time for GPUs that are not here, exactly as its launcher would.
 
-Purpose:    proof without a card that each kernel compiles for each architecture at each preset's shapes, spills no
+Purpose:    shows without a card that each kernel compiles for each architecture at each preset's shapes, spills no
             registers, fits in shared memory and uses tensor cores; and a table of the resources.
 Principle:  the op runs forward and backward on fake tensors (shapes without data). Its launchers reach Triton's
-            `JITFunction.run`, which records the call: arguments, constexprs, options. The record is then compiled for
-            the target as Triton itself would compile it, specialisation of integers and alignment included. So the
-            table cannot drift from the launchers. Registers and stack from cuobjdump, spill bytes from ptxas, shared
-            memory from Triton's metadata; AMD's from the assembly.
-Properties: launch parameters that depend on the card (multiprocessors, shared memory) see the target's numbers.
-            Bytes are those of all tensors that a launch is given, whole and once each: at most what the kernel moves,
-            save for what it reads twice from L2. The floor counts each input and output of the op once, or its matmul
-            FLOPs. One process a target. Compilations are kept in Triton's own cache, so a second run takes seconds.
+            `JITFunction.run`, which records the call: arguments, constexprs, options. The recorded call is then compiled
+            for the target as Triton itself would, including specialisation of integers and alignment, so the table
+            cannot drift from the launchers. Registers and stack come from cuobjdump, spill bytes from ptxas, shared
+            memory from Triton's metadata; AMD's resources from the assembly.
+Properties: launch parameters that depend on the card (multiprocessors, shared memory) use the target's numbers. Bytes
+            count every tensor passed to a launch in full and once: an upper bound on a kernel's traffic, except for
+            repeated reads from L2. The floor counts each input and output of the op once, or its matmul FLOPs. One
+            process per target. Triton caches compilations, so a second run takes seconds.
 
 usage: python -m benchmarks.aot [--targets sm_90,gfx942] [--presets minimind3] [--ops rope] [--out benchmarks/results]
 """
@@ -32,7 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # the compiler is what is asked here, and Triton decides at its import
+os.environ.pop("TRITON_INTERPRET", None)  # we need the compiler, and Triton chooses at import
 
 import torch
 import triton
@@ -60,7 +60,7 @@ class Target:
     backend: str
     arch: int | str
     warp_size: int
-    shared_limit_bytes: int  # that one block may have
+    shared_limit_bytes: int  # per block
     multiprocessors: int
 
 
@@ -77,13 +77,13 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 304),  # MI300X
     )
 }
-# For float16 and dense models only: a mixture's dots spill there, so that `ops` takes the reference.
+# For float16 and dense models only: MoE dots spill there, so `ops` uses the reference.
 ON_REQUEST = ("sm_75",)
 
 
 @dataclass
 class Launch:
-    """One kernel launch of an op's forward or backward, as its launcher made it."""
+    """One kernel launch of an op's forward or backward, as made by its launcher."""
 
     op: str
     preset: str
@@ -96,7 +96,7 @@ class Launch:
 
 
 class _Pointer:
-    """Stands for a tensor argument: a dtype, and the alignment that the launcher's view has."""
+    """Stands in for a tensor argument: a dtype and the alignment of the launcher's view."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.dtype = tensor.dtype
@@ -111,7 +111,7 @@ class _Pointer:
 
 
 class _NoDevice(SimpleNamespace):
-    """Stands for Triton's driver: only the target is asked for."""
+    """Stands in for Triton's driver: only the target is queried."""
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -125,7 +125,7 @@ class _NoDevice(SimpleNamespace):
 
 @contextlib.contextmanager
 def _no_card(target: Target):
-    """Let launchers run on fake tensors as if this card were there, each launch going to the list that is yielded."""
+    """Let launchers run on fake tensors as if on this card; launches are appended to the yielded list."""
     launches: list[tuple[JITFunction, tuple, dict, Any]] = []
 
     def run(self, *args, grid, warmup, **options):
@@ -140,7 +140,7 @@ def _no_card(target: Target):
         warp_size=target.warp_size,
         total_memory=80 << 30,
     )
-    # The fake tensors are the CPU's, because PyTorch without CUDA has no autograd for others; they say otherwise.
+    # Fake tensors that claim to be on a GPU but live on the CPU: without CUDA, PyTorch has autograd only there.
     patches = [
         (JITFunction, "run", run),
         (FakeTensor, "is_cuda", True),
@@ -160,7 +160,7 @@ def _no_card(target: Target):
 
 
 def _let_fakes_run_the_launchers(op: str) -> None:
-    """Give each custom op of a kernel file its real body as the implementation for fake tensors."""
+    """Register each custom op's real body as its implementation for fake tensors."""
     module = sys.modules[ops.kernel(op).__module__]
     for value in vars(module).values():
         if isinstance(value, torch.library.CustomOpDef):
@@ -172,8 +172,8 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
 
     Args:
         case: an op as a model calls it.
-        preset: named in the rows.
-        dtype: of the inputs.
+        preset: name for the rows.
+        dtype: dtype of the inputs.
         target: the card that the launchers see.
 
     Returns:
@@ -206,30 +206,18 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:
-    """Compile a recorded launch for a target.
-
-    Args:
-        launch: of `record`.
-        target: what to compile for.
-
-    Returns:
-        Triton's compiled kernel.
-    """
+    """Compile a recorded launch for a target and return Triton's compiled kernel."""
     driver: Any = _NoDevice(target=GPUTarget(target.backend, target.arch, target.warp_size))
     triton.runtime.driver.set_active(driver)
     return launch.kernel.run(*launch.args, grid=None, warmup=True, **launch.options)
 
 
 def resources(compiled: Any, target: Target) -> dict[str, Any]:
-    """What the compiler used.
-
-    Args:
-        compiled: of `compile_launch`.
-        target: what it was compiled for.
+    """Resources of a kernel from `compile_launch`.
 
     Returns:
-        registers (a thread's), spill_bytes (a thread's stores and loads), shared_bytes (a block's), num_warps, and mma:
-        the tensor-core instruction, "" if there is none, None where the kernel has no dot.
+        registers (per thread), spill_bytes (stores and loads per thread), shared_bytes (per block), num_warps, and mma:
+        the tensor-core instruction, "" if there is none, None if the kernel has no dot.
     """
     out: dict[str, Any] = {"shared_bytes": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
     has_dot = re.search(r"\btt\.dot", compiled.asm["ttir"]) is not None
@@ -256,7 +244,7 @@ def resources(compiled: Any, target: Target) -> dict[str, Any]:
             raise RuntimeError(f"cuobjdump gave no resource usage: {usage[-300:]}")
         out["registers"], stack = int(found[1]), int(found[2])
         out["spill_bytes"] = 0
-        if stack:  # nothing is spilled without a stack
+        if stack:  # no stack, no spills
             (Path(folder) / "kernel.ptx").write_text(compiled.asm["ptx"])
             new = isinstance(target.arch, int) and target.arch >= 100
             arch = f"sm_{target.arch}" + ("a" if isinstance(target.arch, int) and target.arch >= 90 else "")
@@ -276,14 +264,7 @@ def _tool(name: str, *args: str) -> str:
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row of the table.
-
-    Args:
-        row: of `compile_target`.
-
-    Returns:
-        One sentence each; empty if all is well. On AMD the resources are for information.
-    """
+    """Problems of a row from `compile_target`, one sentence each; AMD's resources are for information only."""
     if "error" in row:
         return [row["error"]]
     target, out = TARGETS[row["target"]], []
@@ -297,9 +278,9 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 def resident_warps(row: dict[str, Any]) -> int:
-    """Warps that one multiprocessor of an H100 or H200 can hold at once: by registers, shared memory, 64 at most."""
+    """Resident warps per multiprocessor of an H100 or H200: limited by registers and shared memory, at most 64."""
     warps = row["num_warps"]
-    registers = -(-row["registers"] * 32 // 256) * 256 * warps  # allocated in units of 256 a warp
+    registers = -(-row["registers"] * 32 // 256) * 256 * warps  # allocated in units of 256 per warp
     blocks = min(64 // warps, 32, 65536 // max(registers, 1), (228 << 10) // (row["shared_bytes"] + 1024))
     return blocks * warps
 
@@ -309,12 +290,12 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
 
     Args:
         name: key of TARGETS.
-        presets: models.
-        names: ops.
+        presets: models whose shapes are compiled.
+        names: ops to compile.
         dtype: "bfloat16", "float16" or "float32".
 
     Returns:
-        One row a compiled kernel, its launches summed.
+        One row per compiled kernel, with its launches summed.
     """
     target, rows, known = TARGETS[name], [], {}
     row: dict[str, Any]
@@ -325,13 +306,13 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
             same = {"op": op, "preset": preset, "target": name, "dtype": dtype}
             try:
                 launches = [] if case is None else record(case, preset, getattr(torch, dtype), target)
-            except Exception as error:  # a row of the table, and a failure of the run
+            except Exception as error:  # becomes a row of the table and fails the run
                 fault = f"the launcher raised {type(error).__name__}: {str(error)[:300]}"
                 row = {**same, "direction": "", "kernel": op, "error": fault}
                 row.update(launches=0, bytes_moved=0, seconds=0.0)
                 rows.append({**row, "problems": problems(row)})
                 continue
-            of_case: dict[Any, dict[str, Any]] = {}  # launches of one compiled kernel, such as chunks, are one row
+            of_case: dict[Any, dict[str, Any]] = {}  # launches of the same compiled kernel, such as chunks, share a row
             for launch in launches:
                 row = {**same, "direction": launch.direction, "kernel": launch.kernel.fn.__name__}
                 started, key = time.perf_counter(), None
@@ -355,13 +336,10 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
 
 
 def ops_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sum the launches of each op, model and direction on an H200, beside the floor.
+    """Sum the launches of each op, preset and direction, and give the floor.
 
     Args:
-        rows: of `compile_target` for sm_90.
-
-    Returns:
-        One row an op, preset and direction.
+        rows: from `compile_target` for sm_90.
     """
     sums: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in rows:
@@ -382,7 +360,7 @@ def ops_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "floor_bytes": least,
                 "floor_us": round(max(least / COPY_BYTES_PER_S, flops / MATMUL_FLOP_PER_S) * 1e6, 1),
                 "matmul_gflop": round(flops / 1e9, 1),
-                # Says nothing where the floor is the matmul's.
+                # Meaningless where the matmul sets the floor.
                 "bytes_share_of_floor": None
                 if flops or not total["bytes_moved"]
                 else round(least / total["bytes_moved"], 3),
@@ -489,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         folder = Path(args.out)
         for row in rows:
-            del row["seconds"]  # so that the same kernels give the same rows
+            del row["seconds"]  # the same kernels must give the same rows
         facts = {
             "triton": triton.__version__,
             "tokens": TOKENS,

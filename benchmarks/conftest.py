@@ -1,4 +1,4 @@
-"""The suite's options, its head, and what its tests are given."""
+"""The suite's options, report header and fixtures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SUITE] = suite
     liger_ops.tune_all = suite.everything
     given = {argument.split("=")[0] for argument in map(str, config.invocation_params.args)}
-    # pytest-benchmark's defaults are a second a row, which is too long for a first look, and twelve columns.
+    # pytest-benchmark's defaults are one second per row, too long for a first look, and twelve columns.
     wanted = {"--benchmark-columns": ["median", "iqr", "rounds"]}
     if not suite.on_gpu:
         wanted.update({"--benchmark-max-time": "0.2", "--benchmark-min-rounds": 3})  # type: ignore[dict-item]
@@ -55,7 +55,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test module's ROWS: a function of the suite that gives one tuple of parameters a row, eager first."""
+    """Parametrize tests by their module's ROWS: a function of the suite that returns one tuple per row, eager first."""
     if "case" in metafunc.fixturenames:
         cases = metafunc.module.ROWS[metafunc.function.__name__](metafunc.config.stash[SUITE])
         metafunc.parametrize("case", cases, ids=["-".join(str(x) for x in case) for case in cases])
@@ -82,7 +82,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
-    """Keep why a row has no time, for the report."""
+    """Record why a row has no time, for the report."""
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")

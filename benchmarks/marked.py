@@ -1,8 +1,8 @@
 """Committed results in the marked sections of READMEs and docs: `python -m benchmarks.report pages`.
 
-Purpose: no number in a README or in docs/ is typed by hand.
-Principle: between `<!-- results:NAME -->` and `<!-- /results -->` stands benchmarks/results/NAME.md without its
-    head; for aot_OP two tables made from kernels_aot.json.
+Purpose: no measured number in a README or in docs/ is typed by hand.
+Principle: `<!-- results:NAME -->` ... `<!-- /results -->` is filled with benchmarks/results/NAME.md without its head; for
+    aot_OP with two tables made from kernels_aot.json.
 Properties: a test fails when a section and its file differ.
 """
 
@@ -18,13 +18,10 @@ SECTION = re.compile(r"<!-- results:(\w+) -->\n(.*?)<!-- /results -->", re.DOTAL
 
 
 def compiled(op: str) -> str:
-    """What Triton's compiler made of an op's kernels, and the bytes that its launches are given.
-
-    Args:
-        op: its name.
+    """Compiler resources of an op's kernels, and the bytes of its launches.
 
     Returns:
-        Markdown: a row a kernel and a column a GPU, the worst over the models; then a row a model and pass.
+        Markdown: a row per kernel and a column per GPU, the worst over the models; then a row per model and pass.
     """
     found = json.loads((RESULTS / "kernels_aot.json").read_text(encoding="utf-8"))
     targets = [target["name"] for target in found["targets"]]
@@ -53,11 +50,7 @@ def compiled(op: str) -> str:
 
 
 def refreshed(text: str) -> str:
-    """The text with every marked section taken from its file.
-
-    Args:
-        text: of a README or of a page of docs/.
-    """
+    """Replace every marked section in a page's text by its file."""
 
     def section(found: re.Match[str]) -> str:
         op = found[1].removeprefix("aot_")
@@ -68,6 +61,6 @@ def refreshed(text: str) -> str:
 
 
 def refresh() -> None:
-    """Write every page anew."""
+    """Rewrite every page."""
     for file in PAGES:
         file.write_text(refreshed(file.read_text(encoding="utf-8")), encoding="utf-8")

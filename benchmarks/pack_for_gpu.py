@@ -1,14 +1,14 @@
-"""Everything that must travel to a bare, offline GPU machine beside the repository: wheels and a corpus of real text.
+"""Pack what a bare, offline GPU machine needs beside the repository: wheels and a corpus of real text.
 
     python -m benchmarks.pack_for_gpu --data_path pretrain.jsonl --val_data_path val.jsonl --sft_data_path sft.jsonl \
         --tokenizer_path FOLDER
 
-Purpose: one command before any GPU minute. It fills benchmarks/wheels (by wheels.sh) and benchmarks/corpus, which git
-    ignores; carry both, and `benchmarks/gpu.sh` finds them.
-Principle: the text travels as JSONL and is tokenised there, by the code that is to be tested, in seconds; a token cache
-    beside it would double the size. What is larger than --max_mb is thinned evenly, whole lines, the same ones each time.
-Properties: each file is tokenised here first, so that a bad line is told before it travels; corpus.json says rows, tokens,
-    bytes and hashes.
+Purpose: one command before using GPU time. It fills benchmarks/wheels (by wheels.sh) and benchmarks/corpus, both ignored by
+    git; copy both, and `benchmarks/gpu.sh` finds them.
+Principle: text is copied as JSONL and tokenised there in seconds, by the code under test; a token cache would double the
+    size. Text beyond --max_mb is thinned evenly by whole lines, deterministically.
+Properties: each file is tokenised here first, so bad lines show before the copy; corpus.json holds rows, tokens, bytes and
+    hashes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 class Corpus(NamedTuple):
-    """Where the text is, whether it travelled or ships with the package."""
+    """Paths of the text, packed or shipped with the package."""
 
     pretrain: Path
     val: Path
@@ -44,14 +44,14 @@ class Corpus(NamedTuple):
 
 
 def find_corpus(folder: Path, dry_run: bool = False) -> Corpus:
-    """The packed corpus; the shipped samples in a dry run without one.
+    """The packed corpus; in a dry run without one, the shipped samples.
 
     Args:
-        folder: of `pack`.
-        dry_run: numbers will mean nothing.
+        folder: written by `pack`.
+        dry_run: allow the samples.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: there is no corpus.
     """
     corpus = Corpus(folder / "pretrain.jsonl", folder / "val.jsonl", folder / "sft.jsonl", folder / "tokenizer")
     missing = [path.name for path in corpus if not path.exists()]
@@ -66,12 +66,12 @@ def find_corpus(folder: Path, dry_run: bool = False) -> Corpus:
 
 
 def thin(sources: list[str], target: Path, max_bytes: int) -> dict[str, Any]:
-    """Copy JSONL lines, at even distances if all of them are too large.
+    """Copy JSONL lines, evenly spaced ones if all are too large.
 
     Args:
-        sources: JSONL files, taken one after another.
+        sources: JSONL files, read in order.
         target: file to write.
-        max_bytes: of the file, at most.
+        max_bytes: size limit of the target.
 
     Returns:
         rows, of_rows, bytes, sha256.
@@ -97,14 +97,11 @@ def thin(sources: list[str], target: Path, max_bytes: int) -> dict[str, Any]:
 def pack(args: argparse.Namespace) -> dict[str, Any]:
     """Write the corpus folder.
 
-    Args:
-        args: of the command line.
-
     Returns:
-        What corpus.json holds.
+        The content of corpus.json.
 
     Raises:
-        ValueError: a file or a line that cannot be used, or small files that leave no room for the pretraining text.
+        ValueError: an unusable file or line, or no room left for the pretraining text.
     """
     tokenizer = Tokenizer.load(args.tokenizer_path)
     aside = args.out.with_name(f"{args.out.name}.tmp")
@@ -132,7 +129,7 @@ def pack(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def size_mb(folder: Path) -> float:
-    """MB of all files in a folder."""
+    """Total size of a folder's files in MB."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 

@@ -1,8 +1,8 @@
-"""What a result says of itself: when it was made, at which commit, on which processor, by which command.
+"""The head of a result: date, commit, processor and command.
 
-Purpose: a number without these cannot be repeated or doubted. Every benchmark writes its files with `write`.
-Principle: `made` stands first in the JSON and is the first line of the Markdown; READMEs and docs show the rest (`body`).
-Properties: an absolute path of a command is cut to its last part: a result names no machine's folders.
+Purpose: makes numbers reproducible. Every benchmark writes its files with `write`.
+Principle: `made` is the first key of the JSON and the first line of the Markdown; READMEs and docs show the rest (`body`).
+Properties: absolute paths in the command are cut to their last part, so a result names no machine's folders.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEAD = re.compile(r"\*Made .*\*\n\n")
 
 
 def processor() -> str:
-    """The processor's name as the system tells it, its family, and its instructions for bf16."""
+    """The processor's name as reported by the system, its family, and its bf16 instructions."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     facts = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
@@ -72,28 +72,20 @@ def made() -> dict[str, Any]:
 
 
 def line(head: dict[str, Any]) -> str:
-    """The head as the first lines of a Markdown file.
-
-    Args:
-        head: of `made`.
-    """
+    """A head from `made` as the first lines of a Markdown file."""
     return f"*Made {head['date']}, commit {head['commit']}, {head['processor']}: `{head['command']}`*\n\n"
 
 
 def body(text: str) -> str:
-    """A result's Markdown without its head.
-
-    Args:
-        text: of the file.
-    """
+    """A result's Markdown without its head."""
     return HEAD.sub("", text, count=1) if HEAD.match(text) else text
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a further process of a benchmark, which so finds this checkout's modules from any folder.
+    """Environment for a child process, which finds this checkout's modules from any folder.
 
     Args:
-        more: variables to set.
+        more: more variables to set.
     """
     found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(found)} | more
@@ -103,10 +95,10 @@ def write(stem: Path, result: dict[str, Any], text: str, head: dict[str, Any] | 
     """Write STEM.json and STEM.md, both with their head.
 
     Args:
-        stem: the path without a suffix; its folder is made.
-        result: for the JSON.
-        text: for the Markdown.
-        head: of `made`; made now if None.
+        stem: path without a suffix; its folder is created.
+        result: content of the JSON.
+        text: content of the Markdown.
+        head: from `made`; created now if None.
     """
     head = head or made()
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The one tool from what was measured to what is shown: `python -m benchmarks.report MAKER [options]`.
+"""Turn measurements into tables and charts: `python -m benchmarks.report MAKER [options]`.
 
-Purpose: tables and pictures in benchmarks/results, and from there in the marked sections of READMEs and docs.
-Principle: a maker is a function in MAKERS, named after what it shows; `suite`'s tables are in `suite/tables.py`. After
-    each of them the pages are written anew, if it wrote to the committed results.
-Properties: nothing is measured and nothing typed here: every number is read from a run's own files.
+Purpose: tables and charts in benchmarks/results, and from there in the marked sections of READMEs and docs.
+Principle: each maker is a function in MAKERS, named after what it shows; `suite`'s tables are in `suite/tables.py`. A maker
+    that writes to the committed results also refreshes the pages.
+Properties: nothing is measured or typed here: every number is read from a run's own files.
 """
 
 from __future__ import annotations
@@ -34,17 +34,13 @@ def suite(args: argparse.Namespace) -> None:
 
 
 def comparisons(row: dict[str, Any]) -> list[tuple[float, float]]:
-    """(eager's error, the kernel's error) of each output and gradient of a row that holds floating-point numbers."""
+    """(eager's error, the kernel's error) of each floating-point output and gradient in a row."""
     pairs = [(r["eager_norm_error"], r["norm_error"]) for r in row["results"].values()]
     return [pair for pair in pairs if max(pair) > 0]
 
 
 def proof_table(found: dict[str, Any]) -> str:
-    """What `verify` found as Markdown: a line for each op and dtype.
-
-    Args:
-        found: what `minimind-fast verify --json` wrote.
-    """
+    """The output of `minimind-fast verify --json` as Markdown: a line for each op and dtype."""
     from minimind_fast.proof.rule import FLOAT32_NOISE, NORM_FACTOR
 
     rows = found["rows"]
@@ -69,11 +65,11 @@ def proof_table(found: dict[str, Any]) -> str:
 
 
 def draw_proof(found: dict[str, Any], file: Path) -> None:
-    """Every comparison as a point: eager's error to the right, the kernel's upwards, the rule as a line.
+    """Plot every comparison as a point: eager's error on x, the kernel's on y, the rule as a line.
 
     Args:
         found: as for `proof_table`.
-        file: to write.
+        file: image to write.
     """
     import matplotlib
 
@@ -84,7 +80,7 @@ def draw_proof(found: dict[str, Any], file: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(6, 5.5), layout="constrained")
     ops = list(dict.fromkeys(r["op"] for r in found["rows"]))
-    floor = 1e-9  # where both errors are 0 there is no point; one that is 0 stands on the edge
+    floor = 1e-9  # two zero errors draw no point; a single one is drawn at the edge
     for i, op in enumerate(ops):
         points = [pair for r in found["rows"] if r["op"] == op for pair in comparisons(r)]
         if points:
@@ -101,10 +97,10 @@ def draw_proof(found: dict[str, Any], file: Path) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """table and picture of `minimind-fast verify --json FILE`: no kernel is less exact than the PyTorch that it replaces"""
+    """table and chart of `minimind-fast verify --json FILE`: no kernel is less exact than the PyTorch that it replaces"""
     found = json.loads(args.file.read_text(encoding="utf-8"))
     head = found.get("made") or made()
-    # The head is written into the JSON too: `verify` knows no commit.
+    # Add the head to the JSON: `verify` does not know the commit.
     args.file.write_text(json.dumps({"made": head, **found}, indent=1) + "\n", encoding="utf-8")
     args.file.with_suffix(".md").write_text(line(head) + proof_table(found), encoding="utf-8")
     draw_proof(found, args.file.with_suffix(".png"))
@@ -115,7 +111,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def pipeline(args: argparse.Namespace) -> None:
-    """table and curves of `make pipeline`, from the logs that its runs left"""
+    """table and curves of `make pipeline`, from its runs' logs"""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,10 +150,10 @@ KEPT = ("Installing", "tiny:", "Validation loss", "Stopping", "The model continu
 
 
 def shorten(lines: Iterable[str]) -> list[str]:
-    """The lines worth showing of a run's whole output: none is changed, dots stand where some are left out.
+    """The lines of a run's output worth showing, unchanged, with dots for omitted ones.
 
     Args:
-        lines: without their ends.
+        lines: without line ends.
     """
     lines = list(lines)
     steps = [i for i, text in enumerate(lines) if re.match(r"step +\d+/", text)]
@@ -178,7 +174,7 @@ def minute(args: argparse.Namespace) -> None:
     """what a newcomer sees: `make pretrain 2>&1 | python -m benchmarks.report minute`"""
     lines = []
     for text in sys.stdin:
-        print(text, end="", flush=True)  # passed on while it comes
+        print(text, end="", flush=True)  # pass it on as it arrives
         lines.append(text.rstrip("\n"))
     head = {**made(), "command": "make pretrain"}
     where = f"{len(os.sched_getaffinity(0))} threads of {processor()}"
@@ -193,14 +189,14 @@ def pages(args: argparse.Namespace) -> None:
     """the marked sections of READMEs and docs, and nothing else"""
 
 
-# name -> what it does, as its function's docstring says it
+# name -> function; its docstring is the help text
 MAKERS: dict[str, Callable[[argparse.Namespace], None]] = {
     maker.__name__: maker for maker in (suite, verify, pipeline, minute, pages)
 }
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options of this program."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
     makers = parser.add_subparsers(dest="maker", required=True, metavar="MAKER")
     add = {
@@ -223,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; the process's own if None.
 
     Returns:
-        0, or 2 if a file cannot be used.
+        0, or 2 if a file is unusable.
     """
     args = parse(argv)
     try:

@@ -1,10 +1,10 @@
-"""How long something takes on the device, and what the device can do at best.
+"""Timing on the device, and the device's measured limits.
 
-Purpose:    samples of a call's time, roofs of the same run, sets of inputs that no cache can hold.
-Principle:  on a GPU the calls for all input sets are recorded in one CUDA graph and replayed, a device event between
-            replays and no wait of the host, so that launches cost nothing; the same calls without a graph tell what they
-            cost. Input sets together are larger than three L2 caches. On a CPU pytest-benchmark's own clock is used.
-Properties: random data, never zeros; roofs are a 1 GiB copy, a memset and an 8192^3 matmul, and any matmul of given shape.
+Purpose:    samples of a call's time, roofs of the same run, input sets that exceed the caches.
+Principle:  on a GPU the calls for all input sets are captured in one CUDA graph and replayed, with device events between
+            replays and no host synchronisation, so launches are free; the same calls without a graph show their cost.
+            The input sets exceed three L2 caches together. On a CPU pytest-benchmark's own clock is used.
+Properties: random data, never zeros; roofs are a 1 GiB copy, a memset and an 8192^3 matmul, or a matmul of any shape.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Call = Callable[[], Any]
 
 
 class Playback:
-    """A clock for pytest-benchmark that gives back samples which were taken on the device."""
+    """A clock for pytest-benchmark that plays back samples taken on the device."""
 
     def __init__(self) -> None:
         self._samples: Iterator[float] = iter(())
         self._running = False
 
     def load(self, samples: Sequence[float]) -> None:
-        """Play these seconds, one a round."""
+        """Play back these seconds, one per round."""
         self._samples, self._running = iter(samples), False
 
     def __call__(self) -> float:
@@ -37,22 +37,18 @@ class Playback:
 
 
 def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """(median, p20, p80).
-
-    Args:
-        samples: at least one.
-    """
+    """(median, p20, p80) of at least one sample."""
     values = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
     median, low, high = values.tolist()
     return median, low, high
 
 
 def num_sets(size: int, on_gpu: bool) -> int:
-    """Input sets that together are larger than three L2 caches.
+    """Number of input sets that together exceed three L2 caches.
 
     Args:
         size: bytes of one set.
-        on_gpu: else 1, as a CPU's times are of toy sizes.
+        on_gpu: False gives 1: CPU timings use toy sizes.
     """
     if not on_gpu:
         return 1
@@ -61,7 +57,7 @@ def num_sets(size: int, on_gpu: bool) -> int:
 
 
 def _between_events(run: Call, calls: int, replays: int = REPLAYS) -> list[float]:
-    """Seconds a call of each run; the host stays ahead, so that only the device's time is between the events."""
+    """Seconds per call in each run; the host stays ahead, so only device time lies between the events."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     for _ in range(WARM_UPS):
         run()
@@ -77,19 +73,19 @@ def device_samples(calls: Sequence[Call], capture: bool = True) -> tuple[list[fl
     """Time calls that do the same work on different inputs, on a GPU.
 
     Args:
-        calls: one for each input set.
-        capture: False for what waits for the host, which no graph can hold.
+        calls: one per input set.
+        capture: False for calls that synchronise with the host, which a graph cannot capture.
 
     Returns:
-        (seconds of a call, one for each replay; median seconds with launches, the host waiting for each round of calls;
-        how the samples were taken).
+        (seconds per call for each replay; median seconds with launches and a host wait after each round of calls; how the
+        samples were taken).
     """
 
     def plain() -> None:
         for call in calls:
             call()
 
-    side = torch.cuda.Stream() if capture else torch.cuda.current_stream()  # capture wants a stream of its own
+    side = torch.cuda.Stream() if capture else torch.cuda.current_stream()  # capture needs a side stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
@@ -114,11 +110,11 @@ def device_samples(calls: Sequence[Call], capture: bool = True) -> tuple[list[fl
 
 
 def host_samples(call: Call, rounds: int = 5) -> list[float]:
-    """Seconds of a call by the host's clock, for the roofs of a CPU.
+    """Seconds per call by the host's clock, for a CPU's roofs.
 
     Args:
-        call: what to time.
-        rounds: after one to warm up.
+        call: the call to time.
+        rounds: number of samples, after one warm-up.
     """
     call()
     samples = []
@@ -134,24 +130,18 @@ def _median(call: Call, on_gpu: bool) -> float:
 
 
 def matmul_flop_per_s(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> float:
-    """Rate of one matmul of this shape: cuBLAS's on a GPU.
-
-    Args:
-        m, n, k: its sizes.
-        dtype: of its operands.
-        device: "cuda" or "cpu".
-    """
+    """Rate of one (m, k) x (k, n) matmul, by cuBLAS on a GPU."""
     x, y = (torch.randn(a, b, device=device).to(dtype) for a, b in ((m, k), (k, n)))
     out = torch.empty(m, n, device=device, dtype=dtype)
     return 2 * m * n * k / _median(lambda: torch.mm(x, y, out=out), device == "cuda")
 
 
 def roofs(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """What this device can do: copy and fill rates, and the rate of a large matmul.
+    """Measure the device's copy and fill rates and its rate for a large matmul.
 
     Args:
-        device: "cuda" or "cpu" (there smaller, but beyond its caches).
-        dtype: of the matmul.
+        device: "cuda" or "cpu" (smaller sizes, but beyond the caches).
+        dtype: dtype of the matmul.
 
     Returns:
         copy_bytes_per_s (read plus written), memset_bytes_per_s, matmul_flop_per_s.

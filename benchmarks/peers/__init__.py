@@ -1,1 +1,1 @@
-"""What we are measured against: MiniMind's eager loop, Liger's kernels, other people's mixtures of experts."""
+"""What we compare with: MiniMind's eager loop, Liger's kernels, other MoE implementations."""

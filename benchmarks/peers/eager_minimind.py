@@ -2,10 +2,10 @@
 
 Purpose: a faithful stand-in for upstream's dense model and training loop, written for this benchmark.
 Principle: separate q, k, v, gate and up projections, keys and values repeated for the query heads, RMSNorm and RoPE as
-    chains of elementwise operators, whole logits, cross-entropy over padded rows, unfused AdamW.
-Properties: it loads the same weights as our model (`from_ours`), so that both start from the same point; nothing in it is
-    slowed down on purpose: attention is PyTorch's causal SDPA, data is tokenised beforehand as ours is. Its operators
-    are as many as MiniMind's (a test counts them).
+    chains of elementwise operators, full logits, cross-entropy over padded rows, unfused AdamW.
+Properties: it loads our model's weights (`from_ours`), so both start from the same point. Nothing is slowed down on
+    purpose: attention is PyTorch's causal SDPA, and data is tokenised beforehand, as ours is. It has as many operators as
+    MiniMind (a test counts them).
 
 Source: the behaviour of MiniMind (jingyaogong/minimind, Apache-2.0), restated.
 """
@@ -60,7 +60,7 @@ class EagerAttention(nn.Module):
         self.k_norm = Norm(self.hd, c.rms_norm_eps, c.norm_cast_first) if c.qk_norm else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> q (B, T, H, hd), k and v (B, T, K, hd), normalised where the model does, before their rotation."""
+        """(B, T, D) -> q (B, T, H, hd), k and v (B, T, K, hd), with q/k norm if the model has it, before RoPE."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.heads, self.hd)
         k = self.k_proj(x).view(b, t, self.kv, self.hd)
@@ -125,11 +125,7 @@ class EagerMiniMind(nn.Module):
 
     @classmethod
     def from_ours(cls, model: MiniMind) -> EagerMiniMind:
-        """The same weights under MiniMind's own names.
-
-        Args:
-            model: dense.
-        """
+        """Copy a dense model's weights under MiniMind's names."""
         eager = cls(model.config)
         eager.load_state_dict({n: t.float() for n, t in to_disk_names(model.state_dict(), model.config).items()})
         return eager
@@ -149,13 +145,7 @@ class EagerMiniMind(nn.Module):
 
 
 def loss(model: EagerMiniMind, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the targets that are not padding, of whole logits in float32.
-
-    Args:
-        model: the baseline.
-        input_ids: (B, T).
-        targets: (B, T), -100 on padding.
-    """
+    """Mean cross-entropy from full float32 logits; input_ids and targets (B, T), -100 on padding."""
     logits = model(input_ids).float()
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten(), ignore_index=-100)
 
@@ -165,10 +155,10 @@ class EagerTraining:
 
     Args:
         model: on its device; may be compiled.
-        batches: rows; begun anew when it is over.
-        accumulation: micro-batches of an optimizer step.
-        total_steps: of the schedule.
-        lr: its peak.
+        batches: padded rows; restarted when exhausted.
+        accumulation: micro-batches per optimizer step.
+        total_steps: length of the schedule.
+        lr: peak learning rate.
     """
 
     def __init__(
@@ -181,7 +171,7 @@ class EagerTraining:
     ) -> None:
         self.model, self.accumulation, self.total = model, accumulation, total_steps
         self.device = model.cos.device
-        fused = None if self.device.type == "cuda" else False  # as PyTorch chooses by itself on a GPU
+        fused = None if self.device.type == "cuda" else False  # on a GPU, PyTorch's default
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, foreach=fused, fused=False)
         self.batches = itertools.chain.from_iterable(itertools.repeat(batches))
         self.config, self.step = TrainConfig(learning_rate=lr), 0

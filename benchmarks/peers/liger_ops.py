@@ -1,13 +1,12 @@
-"""Liger-Kernel's ops behind the signatures of ours, and a MiniMind that runs on them.
+"""Liger-Kernel's ops with our signatures, and a MiniMind that runs on them.
 
-Purpose:    the peer that most users have at hand, as they would use it: each op beside ours, and the eager baseline with
-            Liger's RMSNorm, RoPE, SwiGLU and fused linear cross-entropy in the place of PyTorch's operators.
+Purpose:    the peer that most users have at hand: each op beside ours, and the eager baseline with Liger's RMSNorm, RoPE,
+            SwiGLU and fused linear cross-entropy instead of PyTorch's operators.
 Principle:  Liger's autograd functions are called as its own modules call them; nothing of it is installed or copied here.
-Properties: the rotation's tables are laid out once for a batch, as its models do, outside of what is timed. Its norms
-            want q and k contiguous, so that our fused projection costs them a copy; in the model they are separate. Its
-            cross-entropy sums dW in float32, as it recommends; in bfloat16 it would not pass the check. Its grouped
-            matmuls are tuned at the first call: over all configurations with --shapes all, which takes minutes, else over
-            `FEW` of them.
+Properties: RoPE tables are laid out once per batch, as its models do, outside the timed region. Its norms need contiguous q
+            and k, which costs a copy with our fused projection; in the model they are separate. Its cross-entropy sums dW
+            in float32, as it recommends; bfloat16 would not pass the check. Its grouped matmuls are autotuned at the
+            first call: over all configurations with --shapes all, which takes minutes, else over `FEW`.
 
 Source: liger-kernel 0.8 (linkedin/Liger-Kernel, BSD-2-Clause), its public functions.
 """
@@ -28,9 +27,9 @@ from benchmarks.peers.eager_minimind import EagerAttention, EagerMiniMind, Eager
 from minimind_fast.config import IGNORE_INDEX, ModelConfig
 from minimind_fast.ops.routing import Routing
 
-tune_all = False  # the suite's choice
-# Of the mixture's autotuned kernels, a part of the name -> the configurations that are tried: its own fixed choice (that
-# of LIGER_FUSED_MOE_AUTOTUNE=0) and those beside it that suit a Hopper card.
+tune_all = False  # set by the suite
+# Part of an autotuned MoE kernel's name -> configurations to try: Liger's fixed choice (LIGER_FUSED_MOE_AUTOTUNE=0) and
+# similar ones that suit a Hopper card.
 FEW: dict[str, list[dict[str, int]]] = {
     "dW": [
         {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8},
@@ -67,7 +66,7 @@ def _rms_norm() -> Callable:
     return rms_norm
 
 
-_tables: Any = WeakTensorKeyDictionary()  # positions -> their rows of the tables, in Liger's layout
+_tables: Any = WeakTensorKeyDictionary()  # positions -> their table rows in Liger's layout
 
 
 def _rope() -> Callable:
@@ -78,7 +77,7 @@ def _rope() -> Callable:
         heads = qkv.view(1, -1, num_heads + 2 * num_kv_heads, hd)
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
         if q_weight is not None:
-            # Not in place: the gradient that it would overwrite is the benchmark's own.
+            # Not in place: it would overwrite the benchmark's gradient.
             q, k = (norm(t, w, eps, 0.0, _mode(False), False) for t, w in ((q, q_weight), (k, k_weight)))
         if positions not in _tables:
             _tables[positions] = [torch.cat([t[positions.long()]] * 2, -1).unsqueeze(0) for t in (cos, sin)]
@@ -99,23 +98,12 @@ _NONE = {
 
 
 def op(name: str) -> Callable | str:
-    """An op of ours by Liger, or why there is none.
-
-    Args:
-        name: of ops.NAMES.
-
-    Returns:
-        A function with the op's signature, or a reason.
-    """
+    """Liger's version of one of ops.NAMES, with our signature, or the reason why there is none."""
     return or_reason(_OPS[name]) if name in _OPS else _NONE.get(name, "Liger has no such op")
 
 
 def or_reason(make: Callable[[], Any]) -> Any:
-    """What `make` gives, or the reason why it could not be imported.
-
-    Args:
-        make: one of this file's, without arguments.
-    """
+    """Call one of this file's makers; on an import failure return the reason."""
     try:
         return make()
     except (ImportError, AttributeError) as error:
@@ -124,11 +112,11 @@ def or_reason(make: Callable[[], Any]) -> Any:
 
 @cache
 def experts() -> Callable[[Tensor, Routing, Tensor, Tensor], Tensor]:
-    """Its fused mixture, which makes its own plan from the chosen experts and waits for one number.
+    """Liger's fused MoE, which plans from the chosen experts itself and waits for one number.
 
     Raises:
         ImportError: not installed.
-        AttributeError: installed, and different.
+        AttributeError: an incompatible version.
     """
     fused = _function("fused_moe", "LigerFusedMoEFunction")
     if not tune_all:
@@ -137,11 +125,7 @@ def experts() -> Callable[[Tensor, Routing, Tensor, Tensor], Tensor]:
 
 
 def tune_over_few(module: Any) -> None:
-    """Keep of each autotuned kernel the configurations that FEW names.
-
-    Args:
-        module: Liger's, with the kernels.
-    """
+    """Restrict the autotuned kernels of a Liger module to the configurations in FEW."""
     for name, kernel in vars(module).items():
         if not hasattr(kernel, "configs"):
             continue
@@ -155,11 +139,11 @@ def tune_over_few(module: Any) -> None:
 
 
 def mean_loss() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Its fused linear cross-entropy: (hidden (T, D), weight (V, D), targets (T,)) -> the mean loss.
+    """Liger's fused linear cross-entropy: (hidden (T, D), weight (V, D), targets (T,)) -> the mean loss.
 
     Raises:
         ImportError: not installed.
-        AttributeError: installed, and different.
+        AttributeError: an incompatible version.
     """
     fused = _function("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     how = (None, None, IGNORE_INDEX, 0.0, 0.0, "mean", None, False, torch.float32)
@@ -207,6 +191,6 @@ class LigerMiniMind(EagerMiniMind):
             module.__class__ = swapped.get(type(module), type(module))
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of (B, T) tokens without logits in memory."""
+        """Mean cross-entropy of (B, T) tokens, without storing logits."""
         hidden = self.hidden(input_ids)
         return self.mean_loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())

@@ -1,10 +1,10 @@
-"""Other people's mixtures of experts behind the signature of our `moe_mlp`.
+"""Other MoE implementations with the signature of our `moe_mlp`.
 
 Purpose:    the experts' MLP as a loop, on `torch._grouped_mm`, and by Liger, ScatterMoE, SonicMoE and MegaBlocks where
-            they are installed and can run, so that each is held to the same check and the same clock as ours.
-Principle:  a peer is given our routing and our stacked weights; what it needs beyond them is made in the call. Its matmuls
-            are its own; the elementwise SwiGLU between them is its own where it has one, else PyTorch's.
-Properties: nothing is installed or copied here. `find` gives a function or the reason why there is none.
+            installed and runnable, all with the same check and the same clock as ours.
+Principle:  a peer gets our routing and our stacked weights and makes anything else inside the call. The matmuls are its
+            own; the SwiGLU between them too where it has one, else PyTorch's.
+Properties: nothing is installed or copied here. `find` returns a function or the reason why there is none.
 
 Shapes: T tokens, D hidden, F ffn, E experts, S = T * top_k slots; gate_up (E, 2F, D), gate first; down (E, D, F).
 """
@@ -23,20 +23,12 @@ from benchmarks.peers import liger_ops
 from minimind_fast.ops.routing import Routing
 
 Experts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
-# In the order of their rows: what everybody has, then what must be installed. A compilation comes last.
+# In row order: built-in ones, then those to install; the slow compilation comes last.
 NAMES = ("loop", "grouped_mm", "liger", "scattermoe", "sonicmoe", "megablocks", "grouped_mm compiled")
 
 
 def loop(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """MiniMind's own: for each expert a mask over the slots, which the host waits for.
-
-    Args:
-        x: (T, D).
-        routing: of `moe_route`.
-        gate_up, down: the experts.
-
-    Returns:
-        (T, D).
+    """MiniMind's loop: a mask over the slots for each expert, with a host wait each; (T, D) -> (T, D).
 
     Source: the behaviour of MiniMind (jingyaogong/minimind, Apache-2.0), restated.
     """
@@ -52,15 +44,7 @@ def loop(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def grouped_mm(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """PyTorch's grouped matmul over gathered rows, and PyTorch's operators around it; the host waits for nothing.
-
-    Args:
-        x: (T, D) bfloat16, float16 or float32.
-        routing: of `moe_route`.
-        gate_up, down: the experts.
-
-    Returns:
-        (T, D).
+    """PyTorch's grouped matmul over gathered rows, and PyTorch's operators around it, without host waits.
 
     Source: torch.nn.functional.grouped_mm's documentation: offsets are the ends of the groups, int32.
     """
@@ -81,7 +65,7 @@ def _scattermoe() -> Experts:
         plan = (routing.experts.flatten().long()[order], order, routing.counts.cumsum(0))
         top_k = routing.experts.shape[1]
         gate, up = linear(x, gate_up.transpose(1, 2), top_k, *plan, grouped_out=True).chunk(2, -1)
-        gates = routing.weights.to(x.dtype).contiguous()  # read as if they were
+        gates = routing.weights.to(x.dtype).contiguous()  # ScatterMoE assumes it
         return linear(F.silu(gate) * up, down.transpose(1, 2), 1, *plan, gates=gates, grouped_in=True)
 
     return experts
@@ -93,7 +77,7 @@ def _sonicmoe() -> Experts:
 
     def experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
         count, wide, hidden = gate_up.shape
-        # It wants gate and up rows in turn, and experts last: a copy of the weights, 1 to 2% of a layer's bytes.
+        # It wants gate and up rows interleaved and experts last: a copy of the weights, 1 to 2% of a layer's bytes.
         w1 = gate_up.view(count, 2, wide // 2, hidden).transpose(1, 2).reshape(count, wide, hidden).permute(1, 2, 0)
         top_k = routing.experts.shape[1]
         tokens = torch.arange(x.shape[0], device=x.device, dtype=torch.int32).repeat_interleave(top_k)
@@ -122,7 +106,7 @@ def _megablocks() -> Experts:
     return experts
 
 
-# name -> (how to get it, where it is from, compute capabilities by major number that it is for; none: any)
+# name -> (loader, source, supported compute capabilities by major number; none: any)
 _INSTALLED: dict[str, tuple[Callable[[], Experts], str, tuple[int, ...]]] = {
     "liger": (liger_ops.experts, "pip install liger-kernel", ()),
     "scattermoe": (_scattermoe, "github.com/shawntan/scattermoe", ()),
@@ -133,15 +117,7 @@ _INSTALLED: dict[str, tuple[Callable[[], Experts], str, tuple[int, ...]]] = {
 
 @cache
 def find(name: str, device: str) -> Experts | str:
-    """A peer's experts, or why there are none here.
-
-    Args:
-        name: one of NAMES.
-        device: "cuda" or "cpu".
-
-    Returns:
-        A function with `moe_mlp`'s signature, or a reason.
-    """
+    """A peer (one of NAMES) as a function with `moe_mlp`'s signature, or the reason why it cannot run here."""
     if name == "loop":
         return loop
     if name.startswith("grouped_mm"):

@@ -1,1 +1,1 @@
-"""Programs that answer one question each, and write one result: `python -m benchmarks.studies.cpu_pretrain --help`."""
+"""Programs that each answer one question and write one result: `python -m benchmarks.studies.cpu_pretrain --help`."""

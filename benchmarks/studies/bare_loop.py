@@ -1,10 +1,10 @@
-"""A training step with nothing around it: what DeepSpeed's engine has to be measured against.
+"""A bare training step: the baseline for measuring DeepSpeed's engine.
 
-Purpose: our model trained by a page of plain PyTorch, as fast as that goes.
-Principle: bf16 weights with float32 masters, or float32 alone; gradients summed in float32 in one flat buffer, on several
-    ranks reduced by one call; the norm clipped; AdamW fused. Learning rates and groups are the Trainer's.
-Properties: the arithmetic of an optimizer step is the engine's, so that losses must agree. Nothing is checked, saved or
-    logged, a step that is not finite is taken. Clocks around its parts are there on request.
+Purpose: trains our model with a page of plain PyTorch, as fast as possible.
+Principle: bf16 weights with float32 masters, or float32 alone; gradients are summed in float32 in one flat buffer, which
+    several ranks reduce in one call; norm clipping; fused AdamW. Learning rates and groups are the Trainer's.
+Properties: an optimizer step has the engine's arithmetic, so losses must agree. Nothing is checked, saved or logged; a step
+    that is not finite is taken. Its parts can be clocked.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from minimind_fast.training.engine import param_groups
 from minimind_fast.training.log import Window
 from minimind_fast.training.trainer import learning_rate
 
-DOCUMENT = 512  # positions of each packed document, or all of a shorter batch
+DOCUMENT = 512  # positions per packed document, or the whole batch if shorter
 
 
 PHASES = ("forward", "backward", "gradients", "norm, clip", "AdamW", "weights", "clearing", "rest")
 
 
 class Phases:
-    """Seconds by phase, each without what runs inside it; nothing at all until it is switched on."""
+    """Exclusive seconds by phase; off by default."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on = device, False
@@ -44,7 +44,7 @@ class Phases:
         self._since = 0.0
 
     def _turn(self) -> None:
-        """Give the time since the last change to the phase that was running."""
+        """Credit the time since the last change to the running phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -66,7 +66,7 @@ class Phases:
             self._stack.pop()
 
     def wrap(self, owner: Any, name: str, phase: str) -> None:
-        """Clock a function of an object or a module; one that it has not is passed by."""
+        """Clock a function of an object or module, if it exists."""
         function = getattr(owner, name, None)
         if function is None:
             return
@@ -80,7 +80,7 @@ class Phases:
 
 
 class FixedBatches:
-    """Micro-batches of one size, the same for every loop; ids are skewed, so that there is something to learn."""
+    """Micro-batches of one size, the same for every loop; ids are skewed so that there is something to learn."""
 
     def __init__(self, tokens: int, vocab_size: int, rank: int) -> None:
         self.tokens, self.vocab_size, self.rank, self.made = tokens, vocab_size, rank, 0
@@ -108,29 +108,29 @@ class FixedBatches:
 
 
 class BareLoop:
-    """A training step with nothing around it: what the engine has to be measured against.
+    """A bare training step, the baseline for the engine.
 
     Args:
         model: float32, on its device.
-        config: dtype, grad_clip, the optimizer's and the schedule's options.
-        phases: clocks.
+        config: dtype, grad_clip, and the optimizer's and schedule's options.
+        phases: clocks for the parts of a step.
     """
 
     def __init__(self, model: MiniMind, config: TrainConfig, phases: Phases) -> None:
         self.module, self.options, self.phases, self.step = model, config, phases, 0
-        self.config = model.config  # what a loss asks of an engine
+        self.config = model.config  # losses read it from an engine
         self.world_size = dist.get_world_size()
         groups = param_groups(model, config.weight_decay)
         self.weights: list[torch.Tensor] = [p for group in groups for p in group["params"]]
         self.masters: list[torch.Tensor] = self.weights
         if config.dtype == "bfloat16":
             self.masters = [torch.nn.Parameter(p.detach().clone()) for p in self.weights]
-            for p in self.weights:  # not the buffers: RoPE's tables stay float32
+            for p in self.weights:  # not the buffers: RoPE tables stay float32
                 p.data = p.data.bfloat16()
             of = dict(zip(self.weights, self.masters, strict=True))
             groups = [{**group, "params": [of[p] for p in group["params"]]} for group in groups]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-        # One buffer for all gradients, so that a single call reduces them: masters' gradients are views of it.
+        # One flat buffer, reduced in a single call; the masters' gradients are views of it.
         self.flat = torch.zeros(sum(p.numel() for p in self.masters), device=self.masters[0].device)
         parts = self.flat.split([p.numel() for p in self.masters])
         self.gradients = [part.view_as(p) for part, p in zip(parts, self.masters, strict=True)]
@@ -139,7 +139,7 @@ class BareLoop:
         return self.module(*args, **kwargs)
 
     def train_step(self, group: list[Batch], counted: float, window: Window, total_steps: int) -> None:
-        """As `Trainer.train_step`."""
+        """Like `Trainer.train_step`."""
         phases = self.phases
         lr = learning_rate(self.options, self.step, total_steps)
         for options in self.optimizer.param_groups:
@@ -168,7 +168,7 @@ class BareLoop:
         self.step += 1
 
     def _take_gradients(self, first: bool, last: bool) -> None:
-        """Sum a micro-batch's gradients in float32, and over the ranks after the last one."""
+        """Add a micro-batch's gradients in float32, and reduce over the ranks after the last one."""
         if self.masters is not self.weights:
             new = [p.grad for p in self.weights if p.grad is not None]
             if first:

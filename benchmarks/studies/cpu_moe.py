@@ -1,11 +1,11 @@
-"""A mixture of experts on a CPU against a dense model of the same active parameters, step by step in turns.
+"""MoE on a CPU against a dense model with the same active parameters, in alternating steps.
 
     python -m benchmarks.studies.cpu_moe --data_path pretrain.jsonl --tokenizer_path FOLDER
 
-Purpose: what routing and dispatch cost beside the arithmetic that both models do.
-Principle: the dense model is minimind2-moe with its mixture replaced by one MLP as wide as the experts that a token meets
-    (two routed and one shared). Both train on the same packs through the real Trainer and its DeepSpeed engine.
-Properties: medians over turns in which the two alternate. Writes benchmarks/results/cpu_moe.json and .md.
+Purpose: the cost of routing and dispatch on top of the arithmetic that both models share.
+Principle: the dense model is minimind2-moe with its experts replaced by one MLP as wide as a token's active experts (two
+    routed and one shared). Both train on the same packs through the real Trainer and its DeepSpeed engine.
+Properties: medians over alternating turns. Writes benchmarks/results/cpu_moe.json and .md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROWS, LENGTH = 8, 512
 
 
 def active_twin(moe: ModelConfig) -> ModelConfig:
-    """The dense model in which a token meets as many parameters, but for the router's."""
+    """The dense model with the same active parameters, except the router's."""
     assert moe.moe_intermediate_size and moe.num_experts_per_tok and moe.num_shared_experts is not None
     met = moe.num_experts_per_tok + moe.num_shared_experts
     return ModelConfig.preset("minimind2-moe", use_moe=False, intermediate_size=met * moe.moe_intermediate_size)

@@ -1,13 +1,13 @@
-"""Pretraining on a CPU, ours against MiniMind's eager loop, side by side in one run.
+"""Pretraining on a CPU: ours against MiniMind's eager loop, side by side in one run.
 
     python -m benchmarks.studies.cpu_pretrain --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
 
-Purpose: useful tokens per second of both loops, the losses at equal useful tokens, and where our time goes.
-Principle: the same weights, documents, threads and learning rates. The baseline has a process of its own, with the
-    allocator as it comes; ours sets its own up. The two take turns, step by step, so that
-    whatever else the machine does meets both; the median of the turns counts. Useful tokens are positions with a target.
-Properties: the baseline is given tokenised data and pays for its padding alone; ours is the real Trainer with its DeepSpeed
-    engine and its loader. Writes benchmarks/results/cpu_pretrain.json and .md.
+Purpose: useful tokens per second of both loops, losses at equal useful tokens, and where our time goes.
+Principle: the same weights, documents, threads and learning rates. The baseline runs in its own process with the default
+    allocator; ours configures its own. Steps alternate, so other load hits both equally; medians count. Useful tokens are
+    positions with a target.
+Properties: the baseline gets tokenised data, so only its padding costs it; ours is the real Trainer with its DeepSpeed
+    engine and loader. Writes benchmarks/results/cpu_pretrain.json and .md.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 ROWS, LENGTH = 8, 512  # the baseline's micro-batch: rows of 512, batch 8
 LEARNING_RATE = 5e-4
-ATTENTION = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data")  # operators that attention alone uses
+ATTENTION = ("bmm", "baddbmm", "_softmax", "_softmax_backward_data")  # operators used only by attention
 
 
 class BaselineProcess:
-    """The baseline in a process of its own, asked for one thing at a time."""
+    """The baseline in its own process, which answers one request at a time."""
 
     def __init__(self, args: argparse.Namespace, model: Any, accumulation: int) -> None:
         weights = Path(tempfile.mkdtemp()) / "start"
@@ -77,7 +77,7 @@ class BaselineProcess:
 
 
 def answer_as_baseline(args: argparse.Namespace) -> None:
-    """What the baseline's process does: a step or a validation for each line it reads."""
+    """The baseline process: run a step or a validation for each line on standard input."""
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.load(args.tokenizer_path)
     caches = [
@@ -122,7 +122,7 @@ def validation_loss(call: Any, batches: Any) -> float:
 
 
 def profile(ours: Ours) -> dict[str, float]:
-    """Share of our step by kind of operator, of self CPU time."""
+    """Share of our step's self CPU time by kind of operator."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -176,7 +176,7 @@ def main() -> None:
     bf16, _ = peak_flops(device, torch.bfloat16)
     precision = "bf16" if config.dtype == "bfloat16" else "fp32"
 
-    # Equal useful tokens: the baseline's step is as many micro-batches of rows as carry what one of our packs does.
+    # Equal useful tokens: a baseline step has as many micro-batches of rows as match one of our packs.
     rows = PaddedBatches(cache, batch_size=ROWS, max_seq_len=LENGTH + 1)
     mean_useful = statistics.mean(b.num_targets for b, _ in zip(rows, range(50), strict=False))
     accumulation = max(1, round(our_tokens / mean_useful))

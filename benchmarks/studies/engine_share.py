@@ -1,14 +1,13 @@
-"""What DeepSpeed's engine costs of a training step: ZeRO 0 to 3 on one and two ranks against a bare loop.
+"""The cost of DeepSpeed's engine in a training step: ZeRO 0 to 3 on one and two ranks against a bare loop.
 
     python -m benchmarks.studies.engine_share [--preset PRESET] [--tokens N] [--accumulation 1 4] [--world 1 2]
 
-Purpose: the engine's milliseconds in an optimizer step, its share of the step, and where they go.
+Purpose: the engine's milliseconds in an optimizer step, their share of it, and where they go.
 Principle: the bare loop (bare_loop.py) has the same model, ops, batches, learning rates, clipping and fused AdamW; the other
-    side is the real Trainer. Each loop has processes of its own, one a rank, and all take single steps in turns, so that
-    whatever else the machine does meets them all. Where the time goes is asked afterwards, with clocks around the functions
-    of both.
-Properties: batches of one size, so that all do the same work; no time without agreement: losses and weights of each loop are
-    held to the bare loop's. Writes benchmarks/results/cpu_engine_share.json and .md, gpu_ on a GPU.
+    side is the real Trainer. Each loop has its own processes, one per rank, and all take single steps in turns, so other
+    load hits all equally. The breakdown is measured afterwards, with clocks around the functions of both.
+Properties: batches of one size, so all do the same work. A loop whose losses or weights differ from the bare loop's gets no
+    time. Writes benchmarks/results/cpu_engine_share.json and .md, gpu_ on a GPU.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ from minimind_fast.training.log import Window
 from minimind_fast.training.run import Stage
 from minimind_fast.training.trainer import Trainer
 
-PLAIN = "ZeRO 1 plain"  # with what DeepSpeed does by itself, where `engine` has it do otherwise
+PLAIN = "ZeRO 1 plain"  # DeepSpeed's defaults where `engine` overrides them
 LOOPS = ("bare", "ZeRO 0", "ZeRO 1", PLAIN, "ZeRO 2", "ZeRO 3")
-# Losses may differ from the bare loop's by this after all steps, in nats a token: stages sum in different orders, and in
-# bf16 some of them round gradients that others sum in float32.
+# Tolerance of the final loss against the bare loop's, in nats per token: stages sum in different orders, and in bf16 some
+# of them round gradients that others sum in float32.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-# phase -> whose functions it is made of: of the trainer, the engine, its optimizer (one class a stage), the module in which
-# that stands, what fetches and releases weights at stage 3, ... Time in a function counts for the innermost one named here.
+# phase -> owner -> functions: of the trainer, the engine, its optimizer (one class per stage) and that class's module, the
+# fetching and releasing of weights at stage 3, ... Time counts for the innermost function named here.
 CLOCKED: dict[str, dict[str, tuple[str, ...]]] = {
     "forward": {"trainer": ("loss",)},
     "backward": {"engine": ("backward",)},
@@ -68,7 +67,7 @@ CLOCKED: dict[str, dict[str, tuple[str, ...]]] = {
             *("flatten", "flatten_dense_tensors_aligned", "_prepare_sub_group"),
         ),
     },
-    "norm, clip": {  # and whether all is finite
+    "norm, clip": {  # and the check that all is finite
         "optimizer": ("check_overflow", "scaled_global_norm", "_get_norm_groups", "unscale_and_clip_grads"),
         "optimizer's module": (
             *("get_global_norm_of_tensors", "is_invalid_grad_norm", "clip_tensors_by_global_norm", "get_weight_norm"),
@@ -90,12 +89,7 @@ CLOCKED: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def clock_engine(trainer: Trainer, phases: Phases) -> None:
-    """Put clocks around what a step is made of.
-
-    Args:
-        trainer: with its engine.
-        phases: takes the times.
-    """
+    """Clock the parts of a trainer's step into `phases`."""
     engine = trainer.engine._ds
     optimizer = engine.optimizer
     offload = getattr(optimizer, "parameter_offload", None)
@@ -116,7 +110,7 @@ def clock_engine(trainer: Trainer, phases: Phases) -> None:
 
 
 def plain_config(ds: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's DeepSpeed config without what is changed in it for speed."""
+    """A run's DeepSpeed config without our changes for speed."""
     made = copy.deepcopy(dict(ds))
     del made["timers"], made["zero_optimization"]["reduce_bucket_size"]
     made.pop("communication_data_type", None)
@@ -126,7 +120,7 @@ def plain_config(ds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_model(preset: str) -> MiniMind:
-    """The weights that every loop and rank begins with."""
+    """The model that every loop and rank starts with."""
     torch.manual_seed(0)
     return MiniMind(ModelConfig.preset(preset, max_position_embeddings=4096))
 
@@ -136,7 +130,7 @@ class Loop:
 
     Args:
         args: preset, dtype, tokens, accumulation (one number), threads, total_steps.
-        name: of LOOPS.
+        name: one of LOOPS.
     """
 
     def __init__(self, args: Any, name: str) -> None:
@@ -168,13 +162,10 @@ class Loop:
                 vars(self.trainer.engine._ds.optimizer).pop("zero_grad", None)
 
     def take(self, steps: int) -> dict[str, Any]:
-        """Steps in a row.
-
-        Args:
-            steps: how many.
+        """Take steps in a row.
 
         Returns:
-            seconds of a step, and rank 0's mean loss of a token in the last.
+            seconds per step, and rank 0's mean loss per token in the last.
         """
         groups = [[next(self.batches) for _ in range(self.accumulation)] for _ in range(steps)]
         counted = sum(b.num_targets for b in groups[0])
@@ -192,7 +183,7 @@ class Loop:
         return {"seconds": seconds, "loss": (window.sums["loss"] / counted).item()}
 
     def take_clocked(self, steps: int) -> dict[str, Any]:
-        """Milliseconds of a step by phase; clocks cost something themselves, and a GPU waits at each. To be asked once."""
+        """Milliseconds per step by phase; clocks add overhead, and a GPU waits at each. Call it once."""
         if self.trainer is not None:
             clock_engine(self.trainer, self.phases)
         self.phases.on = True
@@ -201,7 +192,7 @@ class Loop:
         return {"phases": {name: 1e3 * self.phases.seconds[name] / steps for name in PHASES}}
 
     def save(self, file: str) -> dict[str, Any]:
-        """Write rank 0's whole weights, in float32."""
+        """Write rank 0's full weights, in float32."""
         if self.trainer is None:
             whole, model = contextlib.nullcontext(), self.bare.module
         else:
@@ -217,7 +208,7 @@ class Loop:
 
 
 def work(args: argparse.Namespace) -> None:
-    """A rank's process: a line in, something done, a line out."""
+    """A rank's process: read a command line, run it, write an answer line."""
     loop = Loop(args, args.loop)
     for line in sys.stdin:
         what, value = line.split()
@@ -227,14 +218,14 @@ def work(args: argparse.Namespace) -> None:
 
 
 class Ranks:
-    """A loop's processes, asked for one thing at a time.
+    """A loop's processes, which answer one request at a time.
 
     Args:
         args: options of this program.
-        loop: of LOOPS.
-        world: ranks.
-        accumulation: micro-batches of a step.
-        total_steps: of the schedule.
+        loop: one of LOOPS.
+        world: number of ranks.
+        accumulation: micro-batches per step.
+        total_steps: length of the schedule.
     """
 
     def __init__(self, args: argparse.Namespace, loop: str, world: int, accumulation: int, total_steps: int) -> None:
@@ -255,14 +246,7 @@ class Ranks:
             self.processes.append(subprocess.Popen(command, env={**alone, **own}, **pipes))
 
     def ask(self, what: str) -> dict[str, Any]:
-        """Have all ranks do something.
-
-        Args:
-            what: `take N`, `take_clocked N` or `save FILE`.
-
-        Returns:
-            rank 0's answer.
-        """
+        """Run `take N`, `take_clocked N` or `save FILE` on all ranks and return rank 0's answer."""
         for process in self.processes:
             assert process.stdin
             process.stdin.write(what + "\n")
@@ -285,11 +269,11 @@ class Ranks:
 
 
 def distance(file: Path, bare: Path, start: list[torch.Tensor]) -> float:
-    """How far weights are from the bare loop's, in units of the way that those have gone.
+    """Distance of weights from the bare loop's, relative to how far those moved from the start.
 
     Args:
         file, bare: written by `Loop.save`.
-        start: weights at the beginning.
+        start: initial weights.
     """
     mine, theirs = torch.load(file), torch.load(bare)
     apart = sum((a - b).double().square().sum() for a, b in zip(mine, theirs, strict=True))
@@ -298,18 +282,18 @@ def distance(file: Path, bare: Path, start: list[torch.Tensor]) -> float:
 
 
 def measure(args: argparse.Namespace, world: int, accumulation: int) -> dict[str, Any]:
-    """All loops at one number of ranks and micro-batches.
+    """Measure all loops at one number of ranks and micro-batches.
 
     Args:
         args: loops, warm, turns, steps, and what `Ranks` reads.
-        world: ranks.
-        accumulation: micro-batches of an optimizer step.
+        world: number of ranks.
+        accumulation: micro-batches per optimizer step.
 
     Returns:
         world, accumulation, and a row for each loop.
 
     Raises:
-        ValueError: a loop's loss is not the bare loop's.
+        ValueError: a loop's loss differs from the bare loop's.
     """
     loops = ["bare", *(name for name in args.loops if name != "bare")]
     total_steps = args.warm + args.turns * args.steps + args.clocked
@@ -318,7 +302,7 @@ def measure(args: argparse.Namespace, world: int, accumulation: int) -> dict[str
     phases: dict[str, dict[str, float]] = {}
     apart: dict[str, float] = {}
     start = [p.detach().to(precision.of(args.dtype)).float() for p in make_model(args.preset).parameters()]
-    # On a GPU one loop at a time, as their memory would not fit together; on a CPU all wait while one computes.
+    # On a GPU one loop at a time, since all would not fit in memory; on a CPU all wait while one computes.
     together = [[name] for name in loops] if torch.cuda.is_available() else [loops]
     with tempfile.TemporaryDirectory() as folder:
         for names in together:
@@ -383,7 +367,7 @@ def table(r: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options of this program."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
@@ -427,12 +411,7 @@ def main() -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """The result's files.
-
-    Args:
-        result: of `main`.
-        folder: benchmarks/results.
-    """
+    """Write the result's files into a folder."""
     name = f"{'gpu' if result['on_gpu'] else 'cpu'}_engine_share"
     write_result(folder / name, result, table(result))
     print("\n" + table(result))

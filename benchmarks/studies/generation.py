@@ -3,13 +3,13 @@
 Purpose: a table of decode tokens/s for minimind2-small with 512 tokens of context, one row and a batch of 8.
 Principle: both sides have the same weights, thread count and prompts; with the same dtype they must give the same greedy
     tokens. MiniMind decodes in float32 on a CPU, ours in the dtype of the stored weights, which training writes as
-    bfloat16: that pair, what users of both really see, is a row of its own.
-    The other side is written the way MiniMind decodes: separate q, k and v projections, norms and rotation in several
-    ops, `torch.cat` to grow the cache, kv heads repeated, the scores written out, and the head over the last position.
-Properties: runs alternate between the sides, so that other load on the machine meets both; medians and the median of
-    the ratios of neighbouring runs are reported, and the ratio of the two best runs. Ours includes what it lays out anew
-    before its first step. `python -m benchmarks.studies.generation` writes results/cpu_generation.json and .md; on a GPU
-    gpu_generation, both sides in float32 and both in bfloat16, where equal tokens are no promise.
+    bfloat16: that pair, which users of both actually see, has its own row.
+    The other side decodes as MiniMind does: separate q, k and v projections, norms and rotation in several ops,
+    `torch.cat` to grow the cache, repeated kv heads, materialised scores, and the head over the last position.
+Properties: the sides alternate, so other load hits both equally. Reported are medians, the median of neighbouring runs'
+    ratios, and the ratio of the two best runs. Our time includes preparing weight layouts before the first step.
+    `python -m benchmarks.studies.generation` writes results/cpu_generation.json and .md; on a GPU gpu_generation, with
+    both sides in float32 and both in bfloat16, where equal tokens are not guaranteed.
 """
 
 from __future__ import annotations
@@ -38,18 +38,14 @@ if DEVICE == "cuda":
 
 
 def now() -> float:
-    """Seconds, everything that was launched before being done."""
+    """Seconds, after all launched work has finished."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class EagerLoop:
-    """A dense MiniMind2 decoded step by step with caches that grow by `torch.cat`.
-
-    Args:
-        model: its weights are shared, not copied.
-    """
+    """A dense MiniMind2 decoded step by step with caches that grow by `torch.cat`; shares the model's weights."""
 
     def __init__(self, model: mm.MiniMind) -> None:
         config = model.config
@@ -76,7 +72,7 @@ class EagerLoop:
         return x[:, :, :, None, :].expand(b, t, heads, groups, hd).reshape(b, t, heads * groups, hd)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, n) new tokens -> (B, V) logits after the last."""
+        """(B, n) new tokens -> (B, V) logits at the last one."""
         b, n = ids.shape
         begin = 0 if self.past[0] is None else self.past[0][0].shape[1]
         h = F.embedding(ids, self.w["model.embed_tokens.weight"])
@@ -107,7 +103,7 @@ class EagerLoop:
 
 @torch.inference_mode()
 def run_eager(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
-    """Greedy tokens (B, new) and seconds a decode step."""
+    """Greedy tokens (B, new) and seconds per decode step."""
     loop = EagerLoop(model)
     ids = loop.forward(prompts).float().argmax(-1, keepdim=True)
     out, begin_s = [ids], now()
@@ -120,7 +116,7 @@ def run_eager(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[
 
 @torch.inference_mode()
 def run_ours(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
-    """The same by `Decoder`."""
+    """The same with `Decoder`."""
     decoder = Decoder(model, prompts.shape[0], prompts.shape[1] + new)
     ids = decoder.prefill(prompts.tolist()).float().argmax(-1)
     out, begin_s = [ids], now()
@@ -132,13 +128,13 @@ def run_ours(model: mm.MiniMind, prompts: Tensor, new: int) -> tuple[list[list[i
 
 
 def compare(dtypes: tuple[str, str], rows: int, context: int, new: int, rounds: int) -> dict:
-    """One row of the table: alternate both sides.
+    """Measure one row of the table, alternating both sides.
 
     Args:
-        dtypes: of weights and cache, the eager loop's and ours.
+        dtypes: dtype of weights and cache, for the eager loop and ours.
         rows: B.
-        context: prompt tokens of each row.
-        new: tokens decoded a run.
+        context: prompt tokens per row.
+        new: tokens decoded per run.
         rounds: runs of each side.
 
     Returns:
@@ -216,7 +212,7 @@ def main() -> None:
 
 
 def read_rate() -> float:
-    """GB/s at which this device reads memory: what bounds one row, which reads every weight for each token."""
+    """GB/s at which this device reads memory; the bound for one row, which reads every weight for each token."""
     x = torch.ones(2**28 if DEVICE == "cuda" else 2**26, device=DEVICE)  # 1 GiB or 256 MiB, far beyond the caches
     best = math.inf
     for _ in range(5):

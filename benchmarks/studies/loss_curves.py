@@ -1,16 +1,16 @@
-"""Kernels on against off over a stretch of training on real text, beside what rounding alone does.
+"""Kernels on against off over many training steps on real text, compared with rounding noise.
 
     python -m benchmarks.studies.loss_curves [--corpus FOLDER] [--steps 200] [--dry_run]
 
-Purpose: an op that passes its own test may still be used wrongly. Here the same weights see the same batches with every
-    kernel on and with every kernel off, and the losses of each step lie side by side.
-Principle: two curves of a training run in 16 bits are never equal, so that the question is whether they differ by more
-    than rounding. Two further runs with kernels off say how much that is: one begins with weights that were moved by up
-    to half a unit of bf16's last place, and one is in float32. Distances are means over steps of the difference of losses.
-Properties: the real Trainer and engine. The exit code is 1 if kernels move the curve further than FACTOR times the larger
-    of the two noises, or if the loss did not fall. Writes loss_curves.json, .md and .png. In a dry run (a CPU) kernels run
-    in Triton's interpreter, in float32 and small: the path is tried, nothing is proven. On a CPU without --dry_run,
-    `--kernels auto` holds the CPU's own ops to the same rule.
+Purpose: an op that passes its own test may still be used wrongly. Here the same weights see the same batches with all
+    kernels on and with all off, and the losses are compared at each step.
+Principle: two 16-bit training curves are never equal, so the question is whether they differ by more than rounding. Two
+    more runs with kernels off measure that: one starts from weights perturbed by up to half a unit in bf16's last place,
+    one runs in float32. Distances are means over steps of the loss difference.
+Properties: the real Trainer and engine. The exit code is 1 if kernels move the curve by more than FACTOR times the larger
+    noise, or if the loss did not fall. Writes loss_curves.json, .md and .png. A dry run (on a CPU) uses small kernels in
+    Triton's interpreter, in float32: it tests the path and proves nothing. On a CPU without --dry_run, `--kernels auto`
+    applies the same rule to the CPU's own ops.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from minimind_fast.training.run import Stage, resolve
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 LEARNING_RATE, WARMUP = 5e-4, 20
-FACTOR = 2.0  # the two noises differ from each other by as much, and they are drawn once
-VAL_TOLERANCE = 0.005  # nats; what this project allows two ways of training to differ in validation loss
-LEAST_FALL = 0.5  # nats from the first tenth to the last: less is no training, and curves of that prove nothing
-SUMMATION = 1e-5  # nats that the mean of some thousand float32 losses itself may be off
+FACTOR = 2.0  # the two noises, each drawn once, differ by as much
+VAL_TOLERANCE = 0.005  # nats; this project's tolerance for validation loss
+LEAST_FALL = 0.5  # nats from the first tenth to the last; without a fall, curves prove nothing
+SUMMATION = 1e-5  # nats; error of a mean over some thousand float32 losses
 TINY = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)  # for the interpreter
 
 
 class Run(NamedTuple):
-    """One way of taking the same steps."""
+    """One variant of the same steps."""
 
     kernels: str
     dtype: str
@@ -59,11 +59,11 @@ class Run(NamedTuple):
 
 
 def runs(kernels: str, dtype: str) -> dict[str, Run]:
-    """Name -> run; "off" is what the others are compared with.
+    """Name -> run; the others are compared with "off".
 
     Args:
-        kernels: of the run to be judged.
-        dtype: of all but the float32 one.
+        kernels: `--kernels` of the run under test.
+        dtype: dtype of all runs but the float32 one.
     """
     return {
         "off": Run("none", dtype),
@@ -75,12 +75,7 @@ def runs(kernels: str, dtype: str) -> dict[str, Run]:
 
 @torch.no_grad()
 def nudge(model: MiniMind, eps: float) -> None:
-    """Move each weight by up to half a unit of a format's last place: less than rounding to it may.
-
-    Args:
-        model: changed in place.
-        eps: of the format.
-    """
+    """Perturb each weight in place by up to half a unit in the last place of a format with this eps."""
     draw = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.mul_(1 + eps * (torch.rand(p.shape, generator=draw) - 0.5))
@@ -89,18 +84,18 @@ def nudge(model: MiniMind, eps: float) -> None:
 def train(
     args: argparse.Namespace, name: str, run: Run, caches: list[Any], tokenizer: Any, start: Path
 ) -> dict[str, Any]:
-    """One run.
+    """Train one variant.
 
     Args:
-        args: of the command line.
-        name: of the run.
-        run: what is special about it.
-        caches: of training and of validation.
-        tokenizer: of both.
-        start: folder with the weights that every run begins with.
+        args: command-line options.
+        name: the run's name.
+        run: the variant's settings.
+        caches: token caches for training and validation.
+        tokenizer: the caches' tokenizer.
+        start: folder with the initial weights of every run.
 
     Returns:
-        losses of each step, val_loss after the last, seconds, and which implementation each op had.
+        losses of each step, val_loss after the last, seconds, and the implementation of each op.
     """
     config = TrainConfig(
         batch_size=args.batch_size, max_seq_len=args.max_seq_len, accumulation_steps=1, learning_rate=LEARNING_RATE,
@@ -108,7 +103,7 @@ def train(
     )  # fmt: skip
     ops.use(run.kernels)
     settled = resolve(config, Stage("loss"))
-    torch.backends.cuda.matmul.allow_tf32 = False  # float32 is the judge of the others here
+    torch.backends.cuda.matmul.allow_tf32 = False  # the float32 run is a yardstick
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = load_pretrained(start)
     if run.nudged:
@@ -123,7 +118,7 @@ def train(
         counted = sum(batch.num_targets for batch in group)
         trainer.train_step(group, counted, window)
         losses.append(window.sums["loss"] / counted)
-    losses = torch.stack(losses).tolist()  # waits for the device, once
+    losses = torch.stack(losses).tolist()  # the only synchronisation
     seconds = time.perf_counter() - began
     trainer.model.eval()
     total = count = 0.0
@@ -146,7 +141,7 @@ def judged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Distances from the run with kernels off, and whether the run with kernels on is within the noise.
 
     Args:
-        found: name of the run -> its losses and val_loss.
+        found: run name -> its losses and val_loss.
 
     Returns:
         distances (name -> mean absolute, mean signed, and validation difference), noise, within_noise, reasons.
@@ -174,7 +169,7 @@ def judged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def fall(losses: list[float]) -> float:
-    """Nats from the mean of the first tenth to that of the last."""
+    """Drop in nats from the mean of the first tenth to that of the last."""
     tenth = max(len(losses) // 10, 1)
     return statistics.fmean(losses[:tenth]) - statistics.fmean(losses[-tenth:])
 
@@ -201,12 +196,7 @@ def table(r: dict[str, Any]) -> str:
 
 
 def draw(r: dict[str, Any], picture: Path) -> None:
-    """The curves, and below them each run's distance from the run with kernels off.
-
-    Args:
-        r: the result.
-        picture: PNG to write.
-    """
+    """Plot the curves, and below them each run's distance from the run with kernels off."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -243,7 +233,7 @@ def main() -> None:
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers") if getattr(args, name)}
     if args.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import, which is still to come
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
         args.preset, args.dtype, shape = "tiny", "float32", TINY
         args.steps, args.batch_size, args.max_seq_len, args.val_tokens = min(args.steps, 3), 1, 48, 48
     elif not torch.cuda.is_available() and args.kernels == "all":
@@ -262,7 +252,7 @@ def main() -> None:
     found = {}
     for name, run in runs(args.kernels, args.dtype).items():
         found[name] = train(args, name, run, caches, tokenizer, folder / "start")
-        gc.collect()  # an engine holds itself in circles
+        gc.collect()  # engines contain reference cycles
     on_gpu = torch.cuda.is_available()
     result = {
         "on_gpu": on_gpu,

@@ -1,12 +1,13 @@
-"""The same samples, the same quality: the eager loop and ours, seed by seed, on real text.
+"""Same samples, same quality: the eager loop and ours, seed by seed, on real text.
 
     python -m benchmarks.studies.quality --data_path pretrain.jsonl --val_data_path val.jsonl --tokenizer_path FOLDER
 
-Purpose: a faster loop must not learn less. Validation loss of both after as many optimizer steps on the same documents.
+Purpose: a faster loop must not learn less. Compares validation loss after equally many optimizer steps on the same
+    documents.
 Principle: each seed draws one set of weights. MiniMind's eager loop trains on padded rows in float32 (autocast to bfloat16
-    on a GPU); ours is the real Trainer in bfloat16 with its engine, on packs made of the very same rows. Learning rates,
-    betas and decay are the same. Both models are then judged by one evaluator in float32.
-Properties: a small model, so that three seeds take minutes on a CPU. Writes benchmarks/results/quality.json, .md and .png.
+    on a GPU); ours is the real Trainer in bfloat16 with its engine, on packs of the same rows. Learning rates, betas and
+    weight decay are the same. One float32 evaluator scores both models.
+Properties: the model is small, so three seeds take minutes on a CPU. Writes benchmarks/results/quality.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from minimind_fast.training.log import Window
 from minimind_fast.training.run import Run, Stage
 
 SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-LEARNING_RATE = 5e-4  # MiniMind's; at twice this, without warmup, two roundings of one loop end 0.04 apart
+LEARNING_RATE = 5e-4  # MiniMind's; at twice this, without warmup, rounding alone moves the final loss by 0.04
 
 
 class PackedRows(PaddedBatches):
-    """The rows of a padded batch, end to end without their padding."""
+    """The rows of a padded batch, packed end to end without padding."""
 
     def _assemble(self, items: np.ndarray) -> Batch:
         padded = super()._assemble(items)
@@ -49,7 +50,7 @@ class PackedRows(PaddedBatches):
 
 
 def judge(model: EagerMiniMind, rows: PaddedBatches) -> float:
-    """Mean validation loss of a token, in float32."""
+    """Mean validation loss per token, in float32."""
     total = count = 0.0
     with torch.no_grad():
         for batch in setup.one_pass(rows)():
@@ -59,7 +60,7 @@ def judge(model: EagerMiniMind, rows: PaddedBatches) -> float:
 
 
 def run_seed(args: argparse.Namespace, seed: int, run: Run, caches: list[Any], tokenizer: Any) -> dict[str, Any]:
-    """Both loops from one set of weights."""
+    """Train both loops from one set of weights."""
     torch.manual_seed(seed)
     start = MiniMind(ModelConfig.preset("minimind2-small", **SHAPE))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,7 +146,7 @@ def table(r: dict[str, Any]) -> str:
 
 
 def draw(r: dict[str, Any]) -> None:
-    """The training losses of all seeds, one over the other."""
+    """Plot the training losses of all seeds, overlaid."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,14 +1,14 @@
-"""A real run from nothing to a chat, by the commands that a user types, and what came of it.
+"""A real run from scratch to a chat, by the commands that a user types.
 
     python -m benchmarks.studies.real_run [--corpus FOLDER] [--minutes 3] [--dry_run]
 
-Purpose: the whole way at full speed on one GPU: a minimind3 pretrained for some minutes on real text, fine-tuned on chats,
-    then asked.
-Principle: three commands in processes of their own: `deepspeed train/pretrain.py`, `deepspeed train/sft.py`, and a question
-    piped into `minimind-fast chat`. Every number is read from the logs that they leave.
-Properties: writes real_run.json, .md and .png. Speeds are medians over the log's lines after the first tenth; the loss is
-    what it is: the text is small, so that minutes of training read it many times. --dry_run: seconds, on a CPU, with a tiny
-    model; without a corpus then on the shipped samples.
+Purpose: the full path at full speed on one GPU: a minimind3 is pretrained for some minutes on real text, fine-tuned on
+    chats, then asked questions.
+Principle: three commands, each in its own process: `deepspeed train/pretrain.py`, `deepspeed train/sft.py`, and questions
+    piped into `minimind-fast chat`. Every number is read from their logs.
+Properties: writes real_run.json, .md and .png. Speeds are medians over log lines after the first tenth. The text is small,
+    so minutes of training read it many times: the loss is not a benchmark. --dry_run takes seconds on a CPU with a tiny
+    model, on the shipped samples if there is no corpus.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.record import RESULTS, ROOT, environment, processor
 from benchmarks.record import write as write_result
 
 QUESTIONS = ["你好，请介绍一下你自己。", "为什么天空是蓝色的？", "What is the capital of France?"]
-# 53,248 tokens a step, as in the table of goals; epochs are more than the minutes can hold.
+# 53,248 tokens per step, as in the table of goals; more epochs than the minutes allow.
 PRETRAIN = (
     "--preset minimind3 --batch_size 104 --max_seq_len 512 --accumulation_steps 1 --epochs 24 --learning_rate 1e-3 "
 )
@@ -46,20 +46,20 @@ DRY_SFT = "--batch_size 1 --max_seq_len 512 --epochs 1 --log_interval 1"
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses right now."""
+    """A TCP port that is free right now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def commands(corpus: Corpus, folder: Path, minutes: float, dry_run: bool) -> dict[str, list[str]]:
-    """Stage -> what a user would type.
+    """Stage -> the command a user would type.
 
     Args:
-        corpus: the text.
-        folder: for runs and caches.
-        minutes: of pretraining.
-        dry_run: a tiny model.
+        corpus: paths of the text.
+        folder: where runs and caches go.
+        minutes: duration of pretraining.
+        dry_run: use a tiny model.
     """
     launch = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "1"]
     where = ["--save_dir", str(folder), "--cache_dir", str(folder / "cache")]
@@ -81,18 +81,18 @@ def commands(corpus: Corpus, folder: Path, minutes: float, dry_run: bool) -> dic
 
 
 def run(name: str, command: list[str], question: str | None = None) -> tuple[str, float]:
-    """Run one command and show what it says.
+    """Run one command and show its output.
 
     Args:
-        name: for people.
-        command: what to start.
-        question: for its standard input.
+        name: label for messages.
+        command: the command and its arguments.
+        question: text for its standard input.
 
     Returns:
         (its standard output, seconds).
 
     Raises:
-        ValueError: it failed.
+        ValueError: the command failed.
     """
     print(f"\n=== {name}: {shlex.join(command[1:])}", flush=True)
     env = environment(**({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}))
@@ -107,7 +107,7 @@ def run(name: str, command: list[str], question: str | None = None) -> tuple[str
         for line in process.stdout:
             lines.append(line)
             print(line, end="", flush=True)
-    except KeyboardInterrupt:  # time is up; the trainer saves when it is told
+    except KeyboardInterrupt:  # time is up; the trainer saves on a signal
         process.wait()
         raise
     if code := process.wait():
@@ -116,21 +116,13 @@ def run(name: str, command: list[str], question: str | None = None) -> tuple[str
 
 
 def said(output: str, word: str) -> dict[str, str]:
-    """Prompt -> text, from the end of a stage's output.
-
-    Args:
-        output: of the stage.
-        word: "continues" or "answers".
-    """
+    """Prompt -> text, from the end of a stage's output; `word` is "continues" or "answers"."""
     _, _, rest = output.partition(f"The model {word}")
     return dict(re.findall(r"^  (.+?) → (.*)$", rest, re.MULTILINE))
 
 
 def summary(log: str) -> dict[str, Any]:
-    """What a run's log.jsonl says.
-
-    Args:
-        log: its text.
+    """Summarise the text of a run's log.jsonl.
 
     Returns:
         steps, tokens, curve [(step, loss)], val_curve, tokens_per_s, mfu (medians after the first tenth), memory_gib.
@@ -176,12 +168,7 @@ def table(r: dict[str, Any]) -> str:
 
 
 def draw(r: dict[str, Any], picture: Path) -> None:
-    """Training and validation loss of each stage.
-
-    Args:
-        r: the result.
-        picture: PNG to write.
-    """
+    """Plot training and validation loss of each stage."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -198,7 +185,7 @@ def draw(r: dict[str, Any], picture: Path) -> None:
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    """All that is known so far; called after each stage, so that what was measured stays measured."""
+    """Write the results so far; called after each stage, so nothing measured is lost."""
     write_result(out / "real_run", result, table(result))
     draw(result, out / "real_run.png")
 

@@ -1,11 +1,10 @@
 """Throughput of the server: many clients at once against the same requests one after another.
 
-Purpose: tokens/s of `minimind-fast serve` with 16 clients and with one, over HTTP as clients meet it.
-Principle: a server process with random weights, the clients in this one. The same greedy
-    completions are asked for one after another, then by all clients at once; whole and streamed. Both must give the
-    same texts.
-Properties: rounds alternate between the two sides, so that other load meets both; the ratio of the medians is reported.
-    The clients run on the same cores as the server. Writes results/cpu_serving.json and .md.
+Purpose: tokens/s of `minimind-fast serve` with 16 clients and with one, over HTTP.
+Principle: a server process with random weights, the clients in this one. The same greedy completions are requested one
+    after another, then by all clients at once; whole and streamed. Both must give the same texts.
+Properties: rounds alternate between the two sides, so other load hits both equally; the ratio of medians is reported. The
+    clients share the server's cores. Writes results/cpu_serving.json and .md.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ MODELS = ("tiny", "minimind2-small")
 
 
 class Server:
-    """`minimind-fast serve` of random weights in a process of its own, for a `with` block.
+    """`minimind-fast serve` with random weights in its own process, for a `with` block.
 
     Args:
-        name: of a preset.
-        dtype: of weights and cache.
+        name: preset.
+        dtype: dtype of weights and cache.
         clients: rows of the batch.
-        threads: of PyTorch.
+        threads: PyTorch's threads.
     """
 
     def __init__(self, name: str, dtype: str, clients: int, threads: int) -> None:
@@ -66,7 +65,7 @@ class Server:
 
 
 async def ask(client: httpx.AsyncClient, prompt: list[int], new: int, stream: bool) -> str:
-    """One completion's text."""
+    """Request one completion and return its text."""
     body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": stream}
     if not stream:
         reply = await client.post("/v1/completions", json=body)
@@ -80,7 +79,7 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], new: int, stream: bo
 
 
 async def tokens_of(client: httpx.AsyncClient) -> int:
-    """Tokens that the server has generated since its start."""
+    """Tokens generated since the server started."""
     page = (await client.get("/metrics")).text
     found = re.search(r"^minimind_generated_tokens_total (\S+)$", page, re.M)
     assert found is not None
@@ -157,11 +156,7 @@ def main() -> None:
 
 
 def table(found: dict) -> str:
-    """The result as Markdown.
-
-    Args:
-        found: what the JSON holds.
-    """
+    """The result as Markdown."""
     lines = [
         f"By `benchmarks/studies/serving.py` on {found['threads']} threads of {found['machine']}, torch {found['torch']}: "
         f"{found['clients']} clients, {found['context']} prompt tokens, {found['new']} new ones, random weights.",

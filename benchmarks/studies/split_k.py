@@ -1,10 +1,10 @@
-"""Weight gradients with their rows split over the card: dW = dY^T X as cuBLAS, as cuBLAS in pieces, and in Triton.
+"""Split-K weight gradients: dW = dY^T X by cuBLAS, by cuBLAS in pieces, and in Triton.
 
 Purpose:    an experiment. At D = 768 a weight gradient has few output tiles (0.14 to 0.86 of a wave of 128 x 256 tiles),
-            so that most multiprocessors would wait: what does cuBLAS reach there, and does splitting the rows do better?
+            which leaves multiprocessors idle: what does cuBLAS reach there, and does splitting the rows do better?
 Principle:  two passes, no atomics. Piece s of the rows gives a float32 partial (N, K); the partials are added in order and
-            rounded once. As many pieces as fill the multiprocessors, and each of at least MIN_ROWS rows.
-Properties: 2TNK FLOPs; 8NK bytes a piece more than the operands. Two runs agree bitwise. 16-bit or float32 operands.
+            rounded once. Enough pieces to fill the multiprocessors, each of at least MIN_ROWS rows.
+Properties: 2TNK FLOPs; 8NK bytes per piece beyond the operands. Bitwise deterministic. 16-bit or float32 operands.
 
 Shapes: T rows (tokens), N outputs, K inputs of a projection; dY (T, N), X (T, K), dW (N, K).
 Source: Triton's matmul tutorial for the tiles; split-K as in CUTLASS's documentation.
@@ -20,21 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_ROWS = 512  # of a piece: below, its partial costs more than its product
+MIN_ROWS = 512  # per piece: with fewer, its partial costs more than its product
 MAX_PIECES = 32
-SUM_BLOCK = 1024  # elements of dW that a program of the second pass adds up
+SUM_BLOCK = 1024  # elements of dW per program of the second pass
 
 
 def pieces(T: int, N: int, K: int, multiprocessors: int, block_n: int = 128, block_k: int = 256) -> int:
-    """Into how many pieces the rows are split.
+    """The number of pieces to split the rows into.
 
     Args:
         T, N, K: the shape.
-        multiprocessors: of the card.
-        block_n, block_k: an output tile.
+        multiprocessors: their number on the card.
+        block_n, block_k: shape of an output tile.
 
     Returns:
-        1 or more: the fewest whose tiles fill 90% of their last wave, else those that fill it best.
+        1 or more: the fewest pieces whose tiles fill 90% of the last wave, else the number that fills it best.
     """
     tiles = -(-N // block_n) * -(-K // block_k)
     most = max(1, min(MAX_PIECES, T // MIN_ROWS))
@@ -51,7 +51,7 @@ def _partials(
     dy_ptr, x_ptr, out_ptr, T, rows,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One output tile of one piece's product. Neighbours share a piece, so that its rows are read from L2."""
+    """One output tile of one piece's product. Neighbours share a piece, so its rows are read from L2."""
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tile, piece = tl.program_id(0), tl.program_id(1)
     n = tile // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -97,13 +97,13 @@ def weight_grad(dy: Tensor, x: Tensor, count: int | None = None) -> Tensor:
     Args:
         dy: (T, N), contiguous.
         x: (T, K), contiguous, same dtype.
-        count: pieces; as many as suit the card if None.
+        count: number of pieces; None chooses for the card.
 
     Returns:
         (N, K) in their dtype.
 
     Raises:
-        ValueError: operands that do not fit together.
+        ValueError: incompatible operands.
     """
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype or not (dy.is_contiguous() and x.is_contiguous()):
         raise ValueError("dy (T, N) and x (T, K) must be contiguous, of one dtype and of as many rows")
@@ -122,12 +122,12 @@ def weight_grad(dy: Tensor, x: Tensor, count: int | None = None) -> Tensor:
 
 
 def in_pieces(dy: Tensor, x: Tensor, count: int) -> Tensor:
-    """The same by cuBLAS: one batched matmul over pieces of the rows, and a sum in float32; a remainder is added.
+    """The same by cuBLAS: one batched matmul over `count` pieces plus the remaining rows, summed in float32.
 
     Args:
         dy: (T, N).
         x: (T, K).
-        count: pieces.
+        count: number of pieces.
 
     Returns:
         (N, K) in their dtype, rounded once.
@@ -141,5 +141,5 @@ def in_pieces(dy: Tensor, x: Tensor, count: int) -> Tensor:
 
 
 def _wide_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """A batched matmul that keeps its float32 sums; a CPU has none of narrow operands."""
+    """A batched matmul with a float32 result; a CPU has none for narrow operands."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())

@@ -1,16 +1,15 @@
-"""Training end to end, one lever after another: useful tokens/s of a whole step, engine and loader included.
+"""End-to-end training, one optimization after another: useful tokens/s, including engine and loader.
 
     python -m benchmarks.studies.train_step [--data_path pretrain.jsonl --tokenizer_path FOLDER] [--rungs ...]
 
-Purpose: the headline of the project, and what each lever gives of it.
-Principle: rungs of a ladder. The first is MiniMind's eager loop over padded rows; then over rows filled with joined
-    documents, so that packing is credited apart; then our Trainer with plain reference ops, and from there one lever a rung.
-    What stands aside of the ladder (torch.compile, ZeRO stages, graphs, one thread) is compared with the rung that it
-    changes. A rung runs in a process of its own; on a CPU four at a time wait for each other and take their steps in turns,
-    so that whatever else the machine does meets them all.
+Purpose: the project's headline speed, and what each optimization contributes.
+Principle: a ladder of rungs. The first is MiniMind's eager loop over padded rows; then over rows filled with joined
+    documents, to credit packing separately; then our Trainer with plain reference ops, and from there one optimization per
+    rung. Variants beside the ladder (torch.compile, ZeRO stages, graphs, one thread) are compared with the rung they
+    change. Each rung runs in its own process; on a CPU, groups of four alternate steps, so other load hits all equally.
 Properties: the same weights, documents and learning rates for all. Useful tokens are positions with a target. Writes
-    train_step_<device>.json and .md, with the loss of each rung's last step as a check: rows of joined documents see the
-    document before, all others compute the same.
+    train_step_<device>.json and .md, with each rung's last loss as a check: rows of joined documents attend to the
+    previous document, all others compute the same.
 """
 
 from __future__ import annotations
@@ -47,28 +46,28 @@ from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 
 LEARNING_RATE = 5e-4
 LENGTH = 512
-OTHERS = ("eager", "eager-compile", "joined", "joined-compile", "compile")  # whose speed ours is a multiple of
+OTHERS = ("eager", "eager-compile", "joined", "joined-compile", "compile")  # baselines for our speed-up
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One configuration: what is switched on beside the rung before."""
+    """One configuration: what it turns on relative to the rung before."""
 
     key: str
     name: str
-    aside: str = ""  # key of the rung that it is compared with, where that is not the one before; nothing builds on it
+    aside: str = ""  # key of the rung to compare with, if not the one before; such a rung is not part of the ladder
     eager: bool = False
-    joined: bool = False  # documents fill the eager loop's rows
+    joined: bool = False  # fill the eager loop's rows with documents
     compiled: bool = False
     dtype: str = field(default_factory=lambda: precision.choose("auto"))
     kernels: str = "auto"
     attention: str = "auto"
     fused_adam: bool = True
     micro_batches: int = 1
-    own_attention: bool = True  # by matmuls (CPU)
-    kept_memory: bool = True  # freed blocks stay with the process (CPU)
+    own_attention: bool = True  # our attention by matmuls (CPU)
+    kept_memory: bool = True  # keep freed blocks in the process (CPU)
     zero_stage: int = -1
-    graphs: bool = False  # forward and backward replayed
+    graphs: bool = False  # replay forward and backward
     threads: int = 0
 
 
@@ -115,29 +114,29 @@ def _gpu_ladder() -> list[Rung]:
 
 
 def ladder() -> list[Rung]:
-    """The rungs of this machine."""
+    """The rungs for this machine."""
     return _gpu_ladder() if torch.cuda.is_available() else _cpu_ladder()
 
 
 class _PlainRows:
-    """PyTorch's own attention, forward and backward, in the place of `attention_rows._Rows`."""
+    """PyTorch's attention, forward and backward, replacing `attention_rows._Rows`."""
 
     apply = staticmethod(attention_rows.plain_rows)
 
 
 class _UnfusedAdamW(torch.optim.AdamW):
-    """As PyTorch chooses by itself: in lists on a GPU, a tensor at a time on a CPU."""
+    """PyTorch's default: foreach on a GPU, one tensor at a time on a CPU."""
 
     def __init__(self, *groups: Any, **how: Any) -> None:
         super().__init__(*groups, **{**how, "fused": False, "foreach": torch.cuda.is_available()})
 
 
 class JoinedRows:
-    """Packs as rows of one length; what fills no row is left out.
+    """Packs cut into rows of one length; an incomplete row is dropped.
 
     Args:
-        packs: of documents end to end.
-        length: positions of a row.
+        packs: documents end to end.
+        length: positions per row.
     """
 
     def __init__(self, packs: PackedBatches, length: int) -> None:
@@ -154,8 +153,8 @@ class JoinedRows:
 
 
 def make_eager(args: argparse.Namespace, rung: Rung, device: torch.device, cache: TokenCache) -> Any:
-    """The eager loop's step."""
-    rows = 32 if device.type == "cuda" else 8  # MiniMind's batch sizes on a GPU, and one that a CPU's memory holds
+    """Build the eager loop's step."""
+    rows = 32 if device.type == "cuda" else 8  # MiniMind's batch size on a GPU, and one that fits in a CPU's memory
     rows = min(rows, args.pack_tokens // LENGTH)
     padded = PaddedBatches(cache, batch_size=rows, max_seq_len=LENGTH + 1)
     useful = statistics.mean(b.num_targets for b, _ in zip(padded, range(50), strict=False))
@@ -166,13 +165,13 @@ def make_eager(args: argparse.Namespace, rung: Rung, device: torch.device, cache
     model = EagerMiniMind.from_ours(load_pretrained(args.weights)).to(device)
     if rung.compiled:
         model.compile()
-    accumulation = max(1, round(args.pack_tokens / useful))  # as many useful tokens in an optimizer step
+    accumulation = max(1, round(args.pack_tokens / useful))  # equal useful tokens per optimizer step
     training = EagerTraining(model, batches, accumulation, args.steps, LEARNING_RATE)
     return lambda: (*training.take_step(), 0)
 
 
 def make_step(args: argparse.Namespace, rung: Rung) -> Any:
-    """A function that takes one optimizer step and gives (useful tokens, their loss, FLOPs of our model or 0)."""
+    """A function that takes one optimizer step and returns (useful tokens, their loss, FLOPs of our model or 0)."""
     if not rung.own_attention:
         attention_rows._Rows = _PlainRows  # type: ignore[assignment]
     if not rung.kept_memory:
@@ -201,14 +200,14 @@ def make_step(args: argparse.Namespace, rung: Rung) -> Any:
         group, window = next(groups), Window()
         counted = sum(b.num_targets for b in group)
         trainer.train_step(group, counted, window)
-        loss = (window.sums["loss"] / counted).item()  # waits for the device
+        loss = (window.sums["loss"] / counted).item()  # synchronises
         return counted, loss, model.flops(window.tokens, window.pairs)
 
     return step
 
 
 def work(args: argparse.Namespace) -> None:
-    """A rung's process: a line in, some steps, a line out."""
+    """A rung's process: read a line, take steps, write a line."""
     step = make_step(args, next(r for r in ladder() if r.key == args.rung))
     for line in sys.stdin:
         begin, useful, flops, value = time.perf_counter(), 0, 0, 0.0
@@ -221,20 +220,20 @@ def work(args: argparse.Namespace) -> None:
 
 
 class Process:
-    """A rung in a process of its own."""
+    """A rung in its own process."""
 
     def __init__(self, args: argparse.Namespace, rung: str) -> None:
         names = ("data_path", "tokenizer_path", "cache_dir", "threads", "pack_tokens", "steps", "weights")
         options = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
         command = [sys.executable, "-m", "benchmarks.studies.train_step", "--rung", rung, *options]
-        # This process is a rank already; the rung's is to become one of its own.
+        # This process is already a rank; the rung's must become its own.
         alone = {
             k: v for k, v in environment().items() if "RANK" not in k and "WORLD_SIZE" not in k and "MASTER_" not in k
         }
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone)
 
     def take(self, steps: int) -> dict[str, float]:
-        """Steps in a row -> useful tokens/s over all of them, the last one's loss, seconds, FLOPs a useful token."""
+        """Take steps in a row -> useful tokens/s over all, the last loss, seconds, FLOPs per useful token."""
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
@@ -275,7 +274,7 @@ def main() -> None:
     rungs = [rung for rung in ladder() if args.rungs is None or rung.key in args.rungs]
     rates: dict[str, list[float]] = {rung.key: [] for rung in rungs}
     losses, first_s, flops = {}, {}, 0.0
-    together = 1 if on_gpu else 4  # rungs whose memory fits beside each other's
+    together = 1 if on_gpu else 4  # rungs that fit in memory together
     for some in (rungs[i : i + together] for i in range(0, len(rungs), together)):
         running = {rung: Process(args, rung.key) for rung in some}
         for rung, process in running.items():
@@ -322,7 +321,7 @@ def main() -> None:
 
 
 def start_weights(args: argparse.Namespace) -> str:
-    """A folder with the weights that all rungs begin with."""
+    """A folder with the initial weights of all rungs."""
     folder = str(Path(tempfile.mkdtemp()) / "start")
     config = TrainConfig(preset=args.preset, tokenizer_path=args.tokenizer_path, num_threads=args.threads)
     config = setup.begin(config, Stage("start")).config

@@ -1,10 +1,10 @@
-"""What this project set out to reach, beside what was measured: met, missed or not measured.
+"""The project's goals beside the measurements: met, missed or not measured.
 
-Purpose:    one table that holds the suite's numbers against every goal in numbers, so that none is forgotten or softened.
-Principle:  a goal is data: which row, which of its facts, over which other row, and the bound. The value is looked up in a
-            run's rows, or in a committed result of another benchmark; nobody types it.
-Properties: a goal without its row, without the peer it names, or for another kind of machine is "not measured". Goals in
-            seconds, tokens/s and TFLOP/s are for one H200; all are bf16 and forward and backward unless they say otherwise.
+Purpose:    one table of every numeric goal, so that none is forgotten or softened.
+Principle:  a goal is data: a row, one of its facts, an optional row to divide by, and the bound. The value is looked up in
+            a run's rows or in another benchmark's committed result, never typed.
+Properties: a goal without its row or its peer, or for another kind of machine, is "not measured". Goals in seconds,
+            tokens/s and TFLOP/s are for one H200; all are bf16, forward and backward, unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Goal(NamedTuple):
     """A bound on one number.
 
     Attributes:
-        what: in words.
-        least: bound from below, or None.
-        most: bound from above, or None.
+        what: the goal in words.
+        least: lower bound, or None.
+        most: upper bound, or None.
         fact: key of a row's facts.
-        row: facts that select the row; of several, the first. The implementation is "ours" unless it says otherwise.
-        over: facts in which the row differs that the value is divided by; None: the value as it is.
-        form: how the value is written.
-        scale: the value and its bound are written in units of this.
-        file: of benchmarks/results; then `fact` is one of its keys.
+        row: facts that select the row (the first match). The implementation is "ours" unless given.
+        over: differing facts of the row to divide by; None: no division.
+        form: format string for the value.
+        scale: unit of the printed value and bound.
+        file: name in benchmarks/results, if `fact` is one of its keys.
     """
 
     what: str
@@ -142,12 +142,12 @@ def _select(rows: list[Row], wanted: Row) -> Row:
 
 
 def value(goal: Goal, rows: list[Row], results: Sequence[Path]) -> float | None:
-    """What was measured.
+    """Look up a goal's measured value.
 
     Args:
-        goal: of GOALS.
+        goal: one of GOALS.
         rows: extra_info of a run's rows.
-        results: folders of other benchmarks' results; the first that has the file counts.
+        results: folders of other benchmarks' results; the first that has the file is used.
 
     Returns:
         The number, or None if it was not measured.

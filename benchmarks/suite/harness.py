@@ -1,10 +1,10 @@
-"""What every group of the suite shares: the device, the roofs, the options, and how a row is filled.
+"""The suite's shared harness: device, roofs, options, and how a row is filled.
 
-Purpose:    one way from calls to a row: time, share of the roof, ratio to eager, peak memory, error beside eager's own.
-Principle:  correct first: a row's errors are known before its time is taken, and a row that fails them has no time. Work
-            is the mandatory minimum of `proof.roofline`; roofs are measured once a session, when first asked for.
-Properties: times are pytest-benchmark's statistics: of its own clock on a CPU, of device samples played back on a GPU.
-            Groups run eager first, so that later rows know their ratio.
+Purpose:    one way from calls to a row: time, share of the roof, ratio to eager, peak memory, error beside eager's.
+Principle:  correctness first: errors are checked before timing, and a row that fails has no time. Work is the mandatory
+            minimum of `proof.roofline`; roofs are measured once per session, on first use.
+Properties: times are pytest-benchmark's statistics, of its own clock on a CPU, of played-back device samples on a GPU.
+            Groups run eager first, so later rows know their ratio.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def document_lengths(kind: str, tokens: int) -> list[int]:
     """Lengths of packed documents that fill a batch.
 
     Args:
-        kind: a length, or "mix": lognormal as web text is, mean about 340, at most 2,048, from a seed.
+        kind: a length, or "mix": lognormal like web text, mean about 340, at most 2,048, from a fixed seed.
         tokens: their sum.
     """
     generator = torch.Generator().manual_seed(0)
@@ -49,17 +49,13 @@ def document_lengths(kind: str, tokens: int) -> list[int]:
 
 
 def offsets(lengths: Sequence[int], device: str) -> torch.Tensor:
-    """cu_seqlens (documents + 1,) int32 of these lengths."""
+    """cu_seqlens (documents + 1,) int32 for these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
 
 
 @contextlib.contextmanager
 def others_may_fail(own: bool) -> Iterator[None]:
-    """Skip the row, with the reason, when somebody else's implementation cannot do what is asked.
-
-    Args:
-        own: it is ours or the reference: then the error is the suite's.
-    """
+    """Skip the row, with the reason, when a peer's implementation fails; our own errors propagate."""
     try:
         yield
     except Exception as error:
@@ -72,12 +68,12 @@ class Suite:
     """The session: what is measured where.
 
     Args:
-        everything: all shapes rather than those that fit ten minutes.
-        presets: models asked for; empty for the default.
-        tokens: T asked for; empty for the default.
-        budget_s: begin no row after this many seconds.
-        peer_error: also show a time of somebody else's implementation whose error is up to this many times eager's, marked
-            as above the rule; 0: the rule holds for all.
+        everything: all shapes rather than those that fit in ten minutes.
+        presets: requested models; empty for the default.
+        tokens: requested T; empty for the default.
+        budget_s: start no row after this many seconds.
+        peer_error: also time peers with up to this many times eager's error, marked as above the rule; 0: the rule holds
+            for all.
     """
 
     def __init__(
@@ -85,7 +81,7 @@ class Suite:
     ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.on_gpu = self.device == "cuda"
-        self.dtype_name = precision.choose("auto")  # as training runs
+        self.dtype_name = precision.choose("auto")  # as in training
         self.dtype = getattr(torch, self.dtype_name)
         self.everything, self.budget_s, self.peer_error = everything, budget_s, peer_error
         self._presets, self._tokens = presets, tokens
@@ -103,22 +99,22 @@ class Suite:
 
     @cached_property
     def roofs(self) -> dict[str, float]:
-        """Measured when first needed."""
+        """The device's roofs, measured on first use."""
         return roofs(self.device, self.dtype)
 
     def presets(self, default: Sequence[str], small: Sequence[str]) -> list[str]:
-        """Models of a group: those asked for, all five, the default on a GPU, or a few on a CPU."""
+        """A group's models: those requested, all five, the default on a GPU, or a few on a CPU."""
         every = ["minimind3", "minimind3-moe", "minimind2-small", "minimind2", "minimind2-moe"]
         return self._presets or (every if self.everything else list(default if self.on_gpu else small))
 
     def tokens(self, default: int, small: int) -> list[int]:
-        """T of a group: those asked for, all five, or one that suits the device."""
+        """A group's T: those requested, all five, or one that suits the device."""
         if not self.on_gpu:
             return self._tokens or [small]
         return self._tokens or (list(ALL_TOKENS) if self.everything else [default])
 
     def limits(self) -> list[str]:
-        """What the numbers of this run can and cannot tell, for the head of the report."""
+        """What this run's numbers can and cannot show, for the head of the report."""
         if self.on_gpu:
             return [
                 f"On {self.device_name}: bf16, model shapes, graph replays between device events.",
@@ -134,7 +130,7 @@ class Suite:
         ]
 
     def stop_if_out_of_time(self) -> None:
-        """Skip the row that asks once the session's budget is spent."""
+        """Skip the calling row once the session's budget is spent."""
         spent = time.monotonic() - self._began
         if spent > self.budget_s:
             pytest.skip(f"out of time: {spent:.0f} s of {self.budget_s:.0f} are spent")
@@ -144,11 +140,10 @@ class Suite:
 
         Args:
             results: tensor -> Comparison.
-            ours: then it is a failure of the suite; else the row is skipped with the reason.
+            ours: a failure fails the suite; otherwise the row is skipped with the reason.
 
         Returns:
-            error, eager_error: norms of the worst tensor relative to truth's, for the row; and above_the_rule where a peer
-            was let through by `peer_error`.
+            error, eager_error: relative norms of the worst tensor; and above_the_rule if `peer_error` let a peer through.
         """
         broken = {key: r for key, r in results.items() if not r.passed}
         failed = [f"{key}: {r.reason}" for key, r in broken.items()]
@@ -161,11 +156,11 @@ class Suite:
         return {"error": worst.norm_error, "eager_error": worst.eager_norm_error, **marked}
 
     def sets(self, size: int) -> int:
-        """Input sets for a call with this many bytes of inputs."""
+        """Number of input sets for a call with this many input bytes."""
         return num_sets(size, self.on_gpu)
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        """Peak of device memory beyond what is alive; None on a CPU, whose allocator does not tell."""
+        """Peak device memory beyond what is already allocated; None on a CPU, which does not report it."""
         if not self.on_gpu:
             return None
         call()
@@ -177,19 +172,19 @@ class Suite:
         return torch.cuda.max_memory_allocated() - before
 
     def time(self, benchmark: Any, calls: Sequence[Callable[[], Any]], capture: bool = True, less: float = 0.0) -> dict:
-        """Give pytest-benchmark its samples.
+        """Feed pytest-benchmark its samples.
 
         Args:
-            benchmark: its fixture.
-            calls: the same work on different inputs; a CPU takes the first.
+            benchmark: pytest-benchmark's fixture.
+            calls: the same work on different inputs; a CPU uses the first.
             capture: see `device_samples`.
-            less: seconds to take off each sample, of a part that is measured by itself.
+            less: seconds to subtract from each sample, for a part that is measured separately.
 
         Returns:
             how the samples were taken, and with_launch_s on a GPU.
         """
         if not self.on_gpu:
-            calls[0]()  # threads, caches and whatever is made at a first call
+            calls[0]()  # warm-up
             benchmark(calls[0])
             return {"how": "host clock"}
         samples, with_launch, how = device_samples(calls, capture)
@@ -213,12 +208,12 @@ class Suite:
 
         Args:
             benchmark: pytest-benchmark's fixture.
-            group: rows to stand side by side.
+            group: rows shown side by side.
             implementation: "eager", "compile", "ours", "liger" or another peer's or backend's name.
             calls, capture, less: as for `time`.
             work: the mandatory minimum of a call.
-            floor_s: its floor in seconds, where the work is of parts that follow each other.
-            facts: kind, preset, tokens, errors and whatever else the report shows.
+            floor_s: floor in seconds, for work made of sequential parts.
+            facts: kind, preset, tokens, errors and anything else the report shows.
         """
         benchmark.group = group
         facts = {**facts, "implementation": implementation, "device": self.device_name, "torch": torch.__version__}
@@ -244,13 +239,13 @@ class Suite:
     def host_row(
         self, benchmark: Any, implementation: str, seconds: Sequence[float], useful_tokens: int, **facts: Any
     ) -> None:
-        """Fill a row of work that the host's clock has timed, loader or whole loop.
+        """Fill a row timed by the host's clock, for a loader or a whole loop.
 
         Args:
-            benchmark: pytest-benchmark's fixture, its group set.
+            benchmark: pytest-benchmark's fixture, with its group set.
             implementation: as for `row`.
-            seconds: of each time; empty with --benchmark-disable.
-            useful_tokens: that each time's work had.
+            seconds: samples; empty with --benchmark-disable.
+            useful_tokens: useful tokens per sample.
             facts: as for `row`.
         """
         facts = {**facts, "implementation": implementation, "device": self.device_name, "torch": torch.__version__}
@@ -262,15 +257,15 @@ class Suite:
         benchmark.extra_info.update(facts)
 
     def ratios(self, group: str, implementation: str, seconds: float) -> dict[str, float]:
-        """Remember a row's time and say how it stands to those before it.
+        """Record a row's time and compare it with earlier rows of its group.
 
         Args:
-            group: of the row.
-            implementation: its name.
-            seconds: of a call, or of a unit of its work.
+            group: the row's group.
+            implementation: the row's implementation.
+            seconds: per call, or per unit of work.
 
         Returns:
-            times_eager and times_compile: their time over this one's, where they have one.
+            times_eager and times_compile: their time over this one's, if measured.
         """
         self._medians[group, implementation] = seconds
         found = ((f"times_{other}", self._medians.get((group, other))) for other in ("eager", "compile"))
@@ -285,11 +280,11 @@ class Suite:
         return self._matmuls[m, n, k]
 
     def median(self, group: str, implementation: str) -> float | None:
-        """Seconds of a row of this session, None if it has no time."""
+        """Median seconds of a row of this session; None if it has no time."""
         return self._medians.get((group, implementation))
 
     def tidy(self) -> None:
-        """Between tests: what a row held is gone."""
+        """Free a row's memory between tests."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()

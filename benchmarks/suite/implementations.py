@@ -1,8 +1,8 @@
-"""Implementations of an op that stand side by side, and how they are called, checked and timed.
+"""Implementations of an op side by side, and how they are called, checked and timed.
 
-Purpose:    eager, torch.compile of it, ours, Liger-Kernel where it is installed: one signature, one check.
+Purpose:    eager, eager compiled, ours, and Liger-Kernel if installed: one signature, one check.
 Principle:  inputs are a case of the op's record, at a model's shapes, as training calls the op: the head is promised its
-            gradient. Truth is the reference in float64; the error rule is verify's own, on the very shape that is timed.
+            gradient. Truth is the reference in float64; verify's error rule is applied to the timed shape itself.
 Properties: inputs are drawn on the device from a seed. Kernels are checked in memory poisoned with NaN.
 """
 
@@ -22,12 +22,12 @@ from minimind_fast.ops.cases import Draw
 from minimind_fast.proof.rule import Comparison, compare, poisoned_memory
 
 NAMES = ("eager", "compile", "ours", "liger")
-# The compiler takes seconds for each; a few ops are enough to see what it does on a CPU.
+# Compiling takes seconds per op; a few ops are enough to see the effect on a CPU.
 COMPILED_ON_CPU = [name for name, op in ops.OPS.items() if op.timing.compile_on_cpu]
 
 
 class DeviceDraw(Draw):
-    """Draws on the device: a case of a GPU's size takes a CPU seconds."""
+    """Draws on the device: GPU-sized cases take seconds on a CPU."""
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int = 0) -> None:
         super().__init__(dtype, device, seed)
@@ -45,15 +45,15 @@ class DeviceDraw(Draw):
 
 
 class Bench:
-    """One input set of an op, ready to be run forward and backward.
+    """One input set of an op, ready to run forward and backward.
 
     Args:
-        op: its name.
-        preset: the model.
+        op: one of ops.NAMES.
+        preset: the model whose shapes are used.
         tokens: T.
-        dtype: of the inputs.
+        dtype: dtype of the inputs.
         device: "cuda" or "cpu".
-        seed: of the inputs.
+        seed: for drawing the inputs.
 
     Raises:
         LookupError: the model does not call the op.
@@ -73,21 +73,21 @@ class Bench:
 
     @property
     def size(self) -> int:
-        """Bytes of the inputs."""
+        """Total bytes of the inputs."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values() if t is not None)
 
     def forward(self, function: Callable, training: bool = True) -> list[Tensor]:
-        """The op's outputs that gradients come from; without training no gradient is promised."""
+        """The op's differentiable outputs; without training no gradient is promised."""
         tensors = self.tensors if training else {k: t for k, t in self.tensors.items() if k != self.case.promised}
         return [out for out in self.case.call(function, tensors) if out.requires_grad]
 
     def backward(self, outputs: list[Tensor], keep: bool = False, copies: bool = False) -> tuple[Tensor | None, ...]:
-        """Gradients of the leaves; the outputs' own are drawn at the first call.
+        """Gradients of the leaves; output gradients are drawn at the first call.
 
         Args:
-            outputs: of `forward`.
-            keep: the graph, for a backward that is timed by itself.
-            copies: hand out copies of the outputs' gradients, as some peers write to what they are given.
+            outputs: from `forward`.
+            keep: retain the graph, to time backward alone.
+            copies: pass copies of the output gradients, since some peers overwrite them.
         """
         if self.grads is None:
             if self.case.promised:
@@ -107,7 +107,7 @@ class Bench:
 
         Args:
             function: the implementation.
-            double: on inputs cast to float64.
+            double: cast the inputs to float64.
             poison: fill uninitialised memory with NaN.
         """
         kept = self.tensors, self.grads
@@ -137,16 +137,7 @@ class Bench:
 
 @cache
 def implementation(op: str, name: str, device: str) -> Callable | str:
-    """An implementation of an op, or why there is none.
-
-    Args:
-        op: its name.
-        name: of NAMES.
-        device: "cuda" or "cpu".
-
-    Returns:
-        A function with the op's signature, or a reason.
-    """
+    """An implementation (one of NAMES) with the op's signature, or the reason why there is none."""
     eager = ops.OPS[op].reference
     if name == "eager":
         return eager
@@ -155,11 +146,11 @@ def implementation(op: str, name: str, device: str) -> Callable | str:
             return "the reference reads numbers on the host: there is nothing whole to compile"
         if device == "cpu" and op not in COMPILED_ON_CPU:
             return f"on a CPU the compiler is asked for {' and '.join(COMPILED_ON_CPU)} only"
-        if device == "cpu":  # its backward is timed by itself there, so that its graph must outlive it
+        if device == "cpu":  # backward is timed alone there, so the graph must outlive it
             torch._functorch.config.donated_buffer = False
         return torch.compile(eager, dynamic=False)
     if name == "ours":
-        with ops.use("auto"):  # ops' own choice for this device, which is called as it stands
+        with ops.use("auto"):  # the registry's choice for this device
             function, _ = ops.choose(op, device)
         return "on a CPU ours is the reference itself" if function is eager else function
     if device == "cpu":
@@ -171,7 +162,7 @@ def implementation(op: str, name: str, device: str) -> Callable | str:
 def expected(
     op: str, preset: str, tokens: int, dtype: torch.dtype, device: str
 ) -> tuple[Bench, dict[str, Tensor], dict[str, Tensor]]:
-    """An input set, eager's results on it and the truth; the last ones are kept, as implementations follow each other."""
+    """An input set, eager's results on it and the truth; cached, since a shape's implementations run in sequence."""
     bench, plain = Bench(op, preset, tokens, dtype, device), ops.OPS[op].reference
     eager = bench.results(plain)
     return bench, eager, bench.results(plain, double=True)
@@ -179,11 +170,7 @@ def expected(
 
 @lru_cache(maxsize=4)
 def check(op: str, preset: str, tokens: int, dtype: torch.dtype, device: str, name: str) -> dict[str, Comparison]:
-    """Hold an implementation to the error rule on the shape that is to be timed.
-
-    Args:
-        op, preset, tokens, dtype, device: the case.
-        name: of an implementation that is there.
+    """Apply the error rule to an available implementation on the shape to be timed.
 
     Returns:
         A Comparison for each output and gradient.

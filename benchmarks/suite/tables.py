@@ -1,10 +1,10 @@
 """From the suite's JSON to tables and charts: `python -m benchmarks.report suite RUN.json ...`.
 
 Purpose:    benchmarks/results/<machine>.md with its charts, <machine>.json with the rows, suite.md for the READMEs.
-Principle:  everything shown is computed from files that `pytest benchmarks/ --benchmark-json=RUN.json` wrote; several files
-            of one machine make one report, a later row taking the place of an earlier one of the same name.
-Properties: nothing is typed by hand. Of a run only its rows, roofs and limits are kept, and nothing of the host. A number
-            that is not there is a dash. Charts need something to show: shares of a roof, several T, peaks of memory.
+Principle:  everything is computed from the files of `pytest benchmarks/ --benchmark-json=RUN.json`; several files of one
+            machine make one report, in which later rows replace earlier ones of the same name.
+Properties: nothing is typed by hand. Only a run's rows, roofs and limits are kept, nothing about the host. A missing number
+            is a dash. Charts are drawn only if there is data: shares of a roof, several T, memory peaks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ ORDER = (
     *("training", "model step", "MoE layer", "kernel", "head", "attention", "weight gradient", "optimizer step"),
     *("generation", "data loading"),
 )
-# Whose time over a row's own is a column.
+# Each is a column: its time over the row's.
 OTHERS = ("eager", "compile", "liger", "joined", "dense", "loop", "grouped_mm", "scattermoe", "sonicmoe", "megablocks")
-HEAD = ("made", "device", "on_gpu", "torch", "roofs", "limits", "skipped")  # of a run, and of a report's own JSON
+HEAD = ("made", "device", "on_gpu", "torch", "roofs", "limits", "skipped")  # kept from a run, and in a report's JSON
 COLOURS = {
     **{"ours": "#1f77b4", "eager": "#bbbbbb", "compile": "#ff7f0e", "liger": "#2ca02c"},
     **{"dense": "#7f7f7f", "grouped_mm": "#e377c2", "loop": "#d3d3d3", "scattermoe": "#98df8a", "split-K": "#1f77b4"},
@@ -33,17 +33,17 @@ COLOURS = {
 
 
 def read(files: list[Path]) -> dict[str, Any]:
-    """Runs of one machine as one.
+    """Merge runs of one machine.
 
     Args:
-        files: of pytest-benchmark, written by this suite, or the JSON of a report of it; oldest first.
+        files: pytest-benchmark's JSON from this suite, or a report's own JSON; oldest first.
 
     Returns:
         made (of the last file), device, on_gpu, torch, roofs, limits, skipped (reason -> rows without a time), and
         benchmarks: group and extra_info of each row that has a time.
 
     Raises:
-        ValueError: a file of something else, or of another machine than the first.
+        ValueError: a file of another program or another machine.
     """
     out: dict[str, Any] = {}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -64,9 +64,9 @@ def read(files: list[Path]) -> dict[str, Any]:
                 rows[key] = {"group": row["group"], "extra_info": row["extra_info"]}
     for (group, _), row in rows.items():
         info = row["extra_info"]
-        for other in OTHERS:  # the suite notes some itself, when theirs is measured first
+        for other in OTHERS:  # the suite records some itself, when theirs is measured first
             theirs = [r["extra_info"]["median_s"] for (g, n), r in rows.items() if g == group and n.split()[0] == other]
-            if theirs:  # the better of a peer's forms
+            if theirs:  # the better of a peer's variants
                 info.setdefault(f"times_{other}", min(theirs) / info["median_s"])
     order = {kind: i for i, kind in enumerate(ORDER)}
     found = sorted(rows.values(), key=lambda r: order[r["extra_info"]["kind"]])  # stable: groups as they ran
@@ -74,11 +74,7 @@ def read(files: list[Path]) -> dict[str, Any]:
 
 
 def machine(device: str) -> str:
-    """A device's name as a file's.
-
-    Args:
-        device: such as "NVIDIA H200".
-    """
+    """A device's name, such as "NVIDIA H200", as a file name."""
     return re.sub(r"\W+", "_", device.lower()).strip("_")
 
 
@@ -101,14 +97,11 @@ def _work(info: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
-    """One kind's rows, its groups one after another.
+    """One kind's rows, group by group, as lines of Markdown.
 
     Args:
-        rows: of `read`.
-        on_gpu: with the columns that only a GPU fills.
-
-    Returns:
-        Lines of Markdown.
+        rows: from `read`.
+        on_gpu: include the columns that only a GPU fills.
     """
     infos = [row["extra_info"] for row in rows]
     others = [o for o in OTHERS if o in OTHERS[:3] and on_gpu or any(f"times_{o}" in info for info in infos)]
@@ -135,13 +128,10 @@ def table(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
 
 
 def without_a_time(skipped: dict[str, list[str]]) -> list[str]:
-    """Why rows are not there.
+    """Why rows have no time: lines of Markdown, one per reason.
 
     Args:
         skipped: reason -> rows.
-
-    Returns:
-        Lines of Markdown, one a reason.
     """
     return [
         f"- {' '.join(reason.split())}: {len(names)} rows, such as `{names[0]}`"
@@ -161,7 +151,7 @@ def _figure(title: str, height: float = 4.0) -> tuple[Any, Any, Any]:
 
 
 def _bars(rows: list[dict[str, Any]], key: str, scale: float, label: str, title: str, file: Path) -> bool:
-    """Horizontal bars of one number, the implementations of a group together; False if there is nothing to show."""
+    """Horizontal bars of one number, grouped; False if there is nothing to show."""
     shown = [r for r in rows if r["extra_info"].get(key)]
     if not shown:
         return False
@@ -182,7 +172,7 @@ def _bars(rows: list[dict[str, Any]], key: str, scale: float, label: str, title:
 
 
 def _curves(rows: list[dict[str, Any]], file: Path) -> bool:
-    """Tokens/s of the training step against T; False below two T."""
+    """Plot tokens/s of the training step against T; False with fewer than two T."""
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:
         info = row["extra_info"]
@@ -204,11 +194,11 @@ def _curves(rows: list[dict[str, Any]], file: Path) -> bool:
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:
-    """The machine's report, its rows and its charts.
+    """Write the machine's report, rows and charts.
 
     Args:
-        found: of `read`.
-        folder: where they go.
+        found: from `read`.
+        folder: output folder.
 
     Returns:
         The Markdown file.
@@ -260,11 +250,11 @@ def write(found: dict[str, Any], folder: Path) -> Path:
 
 
 def summary(found: dict[str, Any], name: str) -> str:
-    """Our rows in short, for the READMEs.
+    """A short table of our rows, for the READMEs.
 
     Args:
-        found: of `read`.
-        name: of the machine's report.
+        found: from `read`.
+        name: file name of the machine's report.
     """
     lines = [
         f"`pytest benchmarks/` on {found['device']}, torch {found['torch']} ([all rows](benchmarks/results/{name}.md)).",

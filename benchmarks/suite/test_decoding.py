@@ -1,4 +1,4 @@
-"""Generation: prefill and decode, a plain loop with growing caches beside ours."""
+"""Generation: prefill and decode, ours beside a plain loop with growing caches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = {"test_generation": _rows}
 
 
 def _check(model: MiniMind, prompts: torch.Tensor) -> dict[str, Comparison]:
-    """Logits after the prompts and after one more token, held to the error rule by norm."""
+    """Check the logits after the prompts and after one more token by the norm rule."""
     wide = copy.deepcopy(model).double()
     truth, theirs = EagerLoop(wide), EagerLoop(model)
     decoder = Decoder(model, prompts.shape[0], prompts.shape[1] + 1)
@@ -65,7 +65,7 @@ def test_generation(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
 
         counted = rows * context
     else:
-        # Every weight once, and each row's keys and values once.
+        # Every weight once, every row's keys and values once.
         work = Work(NEW * (parameters * element + rows * (context + NEW / 2) * cached))
 
         def call() -> None:
@@ -80,11 +80,11 @@ def test_generation(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
 
         def decode(steps: int) -> None:
             if name == "eager":
-                loop.past = list(used)  # caches grow by torch.cat: the old ones are untouched
+                loop.past = list(used)  # torch.cat leaves the old caches untouched
                 for _ in range(steps):
                     loop.forward(start)
             else:
-                decoder.lengths, decoder.positions = [context] * rows, at.clone()  # back to the prompts' end
+                decoder.lengths, decoder.positions = [context] * rows, at.clone()  # rewind to the prompts' end
                 for _ in range(steps):
                     decoder.step(start.flatten())
 

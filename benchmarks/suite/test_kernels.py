@@ -1,4 +1,4 @@
-"""Each op forward, backward and both: eager, torch.compile of it, ours, Liger-Kernel."""
+"""Each op forward, backward and both: eager, eager compiled, ours, Liger-Kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.proof.roofline import op_work
 
-# What the goals are about comes first. The head's are about its loss, in a group of its own.
+# Ops with goals come first. The head's goals are about its loss, which has its own group.
 ORDER = sorted(ops.OPS.values(), key=lambda op: op.timing.place)
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -24,7 +24,7 @@ def _rows(suite: Suite) -> list[tuple[Any, ...]]:
         for op in ORDER:
             for preset in suite.presets(("minimind3", "minimind3-moe"), ("minimind2-small", "minimind3-moe")):
                 tokens = asked or op.timing.cpu_tokens
-                # A mixture's other ops have shapes that a dense model has as well.
+                # An MoE model's other ops have the shapes of a dense model.
                 repeated = ModelConfig.preset(preset).use_moe and not op.of_mixtures and not suite.everything
                 if op.preset_case(preset, 1) is not None and not repeated:
                     rows += [(op.name, preset, tokens, name, way) for name in NAMES for way in DIRECTIONS]
@@ -48,7 +48,7 @@ def test_kernel(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         first = Bench(*how, seed=1)
         benches = [first, *(Bench(*how, seed=1 + i) for i in range(1, suite.sets(first.size)))]
         for bench in benches:
-            bench.both(function)  # gradients are drawn, functions compiled
+            bench.both(function)  # warm-up: draws gradients, compiles functions
     errors = suite.hold_to(found, name == "ours")
     config = ModelConfig.preset(preset)
     group = f"{op} {preset} T={tokens}"
@@ -60,7 +60,7 @@ def test_kernel(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         calls = [lambda b=bench: b.forward(function, training=False) for bench in benches]
     else:
         calls = [lambda b=bench: b.both(function) for bench in benches]
-        if direction == "backward":  # a graph cannot hold half of autograd: both, less forward's median
+        if direction == "backward":  # a graph cannot capture backward alone: time both, subtract forward's median
             alone = suite.median(f"{group} forward", name)
             if alone is None:
                 pytest.skip("backward is both less forward, and forward was not measured in this run")

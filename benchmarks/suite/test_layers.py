@@ -1,4 +1,4 @@
-"""The head's loss, the mixture-of-experts layer beside its peers, and attention by its backends."""
+"""The head's loss, the MoE layer beside its peers, and attention by its backends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minimind_fast.proof.models import SameExperts
 from minimind_fast.proof.roofline import attention_work, op_work
 from minimind_fast.proof.rule import Comparison, compare
 
-EAGER_TOKENS = 8192  # eager builds T x T scores; sdpa stands for it beyond
+EAGER_TOKENS = 8192  # eager builds T x T scores; sdpa replaces it beyond
 DIRECTIONS = ("forward", "both")
 MIXTURE_OPS = [name for name, op in ops.OPS.items() if op.of_mixtures]
 
@@ -38,7 +38,7 @@ def _attention_rows(suite: Suite) -> list[tuple[Any, ...]]:
 
 
 def _moe_rows(suite: Suite) -> list[tuple[Any, ...]]:
-    """What the goals ask first: the newest mixture, balanced and skewed, forward and backward."""
+    """The goals' rows first: the newest MoE model, balanced and skewed, forward and backward."""
     presets = [p for p in suite.presets(("minimind3-moe", "minimind2-moe"), ("minimind3-moe",)) if p.endswith("-moe")]
     loads = ("balanced", "70/10/10/10", "one empty") if suite.everything else ("balanced", "70/10/10/10")
     last = moe_peers.NAMES[-1]
@@ -49,10 +49,10 @@ def _moe_rows(suite: Suite) -> list[tuple[Any, ...]]:
         for load in (loads if suite.on_gpu or suite.everything else loads[:1])
         for direction in ("both", "forward")
         for name in ("eager", "dense", "ours", *moe_peers.NAMES)
-        if name != "dense" or load == "balanced"  # it has no routing
+        if name != "dense" or load == "balanced"  # dense has no routing
     ]
     if not suite.everything:
-        # Peers' forwards, and a compilation for every shape, are for --shapes all.
+        # Peers' forwards and a compilation per shape are for --shapes all.
         rows = [r for r in rows if r[4] == "both" or r[3] in ("eager", "dense", "ours")]
         rows = [r for r in rows if r[3] != last or r[2] == "balanced"]
     return sorted(rows, key=lambda r: (r[3] == last, r[4] == "forward"))  # stable
@@ -114,7 +114,7 @@ def test_head_loss(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         hidden, weight = leaves = [t.detach().to(dtype).requires_grad_() for t in some[:2]]
         found = function(hidden, weight, some[2])
         grads = torch.autograd.grad(found, leaves)
-        # One number has no worst element to be measured by: it is held to the inputs' precision.
+        # A single number has no worst element to bound it: check it at the inputs' precision.
         return {"loss": found.detach().to(dtype), "d hidden": grads[0], "d weight": grads[1]}
 
     def both(some: tuple[torch.Tensor, ...]) -> None:
@@ -148,7 +148,7 @@ def test_head_loss(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
 
 
 def _layer(preset: str, load: str, dtype: torch.dtype, device: str) -> MoE:
-    """A layer whose router likes its experts as the load says: the first feature of each token is 1."""
+    """A layer whose router produces the given load, through each token's first feature, which is 1."""
     config = ModelConfig.preset(preset)
     torch.manual_seed(0)
     layer = MoE(config)
@@ -156,14 +156,14 @@ def _layer(preset: str, load: str, dtype: torch.dtype, device: str) -> MoE:
         torch.nn.init.normal_(parameter, std=0.02)
     likings = {"balanced": [0.0] * 4, "70/10/10/10": [1.15, 0.0, 0.0, 0.0], "one empty": [0.0, 0.0, 0.0, -100.0]}[load]
     with torch.no_grad():
-        layer.gate.weight.mul_(1.5)  # logits of unit size or so
+        layer.gate.weight.mul_(1.5)  # logits of about unit size
         layer.gate.weight[:, 0] = torch.tensor(likings)
     return layer.to(device, dtype).train()
 
 
 @contextlib.contextmanager
 def _experts_by(function: Callable | None) -> Iterator[None]:
-    """The model's experts by a peer's function; by ours if None."""
+    """Run the model's experts by a peer's function, or by ours if None."""
     own = ops.moe_mlp
     ops.moe_mlp = function or own
     try:
@@ -173,7 +173,7 @@ def _experts_by(function: Callable | None) -> Iterator[None]:
 
 
 class _Dense(torch.nn.Module):
-    """An MLP as wide as all that one token meets in the mixture, with the layer's interface."""
+    """An MLP as wide as a token's active experts, with the layer's interface."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def test_moe_layer(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
     preset, tokens, load, name, direction = case
     c = ModelConfig.preset(preset)
     kernels, experts = "none" if name == "eager" else "auto", None
-    if name in moe_peers.NAMES:  # the router is ours for all of them
+    if name in moe_peers.NAMES:  # all use our router
         experts = moe_peers.find(name, suite.device)
         if isinstance(experts, str):
             pytest.skip(experts)
@@ -220,7 +220,7 @@ def test_moe_layer(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
 
     layer = make(suite.dtype)
     x, grad = draw(0)
-    # The same experts for all: near ties are decided by rounding, not by right and wrong.
+    # The same experts for all: rounding decides near ties.
     with others_may_fail(experts is None), SameExperts() as same:
         theirs = run(layer, x, grad, "none")
         same.replay()
@@ -251,7 +251,7 @@ def test_moe_layer(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         name,
         [lambda some=some: function(*some) for some in sets],
         work,
-        capture=name in ("ours", "dense"),  # nobody else promises to wait for nothing, which a graph cannot hold
+        capture=name in ("ours", "dense"),  # a graph needs calls without host waits, which others do not promise
         kind="MoE layer",
         op="MoE layer",
         preset=preset,
@@ -265,7 +265,7 @@ def test_moe_layer(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
 
 
 def _by_norm(mine: dict, theirs: dict, truth: dict) -> dict[str, Comparison]:
-    """The rule for more than one op: by norm, as an element's error has no owner."""
+    """The rule for several ops: by norm, since element errors have many causes."""
     return {k: compare(mine[k], theirs[k], truth[k], 1.25 + 3 * truth[k].numel() ** -0.5) for k in truth}
 
 
@@ -320,7 +320,7 @@ def test_attention(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None:
         name,
         [lambda some=some: function(some) for some in sets],
         attention_work(c, direction, tokens, pairs, element),
-        capture=name in ("flash_attn", "torch_varlen"),  # the others read the documents' bounds on the host
+        capture=name in ("flash_attn", "torch_varlen"),  # the others read document bounds on the host
         kind="attention",
         op="attention",
         preset=preset,

@@ -1,4 +1,4 @@
-"""Data loading: batches from the token cache beside tokenising on the fly, as MiniMind's Dataset does."""
+"""Data loading: batches from the token cache beside on-the-fly tokenisation, as in MiniMind's Dataset."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenCache, Tokeniz
 
 
 def _on_the_fly(tokenizer: Tokenizer, batches: int) -> tuple[int, int]:
-    """(useful tokens, their checksum) of padded batches that are tokenised as they are needed."""
+    """(useful tokens, their checksum) of padded batches tokenised on the fly."""
     lines = Path(samples.path("pretrain.jsonl")).read_text(encoding="utf-8").splitlines()
     useful = total = 0
     for i in range(batches):
@@ -68,6 +68,6 @@ def test_loading(case: tuple[str], suite: Suite, benchmark: Any, cache: tuple[To
     if first != [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]:
         pytest.fail("no time without a right answer: the cache's first document is not the file's first line")
     benchmark.group = "data loading"
-    benchmark(call)  # the host's work on every machine
+    benchmark(call)  # host work on every machine
     seconds = benchmark.stats.stats.data if benchmark.stats is not None else []
     suite.host_row(benchmark, name, seconds, useful, kind="data loading", op="data loading")

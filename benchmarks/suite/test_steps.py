@@ -1,4 +1,4 @@
-"""The optimizer step, and the whole training step: MiniMind's eager loop, the same on Liger's ops, the product's engine."""
+"""The optimizer step and the whole training step: MiniMind's eager loop, the same on Liger's ops, and our engine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from minimind_fast.training.engine import Engine
 from minimind_fast.training.zero import deepspeed_config
 
 FLAVOURS = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "ours": {"fused": True}}
-CHECKED_TOKENS = 4096  # of the truth in float32, whose logits are whole
-SMALL_STEP = 6144  # tokens of a step of fine-tuning, where launches count
+CHECKED_TOKENS = 4096  # for the float32 truth, which stores full logits
+SMALL_STEP = 6144  # tokens per fine-tuning step, where launch overhead matters
 SMALL = {"num_hidden_layers": 2}  # on a CPU
 
 
@@ -46,7 +46,7 @@ def _step_rows(suite: Suite) -> list[tuple[Any, ...]]:
     if suite.on_gpu:
         small = [(rows[0][0], SMALL_STEP, kinds[0], name) for name in ("eager", "ours", "graphs")]
         rows += [row for row in small if row not in rows]
-    return sorted(rows, key=lambda row: row[3] == "compile")  # stable; a compilation takes longest
+    return sorted(rows, key=lambda row: row[3] == "compile")  # stable sort; compilation is slowest
 
 
 ROWS = {"test_optimizer_step": _optimizer_rows, "test_model_step": _step_rows}
@@ -101,7 +101,7 @@ def test_optimizer_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> 
 
 
 class _Eager:
-    """MiniMind's loop: autocast, whole logits, clipping, AdamW; a mixture is our model without kernels."""
+    """MiniMind's loop: autocast, full logits, clipping, AdamW; for MoE, our model without kernels."""
 
     def __init__(self, model: MiniMind, suite: Suite, compiled: bool) -> None:
         self.moe = model.config.use_moe
@@ -132,7 +132,7 @@ class _Eager:
 
 
 class _Liger(_Eager):
-    """The same loop on Liger's ops, whose head makes the mean loss without logits."""
+    """The same loop on Liger's ops, whose head computes the mean loss without logits."""
 
     def __init__(self, model: MiniMind, suite: Suite) -> None:
         super().__init__(model, suite, compiled=False)
@@ -176,12 +176,12 @@ class _Replayed(_Ours):
     def logprobs(self, batch: Batch, rows: tuple[int, int]) -> torch.Tensor:
         how = (batch.input_ids, batch.targets, batch.cu_seqlens, batch.max_seqlen)
         with torch.enable_grad():
-            self.engine.module(*how)  # a shape is captured when it comes again
+            self.engine.module(*how)  # a shape is captured at its second use
             return self.engine.module(*how).logprobs.detach().float()
 
 
 def _batch(suite: Suite, config: ModelConfig, kind: str, tokens: int, rows_only: bool, seed: int) -> Batch:
-    """Random documents; for rows, as many of one length as fit."""
+    """Random documents; with rows_only, as many of one length as fit."""
     lengths = document_lengths(kind, tokens if not rows_only else tokens // int(kind) * int(kind))
     own = torch.Generator().manual_seed(seed)
     ids, targets = (torch.randint(3, config.vocab_size, (sum(lengths),), generator=own) for _ in "it")
@@ -209,7 +209,7 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
     small = _batch(suite, config, kind, min(tokens, CHECKED_TOKENS), dense_rows, seed=1)
     rows, small_rows = ((b.input_ids.numel() // length, length) if dense_rows else (1, -1) for b in (batch, small))
     how = (small.input_ids, small.targets, small.cu_seqlens, small.max_seqlen)
-    experts = SameExperts()  # near ties are decided by rounding, not by right and wrong
+    experts = SameExperts()  # rounding decides near ties
     with torch.no_grad(), experts:
         half = MiniMind(config).to(suite.device)
         half.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""Training end to end beside MiniMind's eager loop, a few rungs of train_step.py: real data path, loader and engine."""
+"""End-to-end training beside MiniMind's eager loop, a few rungs of train_step.py: real data path, loader and engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.suite.harness import Suite
 from minimind_fast.data import samples
 
 RUNGS = ("eager", "joined", "ours")
-# Without batches of many documents a CPU takes a minute a step; the small model shows that all of it works.
+# Without batches of many documents a CPU takes a minute per step; the small model shows that everything works.
 PRESET, TOKENS, WARM, STEPS = {True: ("minimind3", 53248, 10, 20), False: ("tiny", 2048, 1, 3)}[
     torch.cuda.is_available()
 ]
@@ -45,9 +45,9 @@ def test_training(case: tuple[str], suite: Suite, benchmark: Any, rung: train_st
     rung.take(WARM)
     taken: list[dict[str, float]] = []
     benchmark.group = f"training {PRESET} T={TOKENS}, loader and engine included"
-    benchmark.pedantic(lambda: taken.append(rung.take(1)), rounds=STEPS)  # the host's clock: a step ends with its loss
+    benchmark.pedantic(lambda: taken.append(rung.take(1)), rounds=STEPS)  # host clock: a step ends with its loss
     if not taken[-1]["loss"] < first:
         pytest.fail(f"no time without a right answer: the loss went from {first:.3f} to {taken[-1]['loss']:.3f}")
-    # For as many useful tokens in every loop.
+    # Scaled to equal useful tokens in every loop.
     seconds = [TOKENS / step["rate"] for step in taken] if benchmark.stats is not None else []
     suite.host_row(benchmark, name, seconds, TOKENS, kind="training", op="training", preset=PRESET, tokens=TOKENS)

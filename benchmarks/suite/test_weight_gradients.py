@@ -13,17 +13,13 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.ops.registry import Work
 from minimind_fast.proof.rule import compare
 
-TOKENS = (65536, 6144, 53191)  # the most valuable first
-PIECES = (4, 16)  # of cuBLAS by hand
+TOKENS = (65536, 6144, 53191)  # most important first
+PIECES = (4, 16)  # for cuBLAS in pieces
 NAMES = ("eager", "split-K", *(f"bmm x{count}" for count in PIECES))  # eager is torch.mm: cuBLAS as it chooses
 
 
 def projections(c: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each matrix of a layer, fused as our model has them.
-
-    Args:
-        c: the model.
-    """
+    """(outputs, inputs) of each matrix of a layer, fused as in our model."""
     assert c.head_dim and c.intermediate_size
     d, f, q = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
     qkv = q + 2 * c.num_key_value_heads * c.head_dim
@@ -35,7 +31,7 @@ def _rows(suite: Suite) -> list[tuple[Any, ...]]:
     counts = TOKENS if asked == [0] else asked
     names = (
         NAMES if suite.on_gpu else NAMES[:1]
-    )  # a CPU keeps no wide sums of narrow operands, and has no waves to fill
+    )  # a CPU has no float32 results for narrow operands, and no waves to fill
     presets = [p for p in suite.presets(("minimind3",), ("minimind2-small",)) if not ModelConfig.preset(p).use_moe]
     return [
         (preset, tokens, which, name)

@@ -1,4 +1,4 @@
-"""The commands of `minimind-fast`, one a file.
+"""The commands of `minimind-fast`, one per file.
 
 They may import everything; only `cli.py` calls them.
 """

@@ -1,9 +1,9 @@
 """Talking to a model: `minimind-fast chat` and `minimind-fast generate`.
 
-Purpose: a terminal chat that streams, and a command that continues texts; both can stand in a pipe.
-Principle: a `Conversation` holds the messages and lays them out with the tokenizer's template, oldest turns left out when
-    the context is full. Answers go to standard output, everything else (prompts, speed, hints) to standard error.
-Properties: with standard input not a terminal, all of it is one message and the bare answer comes out.
+Purpose: a streaming terminal chat, and a command that continues texts; both work in a pipe.
+Principle: a `Conversation` holds the messages and renders them with the tokenizer's template, dropping the oldest turns
+    when the context is full. Answers go to standard output, the rest (prompts, speed, hints) to standard error.
+Properties: if standard input is not a terminal, all of it is one message and only the answer is printed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Ctrl-C stops an answer."""
 
 
 class Conversation:
-    """Messages so far, and their token ids for the next answer.
+    """The messages so far, and their token ids for the next answer.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: must have a chat template.
         system: the system prompt, or "".
         tools: JSON schemas of functions.
         thinking: open the answer with a thought.
-        history: turns (a question and what followed) to show the model; 0 shows all that fit.
+        history: turns (a question and what followed) to show the model; 0: all that fit.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
 
     def give(self, result: str) -> None:
-        """Add the result of a tool."""
+        """Add a tool's result."""
         self.messages.append({"role": "tool", "content": result})
 
     def answer(self, text: str) -> None:
-        """Add the model's answer; a thought in it is kept apart, as templates leave old thoughts out."""
+        """Add the model's answer; its thought is stored separately, since templates omit old thoughts."""
         message = {"role": "assistant", "content": text}
         thought, closed, rest = text.partition("</think>")
         if closed:
@@ -73,10 +73,7 @@ class Conversation:
         self.messages.append(message)
 
     def prompt(self, room: int) -> list[int]:
-        """Token ids to answer: the newest turns that fit.
-
-        Args:
-            room: tokens at most.
+        """Token ids of the newest turns that fit in `room` tokens.
 
         Raises:
             ValueError: the last question alone does not fit.
@@ -98,13 +95,10 @@ class Conversation:
 
 
 def read_tools(file: str | None) -> list[dict[str, Any]] | None:
-    """Tool schemas from a JSON file: a list, or an object with `tools`.
-
-    Args:
-        file: its path, or None.
+    """Read tool schemas from a JSON file: a list, or an object with `tools`.
 
     Raises:
-        ValueError: it does not hold them.
+        ValueError: the file does not hold tool schemas.
     """
     if file is None:
         return None
@@ -119,12 +113,12 @@ def read_tools(file: str | None) -> list[dict[str, Any]] | None:
 
 
 def note(text: str) -> None:
-    """Say something that is not part of the answer."""
+    """Print something that is not part of the answer."""
     print(text, file=sys.stderr, flush=True)
 
 
 def speed(answer: Stream) -> str:
-    """One line about how fast it went."""
+    """One line about the speed of an answer."""
     n = len(answer.ids)
     rate = f", {(n - 1) / answer.decode_s:.1f} tokens/s" if n > 1 and answer.decode_s else ""
     cut = ", cut at --max_new_tokens" if answer.finish_reason == "length" else ""
@@ -132,12 +126,12 @@ def speed(answer: Stream) -> str:
 
 
 def read_stdin() -> str:
-    """All of standard input as text, whatever the locale says."""
+    """All of standard input as text, regardless of the locale."""
     return sys.stdin.buffer.read().decode("utf-8", errors="replace").strip("\n")
 
 
 def read_message() -> str:
-    """One message from the terminal, several lines if asked for.
+    """Read one message, possibly of several lines, from the terminal.
 
     Raises:
         EOFError: the user is done.
@@ -157,12 +151,12 @@ def read_message() -> str:
 
 
 class Chat:
-    """A conversation with a model behind it.
+    """A conversation with a model.
 
     Args:
-        model: the model.
-        conversation: what is said.
-        options: of `generate.stream`.
+        model: writes the answers.
+        conversation: the messages.
+        options: for `generate.stream`.
         raw: continue each text by itself instead of answering (for a pretrained model).
     """
 
@@ -170,10 +164,10 @@ class Chat:
         self.model, self.conversation, self.options, self.raw = model, conversation, options, raw
 
     def reply(self, text: str | None = None) -> Stream:
-        """Stream the answer to standard output; Ctrl-C keeps what has come so far.
+        """Stream the answer to standard output; Ctrl-C keeps what has arrived so far.
 
         Args:
-            text: to continue (raw only).
+            text: the text to continue (raw only).
         """
         tokenizer, limit = self.conversation.tokenizer, self.model.config.max_position_embeddings
         new = min(self.options["max_new_tokens"], limit - 1)
@@ -193,10 +187,10 @@ class Chat:
         return answer
 
     def command(self, line: str) -> bool:
-        """Carry out a /command; False to leave.
+        """Run a /command; False to leave.
 
         Raises:
-            ValueError: an unknown command, or one that lacks its argument.
+            ValueError: an unknown command, or a missing argument.
         """
         name, _, rest = line.partition(" ")
         rest, talk = rest.strip(), self.conversation
@@ -227,7 +221,7 @@ class Chat:
         """Ask and answer once.
 
         Raises:
-            ValueError: it does not fit; the question is forgotten.
+            ValueError: the question does not fit and is discarded.
         """
         if self.raw:
             note(speed(self.reply(text)))
@@ -296,7 +290,7 @@ def main(argv: list[str]) -> int:
 
 
 def generate_main(argv: list[str]) -> int:
-    """`minimind-fast generate`: continue texts, one batch of them.
+    """`minimind-fast generate`: continue a batch of texts.
 
     Args:
         argv: arguments after `generate`.
@@ -322,7 +316,7 @@ def generate_main(argv: list[str]) -> int:
     else:
         ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
     new = args.max_new_tokens
-    if new == parser.get_default("max_new_tokens"):  # not asked for: as many as the context has room for
+    if new == parser.get_default("max_new_tokens"):  # not given: as many as fit in the context
         new = max(1, min(new, model.config.max_position_embeddings - max(map(len, ids))))
     options = {**vars(sampling), "max_new_tokens": new, "seed": args.seed}
     if len(prompts) == 1:

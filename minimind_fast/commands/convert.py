@@ -1,9 +1,9 @@
-"""`minimind-fast export`, `import` and `lora`: a model, or its adapters, from one format into another.
+"""`minimind-fast export`, `import` and `lora`: convert models and adapters between formats.
 
-Purpose: take a trained model to other tools (Transformers, vLLM, llama.cpp's converter, lm-eval), and bring one from there.
-Principle: open what PATH names, write it as asked; `checkpoint.py` and `exchange.py` do both.
-Properties: nothing is written that is not whole; an existing model is replaced only with --overwrite, anything else never.
-    The weights' numbers stay as they are unless --dtype says otherwise.
+Purpose: take a trained model to other tools (Transformers, vLLM, llama.cpp's converter, lm-eval), or bring one from there.
+Principle: open what PATH names, write it in the requested format; `weights/checkpoint.py` and `weights/hf.py` do both.
+Properties: no partial output; an existing model is replaced only with --overwrite, anything else never. Weights are not
+    changed unless --dtype is given.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main_export(argv: list[str]) -> int:
         The exit code.
 
     Raises:
-        ValueError: what cannot be read, expressed or written.
+        ValueError: something cannot be read, represented or written.
     """
     parser = _parser("export", "Write a model for Transformers and the tools that read its folders.")
     parser.add_argument(
@@ -64,7 +64,7 @@ def main_import(argv: list[str]) -> int:
         The exit code.
 
     Raises:
-        ValueError: what cannot be read, expressed or written.
+        ValueError: something cannot be read, represented or written.
     """
     parser = _parser("import", "Bring a Llama, Qwen3 or Qwen3-MoE folder or a MiniMind .pth into a MiniMind folder.")
     parser.set_defaults(format="minimind")
@@ -106,7 +106,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace, source: Path) -> tuple[MiniMind, Tokenizer | None]:
-    """The model in its stored dtype (a cast is the writer's, which sees what would be lost), its tokenizer if any."""
+    """The model in its stored dtype (the writer casts, and sees what would be lost), and its tokenizer if any."""
     if args.tokenizer or (source / "tokenizer.json").is_file():
         return open_stored(argparse.Namespace(**{**vars(args), "dtype": "auto"}))
     if source.is_file() and not args.preset:
@@ -119,7 +119,7 @@ def _check_places(source: Path, out: Path, a_file: bool, overwrite: bool) -> Non
     check_replaceable(out, a_file)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents or here in there.parents:
-        raise ValueError(f"{out} and {source} are one within the other; name another place to write to")
+        raise ValueError(f"one of {out} and {source} lies inside the other; name another place to write to")
     if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise ValueError(f"{out} is there already; add --overwrite to replace it")
 
@@ -134,7 +134,7 @@ def main_lora(argv: list[str]) -> int:
         The exit code.
 
     Raises:
-        ValueError: what cannot be read, does not belong together or cannot be written.
+        ValueError: something cannot be read or written, or does not belong together.
     """
     parser = argparse.ArgumentParser(
         prog="minimind-fast lora", description="Adapters: merge them, or change their format."

@@ -1,8 +1,8 @@
-"""How good is it: sample answers, perplexity, and multiple-choice accuracy (`minimind-fast eval`).
+"""`minimind-fast eval`: sample answers, perplexity and multiple-choice accuracy.
 
-Purpose: the habits of MiniMind's `eval_llm.py` (a list of prompts for each kind of model), and numbers beside them.
-Principle: files are read before the model is loaded, so that a typing error shows at once; `infer/score.py` does the sums.
-Properties: prints what it measures and, with --out, writes the same as JSON.
+Purpose: a list of prompts for each kind of model, as in MiniMind's `eval_llm.py`, plus numbers.
+Principle: files are read before the model is loaded, so a typo shows at once; `infer/score.py` computes the metrics.
+Properties: prints its measurements and, with --out, writes them as JSON.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ PROMPTS = {
 
 
 def read_jsonl(file: str | Path, limit: int = 0) -> list[dict[str, Any]]:
-    """Objects of a JSONL file.
+    """Read objects from a JSONL file.
 
     Args:
-        file: its path.
-        limit: at most; 0 for all.
+        file: path of the file.
+        limit: most rows to read; 0 for all.
 
     Raises:
         ValueError: a line that is not a JSON object, with its number.
@@ -65,14 +65,14 @@ def read_jsonl(file: str | Path, limit: int = 0) -> list[dict[str, Any]]:
 
 
 def read_texts(file: str | Path, limit: int = 0) -> list[str]:
-    """The `text` of each row of a JSONL file.
+    """Read the `text` of each row of a JSONL file.
 
     Args:
-        file: its path.
-        limit: at most; 0 for all.
+        file: path of the file.
+        limit: most rows to read; 0 for all.
 
     Raises:
-        ValueError: a row without it.
+        ValueError: a row without text.
     """
     rows = read_jsonl(file, limit)
     for number, row in enumerate(rows, 1):
@@ -85,10 +85,10 @@ def show_prompts(model: MiniMind, tokenizer: Tokenizer, kind: str, **options: An
     """Let the model answer a list of prompts.
 
     Args:
-        model: the model.
-        tokenizer: its own.
-        kind: one of PROMPTS; "pretrained" continues, the others answer by the chat template.
-        options: of `generate.generate_batch`.
+        model: in evaluation mode.
+        tokenizer: the model's.
+        kind: one of PROMPTS; "pretrained" continues, the others answer with the chat template.
+        options: for `generate.generate_batch`.
 
     Returns:
         [{"prompt", "answer"}].

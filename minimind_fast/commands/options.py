@@ -1,8 +1,8 @@
-"""Options that several commands have alike, and the model they name.
+"""Options shared by several commands, and the model they name.
 
-Purpose: `chat`, `generate`, `eval` and their siblings open a model and choose tokens by the same words.
-Principle: an `add_*` function for the parser, and a function that turns the parsed options into the thing itself.
-Properties: what a user can get wrong (a path, a tokenizer that is not the model's, a range) is a ValueError that says so.
+Purpose: `chat`, `generate`, `eval` and others open a model and sample with the same options.
+Principle: an `add_*` function for the parser, and a function that turns the parsed options into the object.
+Properties: a user's mistake (a path, a foreign tokenizer, a range) is a ValueError that says so.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from minimind_fast.weights.open import check_match, check_size, tokenizer_of
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add PATH, --tokenizer, --preset, --lora, --device, --dtype, --threads; `open_model` reads them.
-
-    Args:
-        parser: of the command.
-    """
+    """Add PATH, --tokenizer, --preset, --lora, --device, --dtype, --threads; `open_model` reads them."""
     parser.add_argument("path", metavar="PATH", help="folder with a model, a run's folder, or MiniMind's .pth")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
     parser.add_argument("--preset", help="shape of a .pth file, such as minimind2-small")
@@ -41,27 +37,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora_option(parser: argparse.ArgumentParser) -> None:
-    """Add --lora.
-
-    Args:
-        parser: of the command.
-    """
+    """Add --lora."""
     text = "adapters to merge first: PEFT folder, MiniMind .pth, or the folder of a LoRA run; in float32 unless --dtype says"
     parser.add_argument("--lora", metavar="ADAPTER", help=text)
 
 
 def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
-    """A model with adapters merged into it.
+    """Merge adapters into a model.
 
     Args:
-        model: their base.
-        adapters: what --lora named, or None.
+        model: the base model.
+        adapters: value of --lora, or None.
 
     Returns:
-        The model in float32, as half precision rounds small changes away; without adapters the model as it is.
+        The model in float32, since half precision rounds small changes away; without adapters, unchanged.
 
     Raises:
-        ValueError: they cannot be read, or do not fit.
+        ValueError: the adapters cannot be read, or do not fit.
     """
     if adapters:
         load_adapters(model.float(), adapters)
@@ -70,16 +62,16 @@ def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
 
 
 def open_model(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
-    """Load what the options name, to have it answer.
+    """Load the model for inference.
 
     Args:
         args: parsed options of `add_model_options`.
 
     Returns:
-        (model in evaluation mode, tokenizer); with --dtype auto in float32 if the device does not multiply what is stored.
+        (model in evaluation mode, tokenizer); with --dtype auto in float32 if the device lacks the stored dtype.
 
     Raises:
-        ValueError: as `open_stored`.
+        ValueError: as for `open_stored`.
     """
     model, tokenizer = open_stored(args)
     if args.dtype == "auto":
@@ -89,7 +81,7 @@ def open_model(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
 
 
 def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
-    """Load what the options name; with --dtype auto every number is as it is on the disk.
+    """Load the model as stored; with --dtype auto weights keep their dtype.
 
     Args:
         args: parsed options of `add_model_options`.
@@ -98,7 +90,7 @@ def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
         (model in evaluation mode, tokenizer).
 
     Raises:
-        ValueError: what is wrong with them, or a tokenizer that is not the model's.
+        ValueError: an invalid option, or a tokenizer that is not the model's.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -125,9 +117,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, temperature: float, to
     """Add --max_new_tokens, --temperature, --top_p, --top_k, --min_p, --repetition_penalty, --seed.
 
     Args:
-        parser: of the command.
-        temperature: its default.
-        top_p: its default.
+        parser: receives the options.
+        temperature, top_p: their defaults.
     """
     add = parser.add_argument
     add("--max_new_tokens", type=int, default=512, help="at most, for each answer (default: 512)")
@@ -140,10 +131,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, temperature: float, to
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The Sampling that the options describe.
-
-    Args:
-        args: parsed options of `add_sampling_options`.
+    """The Sampling given by the options of `add_sampling_options`.
 
     Raises:
         ValueError: a value out of range.

@@ -1,12 +1,12 @@
-"""`minimind-fast plan`: what a run will need, before it is paid for.
+"""`minimind-fast plan`: what a run will need, before paying for it.
 
-Purpose: parameters, FLOPs and bytes a token, memory under each ZeRO stage, step time, tokens/s, all-reduce, hours and
-    cost for a corpus, and how it scales from 1 to 1,024 GPUs.
-Principle: memory is counted on the model itself (`memory.py`), time is the roofline of the card (`roofline.py`), corrected
-    by what was measured on such a card where a result is committed: the same share of the roofline is expected of other
-    models. Ranks exchange gradients by rings: 2 (W - 1) / W of their bytes, at the speed of the slowest link.
-Properties: says of each number whether it is counted, modelled or measured. No overlap of exchange and computing is
-    assumed, so scaling is a lower bound. Without a measurement the times are the roofline's, which no run reaches.
+Purpose: parameters, FLOPs and bytes per token, memory under each ZeRO stage, step time, tokens/s, all-reduce, hours and
+    cost for a corpus, and scaling from 1 to 1,024 GPUs.
+Principle: memory is counted on the model itself (`memory.py`). Time is the card's roofline (`roofline.py`), divided by the
+    share of it that committed measurements on such a card reached. Ranks exchange gradients in rings: 2 (W - 1) / W of
+    their bytes, at the speed of the slowest link.
+Properties: each number is labelled counted, modelled or measured. Communication is assumed not to overlap with compute, so
+    scaling is a lower bound. Without a measurement, times are the roofline's, which no run reaches.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from minimind_fast.proof.roofline import OPTIMIZER_BYTES, shape_of, step_work
 from minimind_fast.training.log import clock, peak_flops
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-RUNTIME_GIB = 1.0  # of a card: the driver's context, cuBLAS and NCCL; a guess until one was measured
+RUNTIME_GIB = 1.0  # the driver's context, cuBLAS and NCCL; a guess, not measured
 SCALES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BANDWIDTHS_GB_PER_S = (1.25, 12.5, 25, 50, 100, 450)  # 10 and 100 GbE, 200 and 400 and 800 Gb InfiniBand, NVLink 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned.
+    """The run to plan.
 
     Attributes:
-        config: the model.
+        config: the model's shape.
         card: each rank's device.
-        gpus: ranks.
-        tokens: positions of a micro-batch on each rank.
+        gpus: number of ranks.
+        tokens: positions per micro-batch and rank.
         accumulation: micro-batches in an optimizer step.
-        document: tokens of each document.
-        dtype: of training.
-        kernels: a GPU's kernels, or a CPU's path.
+        document: tokens in each document.
+        dtype: training dtype.
+        kernels: True for a GPU's kernels, False for a CPU's path.
         gradient_checkpointing: recompute blocks.
         node: ranks that share fast links.
-        network_bytes_per_s: of each rank to other nodes, one direction.
+        network_bytes_per_s: from each rank to other nodes, one direction.
     """
 
     config: ModelConfig
@@ -66,18 +66,11 @@ class Run:
 
 
 def compute_seconds(run: Run) -> dict[str, float]:
-    """The roofline of an optimizer step on one rank, by part, without exchange.
-
-    Args:
-        run: what is planned.
-
-    Returns:
-        part -> seconds.
-    """
+    """Roofline of an optimizer step on one rank, without communication: part -> seconds."""
     work = step_work(run.config, run.tokens, run.document, ITEM_BYTES[run.dtype])
     rates = run.card.bytes_per_s, run.card.flop_per_s
     parts = {name: w.seconds(*rates) * run.accumulation for name, w in work.items()}
-    if run.gradient_checkpointing:  # everything but the head once more; a third of the step, as forward is
+    if run.gradient_checkpointing:  # one more forward, a third of the step, without the head
         parts["recomputation"] = sum(parts.values()) / 3
     parts["optimizer"] = OPTIMIZER_BYTES * shape_of(run.config).num_parameters() / run.card.bytes_per_s
     return parts
@@ -86,15 +79,14 @@ def compute_seconds(run: Run) -> dict[str, float]:
 def exchanged_bytes(parameters: int, stage: int, dtype: str, world_size: int, accumulation: int) -> float:
     """Bytes that each rank sends in an optimizer step.
 
-    Args:
-        parameters: of the model.
-        stage: ZeRO stage.
-        dtype: of training.
-        world_size: ranks.
-        accumulation: micro-batches of the step.
+    A ring sends (W - 1) / W of a buffer to reduce-scatter it, and as much to gather it.
 
-    Returns:
-        Bytes: a ring sends (W - 1) / W of a buffer to scatter-reduce it, and as much to gather it.
+    Args:
+        parameters: number of the model's parameters.
+        stage: ZeRO stage.
+        dtype: training dtype.
+        world_size: number of ranks.
+        accumulation: micro-batches in the step.
     """
     ring = (world_size - 1) / world_size
     item = ITEM_BYTES[dtype]
@@ -103,17 +95,11 @@ def exchanged_bytes(parameters: int, stage: int, dtype: str, world_size: int, ac
         return ring * parameters * (2 * gradient + (item if stage == 1 else 0))
     if stage == 2:
         return ring * parameters * (item * accumulation + item)
-    return ring * parameters * item * 3 * accumulation  # weights gathered forward and backward, gradients scattered
+    return ring * parameters * item * 3 * accumulation  # weights gathered in forward and backward, gradients scattered
 
 
 def exchange_seconds(run: Run, parameters: int, stage: int) -> float:
-    """Time of the exchange at the slowest link, nothing overlapped.
-
-    Args:
-        run: what is planned.
-        parameters: of the model.
-        stage: ZeRO stage.
-    """
+    """Seconds of communication over the slowest link, without overlap."""
     if run.gpus == 1:
         return 0.0
     rate = run.card.links_bytes_per_s if run.gpus <= run.node else run.network_bytes_per_s
@@ -121,14 +107,14 @@ def exchange_seconds(run: Run, parameters: int, stage: int) -> float:
 
 
 def measured(folder: Path, card: str) -> dict[str, float]:
-    """Committed tokens/s of our training step on such a device.
+    """Share of the roofline that committed training steps reached on such a device.
 
     Args:
-        folder: with the benchmark's JSON files.
+        folder: holds the benchmark's JSON files.
         card: a card's name, or "CPU".
 
     Returns:
-        preset -> share of the roofline that was reached; the best of each, empty if nothing is committed.
+        preset -> its best share; empty if nothing is committed.
     """
     found: dict[str, float] = {}
     for file in sorted(folder.glob("*.json")):
@@ -141,7 +127,7 @@ def measured(folder: Path, card: str) -> dict[str, float]:
         if card == "CPU" and isinstance(data, dict) and isinstance(data.get("ours"), dict):
             machine = data["machine"]
             here = Card("CPU", 0, machine.get("copy_bytes_per_s", 20e9), machine["matmul_bf16_gflops"] * 1e9, 1e9, "")
-            # Its packs are of 8,192 tokens.
+            # The benchmark packs 8,192 tokens.
             seconds = sum(compute_seconds(Run(ModelConfig.preset(data["preset"]), here, tokens=8192)).values())
             found[data["preset"]] = data["ours"]["useful_tokens_per_s"] * seconds / 8192
     return found
@@ -151,10 +137,10 @@ def make(run: Run, need: MicroBatch, stage: int, shares: dict[str, float], prese
     """The whole plan as plain data.
 
     Args:
-        run: what is planned.
-        need: of `micro_batch` for it.
+        run: the run to plan.
+        need: its `micro_batch`.
         stage: ZeRO stage of the times.
-        shares: of `measured`.
+        shares: from `measured`.
         preset: the model's name.
 
     Returns:
@@ -221,15 +207,15 @@ def _milliseconds(seconds: float) -> str:
 
 
 def show(plan: dict[str, Any], run: Run, corpus: float, epochs: float, price: float, on_cpu: bool) -> str:
-    """A plan for people.
+    """Format a plan as text.
 
     Args:
-        plan: of `make`.
-        run: what it is of.
-        corpus: tokens of the corpus, 0 for none.
-        epochs: passes over it.
-        price: of a GPU hour, 0 if not known.
-        on_cpu: no card's memory to hold it against.
+        plan: from `make`.
+        run: the planned run.
+        corpus: tokens in the corpus, 0 for none.
+        epochs: passes over the corpus.
+        price: price of a GPU hour, 0 if unknown.
+        on_cpu: there is no card's memory to compare with.
     """
     card, share, n = run.card, plan["measured_share_of_roofline"], plan["parameters"]
     active = "" if plan["active_parameters"] == n else f", {plan['active_parameters']:,} active"
@@ -295,10 +281,10 @@ def show(plan: dict[str, Any], run: Run, corpus: float, epochs: float, price: fl
 
 
 def this_machine(dtype: str) -> tuple[Card, bool]:
-    """The device here: a card of the table, another card or the CPU, measured.
+    """This machine's device: a card from the table, or another card or the CPU, measured.
 
     Args:
-        dtype: of the matmul that is measured.
+        dtype: dtype of the measured matmul.
 
     Returns:
         (Card, whether it is a CPU).
@@ -342,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         0.
 
     Raises:
-        ValueError: options that cannot be.
+        ValueError: invalid options.
     """
     p = argparse.ArgumentParser(
         prog="minimind-fast plan", description="What a training run needs: memory, time, exchange, hours, cost."

@@ -1,8 +1,8 @@
 """`minimind-fast serve PATH`: an OpenAI-compatible server and a chat page for one model.
 
 Purpose: the command: options, model, socket, uvicorn.
-Principle: one process. A thread runs the model over a batch that requests join and leave (`server/batch.py`); the event
-    loop does the rest (`server/app.py`).
+Principle: one process. A thread runs the model with continuous batching (`serve/batch.py`); the event loop does the rest
+    (`serve/app.py`).
 Properties: listens on localhost unless told otherwise. FastAPI and uvicorn are an extra, `pip install minimind_fast[serve]`.
 """
 
@@ -21,11 +21,7 @@ from minimind_fast.serve.protocol import Defaults
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach an address.
-
-    Args:
-        host: a name or an address to listen on.
-    """
+    """Whether only this machine can reach a host name or address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -99,7 +95,7 @@ def main(argv: list[str]) -> int:
         Defaults(args.temperature, args.top_p, args.thinking),
     )
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    # Bound here and not by uvicorn, so that a port in use is a sentence, and port 0 can be told.
+    # Bind here rather than in uvicorn, for a clear error if the port is in use and to report port 0's choice.
     with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
         port = listener.getsockname()[1]
         shown = f"[{args.host}]" if ":" in args.host else args.host

@@ -1,8 +1,8 @@
-"""`minimind-fast train STAGE [options]`: a training stage, from an installed package as from a clone.
+"""`minimind-fast train STAGE [options]`: run a training stage, installed or from a clone.
 
-Purpose: an installation trains without a clone: `minimind-fast train sft` is `python train/sft.py`.
-Principle: the stages are the modules of `minimind_fast.stages`; a stage is listed with the first line of its docstring.
-Properties: one process. For several: `deepspeed --module minimind_fast.stages.sft`, or torchrun with `-m`.
+Purpose: trains without a clone: `minimind-fast train sft` is `python train/sft.py`.
+Principle: the stages are the modules of `minimind_fast.stages`, listed with the first line of their docstrings.
+Properties: one process. For several use `deepspeed --module minimind_fast.stages.sft`, or torchrun with `-m`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minimind_fast import stages
 
 
 def found() -> dict[str, str]:
-    """Every stage -> what it does, in one line. Read from the files: importing them all would take seconds."""
+    """stage -> what it does, in one line. Parsed from the files: importing them all would take seconds."""
     files = sorted(path for path in Path(stages.__path__[0]).glob("*.py") if path.stem != "__init__")
     trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in files}
     return {name: (ast.get_docstring(tree) or name).splitlines()[0] for name, tree in trees.items()}

@@ -1,8 +1,8 @@
 """`minimind-fast verify`: check every kernel against the reference in float64, then whole models.
 
-Purpose: the proof that the kernels on this machine are no less exact than plain PyTorch.
-Principle: reads the options, prints the rows of the report as they come, and says pass or fail by its exit code.
-Properties: runs the compiled kernels where there is a GPU, Triton's interpreter elsewhere.
+Purpose: shows that the kernels on this machine are at least as exact as plain PyTorch.
+Principle: prints the report's rows as they arrive; the exit code says pass or fail.
+Properties: runs the compiled kernels on a GPU, Triton's interpreter elsewhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`minimind-fast verify`: check every kernel, then whole models, and say pass or fail.
+    """`minimind-fast verify`: check every kernel, then whole models, and report pass or fail.
 
     Args:
         argv: arguments after `verify`; the process's own if None.

@@ -1,8 +1,8 @@
-"""A micro-batch, what a loop needs of its source, and where a source stands.
+"""Micro-batches, the interface of a data source, and the position within one.
 
-Purpose: `Batch` is what every stage's data gives and every stage's loss takes; `Position` is saved with a checkpoint.
-Principle: a batch is tensors and what the host knows of them, so that nothing has to be asked of a GPU.
-Properties: knows no model and no file format.
+Purpose: every data source yields `Batch` and every loss takes one; `Position` is saved with a checkpoint.
+Principle: a batch carries its counts and bounds on the host beside its tensors, so nothing waits for a GPU.
+Properties: independent of model and file format.
 
 T: positions in a packed batch, B: rows, L: positions in a row.
 """
@@ -24,12 +24,12 @@ class Batch:
         input_ids: (T,) packed or (B, L) rows, int64.
         targets: same shape, int64: the next token, or IGNORE_INDEX.
         cu_seqlens: (num_docs + 1,) int32 bounds of the packed documents, or None for rows.
-        max_seqlen: no document or row is longer, in positions.
-        num_targets: positions that count.
+        max_seqlen: upper bound on a document's or row's length, in positions.
+        num_targets: positions that enter the loss.
         num_docs: real documents (pieces) or rows.
-        weights: same shape, float32, or None: each counted target weighs 1.
-        factor: the trainer will multiply the sum of the batch's losses by this.
-        documents: what `ops.documents.run` has worked out of the bounds; None before the first pass and after a move.
+        weights: same shape, float32 weight of each target, or None: all weigh 1.
+        factor: the trainer multiplies the sum of the batch's losses by this.
+        documents: cached result of `ops.documents.run`; None before the first pass and after a move.
     """
 
     input_ids: torch.Tensor
@@ -51,15 +51,15 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """Copy the tensors into page-locked memory, from which a GPU copies while it computes."""
+        """Copy the tensors into page-locked memory, so that copies to a GPU overlap with compute."""
         return self._map(lambda tensor: tensor.pin_memory())
 
 
 class Batches(Protocol):
-    """What a training loop needs of a data source: iterating gives the rest of the current epoch.
+    """What the training loop expects of a data source: iterating yields the rest of the current epoch.
 
-    Batches that depend on the model (rollouts) say so by an attribute `needs_model = True`: none is made ahead. The state
-    is the same on every rank, except for what stands under the key "own".
+    A source whose batches depend on the model (rollouts) sets `needs_model = True`, which turns prefetching off. The
+    state is the same on every rank, except under the key "own".
     """
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -70,10 +70,10 @@ class Batches(Protocol):
 
 
 class Position:
-    """The place in the data of all ranks together, and what data that is.
+    """The global position in the data, over all ranks, and the identity of that data.
 
     Args:
-        identity: what decides the order; a stored position of another one is refused.
+        identity: everything that decides the order; a stored position with another identity is refused.
         unit: what `next` counts, "batch" or "prompt".
     """
 
@@ -82,10 +82,10 @@ class Position:
         self.epoch = self.next = 0
 
     def advance(self, count: int, size: int) -> None:
-        """Go on within the epoch, or to the beginning of the next.
+        """Advance within the epoch, or wrap to the start of the next.
 
         Args:
-            count: units that all ranks have used up.
+            count: units consumed by all ranks together.
             size: units in an epoch.
         """
         self.next += count
@@ -93,17 +93,17 @@ class Position:
             self.epoch, self.next = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Give identity, epoch and the next unit."""
+        """Return identity, epoch and the next unit."""
         return {**self.identity, "epoch": self.epoch, f"next_{self.unit}": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position.
+        """Restore a position.
 
         Args:
-            state: of `state_dict`; further keys are ignored.
+            state: from `state_dict`; other keys are ignored.
 
         Raises:
-            ValueError: it belongs to other data or other settings.
+            ValueError: the state belongs to other data or settings.
         """
         for name, mine in self.identity.items():
             if state.get(name) != mine:

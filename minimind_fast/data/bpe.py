@@ -1,7 +1,7 @@
 """Train a tokenizer: byte-level BPE with MiniMind3's special tokens and a ChatML template.
 
 Purpose: `train_bpe(texts, vocab_size)` gives a `Tokenizer` for another language or domain.
-Principle: the Rust library counts and merges; special tokens have MiniMind3's ids, so that its chats keep their form.
+Principle: the Rust library counts and merges; special tokens keep MiniMind3's ids, so its chat layout still works.
 Properties: the same texts give the same tokenizer.
 """
 
@@ -15,8 +15,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from minimind_fast.data.tokenizer import CONTROL_TOKENS, NUM_BYTES, TEXT_TOKENS, Tokenizer
 
-# The chat layout of tokenizers trained here: ChatML, as MiniMind3 reads it. Each assistant turn opens with its thought,
-# empty when there is none, so that the generation prompt (thought open or closed and empty) is always a trained prefix.
+# ChatML, as MiniMind3 reads it. Every assistant turn opens with a thought, possibly empty, so both generation prompts
+# (thought open, or empty and closed) are prefixes seen in training.
 CHAT_TEMPLATE = r"""
 {%- macro text(message) -%}
     {{- message.content if message.content is string else '' -}}
@@ -84,13 +84,12 @@ def train_bpe(
 
     Args:
         texts: the corpus, read once; memory grows with the number of different words, not with the text.
-        vocab_size: entries in all, the 36 special tokens and the 256 bytes included.
+        vocab_size: total entries, including the 36 special tokens and the 256 bytes.
         show_progress: show the Rust library's progress bars.
-        split_digits: each digit is a token of its own, so that every number is read the same way; else frequent numbers
-            become tokens, up to rows of 64 zeros.
+        split_digits: make each digit a token of its own; otherwise frequent numbers become tokens, up to runs of 64 zeros.
 
     Raises:
-        ValueError: the size does not fit, or the texts have too few repeated pieces for it.
+        ValueError: the size is out of range, or the texts repeat too little to fill it.
 
     Source: Sennrich et al. 2016 (BPE); GPT-2 (byte level). Token names and ids are MiniMind3's.
     """
@@ -106,13 +105,13 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    if split_digits:  # only while learning: when no merge holds a digit, a digit is a token without this rule too
+    if split_digits:  # only for training: if no merge contains a digit, digits stay single without this rule
         digit = pre_tokenizers.Split(tokenizers.Regex("[0-9]"), "isolated")
-        # In this order: digits cut off first would leave the line breaks before "1." as a word of their own.
+        # Order matters: splitting digits first would leave the line breaks before "1." as a word of their own.
         backend.pre_tokenizer = pre_tokenizers.Sequence([byte_level, digit])
     backend.train_from_iterator(texts, trainer=trainer)
     backend.pre_tokenizer = byte_level
-    # The trainer marks all of them as control tokens; thoughts and tool calls must stay in decoded text.
+    # The trainer marks all special tokens as control tokens; thoughts and tool calls must stay in decoded text.
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         token["special"] = token["content"] in CONTROL_TOKENS

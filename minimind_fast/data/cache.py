@@ -1,15 +1,15 @@
-"""JSONL files to one memory-mapped file of token ids, made once and found again.
+"""The token cache: JSONL files become one memory-mapped file of token ids, built once and reused.
 
-Purpose: tokenizing a corpus takes minutes and must not be repeated at each start, by each rank or for each epoch. Every
-stage brings an encoder (row -> documents of ids, with a weight per token where not all are targets); all else is here.
+Purpose: tokenizing a corpus takes minutes and should not be repeated at every start, on every rank or for every epoch.
+Each stage supplies an encoder (row -> documents of ids, with per-token weights if not all are targets).
 
 Principle: the cache's name is a hash of what decides its content: the bytes of the files, the tokenizer's rules, the
-encoder's name. It is written in a folder aside and renamed when whole, so a folder with the final name is complete.
+encoder's name. It is built in a temporary folder and renamed when complete, so a folder with the final name is whole.
 tokens.bin holds the documents end to end; document i is tokens[offsets[i]:offsets[i + 1]].
 
-Properties: 2 bytes a token on disk (4 above 65,536 entries). The build streams: it holds one chunk of lines, however
-large the file. Two processes that start together build once: the second waits for the lock; where the file system has
-no locks both build and the first rename wins. A known file (path, size, mtime, inode) is not hashed again.
+Properties: 2 bytes per token on disk (4 above 65,536 entries). The build streams one chunk of lines at a time. Two
+processes that start together build once: the second waits for the lock; without file locks both build and the first
+rename wins. A known file (path, size, mtime, inode) is not hashed again.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from minimind_fast.data.tokenizer import Tokenizer
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: without locks the rename alone keeps the cache whole
+except ImportError:  # not POSIX: no locks, but the atomic rename still keeps the cache whole
     fcntl = None
 
 FORMAT_VERSION = 1
-# A file changed less than this before it was hashed may change again within one tick of its time stamp.
+# A file modified less than this before hashing could change again without its time stamp moving.
 SETTLED_NS = 2_000_000_000
 CACHE_FOLDER = ".minimind_fast_cache"
 
@@ -48,13 +48,13 @@ Document = tuple[Sequence[int], Sequence[int] | None]  # token ids, and the weig
 
 
 class Encoder(Protocol):
-    """Turns rows into documents. `name` enters the cache key: change it when the documents change."""
+    """Turns rows into documents. `name` is part of the cache key: change it when the documents change."""
 
     name: str
     masked: bool  # every document comes with weights
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
-        """Give, for each row, its documents (none if the row is empty) or what is wrong with it."""
+        """Return, for each row, its documents (none if the row is empty) or what is wrong with it."""
         ...
 
 
@@ -65,7 +65,7 @@ class PretrainEncoder:
     masked = False
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
-        """Give one document for each row with a text."""
+        """Return one document for each non-empty row."""
         texts = [string_field(row, "text") for row in rows]
         usable = [text for text in texts if isinstance(text, str) and text.strip()]
         encoded = iter(tokenizer.encode_batch(usable))
@@ -89,7 +89,7 @@ class TokenCache:
         tokens: (num_tokens,) uint16 or uint32, all documents end to end.
         offsets: (num_docs + 1,) int64, where each document starts.
         mask: (num_tokens,) uint8 weight of each token as a target, or None: all are targets.
-        fingerprint: the key; equal for the same files, tokenizer and encoder.
+        fingerprint: the cache key; equal for the same files, tokenizer and encoder.
         meta: counts, bad lines, tokenizer and sources, as in meta.json.
     """
 
@@ -109,7 +109,7 @@ class TokenCache:
 
     @classmethod
     def open(cls, path: Path) -> TokenCache | None:
-        """Open a cache folder; None if it is not there or its files do not have the sizes that it names."""
+        """Open a cache folder; None if it is missing or its files have the wrong sizes."""
         try:
             cache = cls(path)
             whole = cache.offsets.shape == (cache.num_docs + 1,) and int(cache.offsets[-1]) == cache.num_tokens
@@ -118,7 +118,7 @@ class TokenCache:
             return None
 
     def document(self, index: int) -> np.ndarray:
-        """Give the token ids of one document, a view on the file."""
+        """Return the token ids of one document, a view of the file."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
@@ -131,19 +131,19 @@ def build_cache(
     on_bad_line: str = "error",
     log: Callable[[str], None] = print,
 ) -> TokenCache:
-    """Tokenize JSONL files into a cache on disk, or open the one that is there.
+    """Tokenize JSONL files into a cache on disk, or open an existing one.
 
     Args:
-        paths: one or more JSONL files, one object per line; blank lines are passed over.
+        paths: one or more JSONL files, one object per line; blank lines are skipped.
         tokenizer: its fingerprint is part of the key.
-        cache_dir: where caches lie; default `.minimind_fast_cache` beside the first file, or, where that cannot be
-            written, in the user's cache folder.
+        cache_dir: folder for caches; default `.minimind_fast_cache` beside the first file, or the user's cache folder
+            if that is not writable.
         encode: rows to documents.
-        on_bad_line: "error" stops at the first unusable line, "skip" leaves such lines out and reports them.
-        log: takes progress lines.
+        on_bad_line: "error" stops at the first unusable line, "skip" skips and reports such lines.
+        log: called with each progress line.
 
     Raises:
-        DataError: a file is missing or empty, a line is unusable, no document is left, the disk is full.
+        DataError: a file is missing or empty, a line is unusable, no documents remain, or the disk is full.
     """
     if on_bad_line not in ("error", "skip"):
         raise ValueError(f"on_bad_line is {on_bad_line!r}: use 'error' or 'skip'")
@@ -163,9 +163,9 @@ def build_cache(
         cache = TokenCache.open(final)
         if cache is None:
             with _lock(folder / f"{key}.lock", log) as locked:
-                cache = TokenCache.open(final)  # another process may have made it while this one waited
+                cache = TokenCache.open(final)  # another process may have built it while this one waited
                 if cache is None:
-                    if locked:  # whatever lies aside now was left by a killed build
+                    if locked:  # any temporary folder here is left over from a killed build
                         for stale in folder.glob(f"{key}.*.tmp"):
                             shutil.rmtree(stale, ignore_errors=True)
                     cache = _build(sources, states, tokenizer, final, encode, on_bad_line, log)
@@ -176,7 +176,7 @@ def build_cache(
             ) from (error)
         raise DataError(f"cannot make the token cache in {folder}: {error}") from error
     bad = cache.meta["bad_lines"]
-    if bad["count"] and on_bad_line == "error":  # made by an earlier run with "skip"
+    if bad["count"] and on_bad_line == "error":  # built by an earlier run with "skip"
         raise DataError(bad["first"][0])
     if bad["count"]:
         log(f"left out {bad['count']:,} unusable lines, the first: {bad['first'][0]}")
@@ -263,7 +263,7 @@ def _build(
 
 
 def _publish(aside: Path, final: Path) -> TokenCache:
-    """Rename the finished folder; where another process was first, take its result."""
+    """Rename the finished folder; if another process was first, use its result."""
     for _ in range(2):
         try:
             os.replace(aside, final)
@@ -272,7 +272,7 @@ def _publish(aside: Path, final: Path) -> TokenCache:
                 raise
         if (cache := TokenCache.open(final)) is not None:
             return cache
-        shutil.rmtree(final, ignore_errors=True)  # a damaged cache in our place
+        shutil.rmtree(final, ignore_errors=True)  # a damaged cache is in the way
     raise DataError(f"cannot put the token cache at {final}: remove that folder and start again")
 
 
@@ -292,7 +292,7 @@ def _file_state(path: Path) -> list[int]:
 
 
 def _content_hash(path: Path, state: list[int], folder: Path) -> str:
-    """SHA-256 of a file, remembered beside the caches as long as the file's state is the same."""
+    """SHA-256 of a file, remembered beside the caches until the file changes."""
     name = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     memo = folder / f"{name}.hash"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -311,7 +311,7 @@ def _content_hash(path: Path, state: list[int], folder: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
-    """Hold a file lock, which the system drops if the process dies; False where there are no locks."""
+    """Hold a file lock, released by the OS if the process dies; yields False where locks are unsupported."""
     if fcntl is None:
         yield False
         return
@@ -323,12 +323,12 @@ def _lock(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
             log("another process is making this token cache: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
             locked = True
-        except OSError:  # a network file system without locks
+        except OSError:  # network file system without locks
             locked = False
         yield locked
 
 
 def _flush(file: BinaryIO) -> None:
-    """Put a file on the disk itself before the rename that declares it whole."""
+    """Flush a file to disk before the rename that declares it complete."""
     file.flush()
     os.fsync(file.fileno())

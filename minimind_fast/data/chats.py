@@ -1,18 +1,17 @@
-"""Conversations to token ids, with the model's own words marked: the data of SFT, LoRA and reasoning.
+"""Conversations to token ids with the answers marked as targets: the data of SFT, LoRA and reasoning.
 
-Purpose: `{"conversations": [...]}` lines in MiniMind's formats become documents in which the answers are targets, and
-nothing else is.
+Purpose: `{"conversations": [...]}` lines in MiniMind's formats become documents in which only the answers are targets.
 
-Principle: the mask comes from the rendering, never from a search for marker tokens. For each answer the tokenizer's own
-template gives two texts: the chat up to and with the answer, and the prompt that the model would be given to answer it. The
-prompt is the beginning of the first text; what follows, up to and with the end marker, is the answer. Prompts and answers
-are encoded one by one, as they are when the model answers, so that no token is half of each.
+Principle: the mask comes from the rendering, never from a search for marker tokens. For each answer the tokenizer's
+template renders two texts: the chat including the answer, and the prompt the model would be given for it. The prompt is a
+prefix of the first text; the rest, including the end marker, is the answer. Prompts and answers are encoded separately,
+as in generation, so no token spans both.
 
-Properties: right for any template that begins an answer with its own generation prompt (else: an error that says so). An
-empty thought that the prompt brings is not trained, a thought that the model writes is. Nor is the newline after the end
-marker: generation ends before it (MiniMind trains it). Where a template shows a finished turn otherwise than the
-one in progress (it drops old thoughts), the chat becomes several documents, each as the model would see it. Ids equal
-those of the rendered text encoded whole, except where one would straddle the start of an answer.
+Properties: correct for any template whose answers begin with its own generation prompt (otherwise an error says so). An
+empty thought from the prompt is not trained; a thought the model writes is. The newline after the end marker is not
+trained either: generation stops before it (MiniMind trains it). If a template renders finished turns differently from the
+current one (it drops old thoughts), the chat becomes several documents, each as the model would see it. Ids equal those of
+the whole text encoded at once, except where a token would straddle the start of an answer.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from minimind_fast.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# The prompts that a model is given to answer: the template's default, and the one that opens a thought.
+# Generation prompts: the template's default, and the one that opens a thought.
 PROMPTS: tuple[dict[str, Any], ...] = ({}, {"open_thinking": True, "enable_thinking": True})
 
 
@@ -39,7 +38,7 @@ class Chat:
     """A row, ready for the template.
 
     Attributes:
-        messages: with `role`, `content`, and where they apply `reasoning_content`, `tool_calls`.
+        messages: dicts with `role`, `content` and optionally `reasoning_content`, `tool_calls`.
         tools: JSON schemas of the functions, or None.
     """
 
@@ -49,18 +48,18 @@ class Chat:
 
 @dataclass
 class Layout:
-    """A rendered text and where in it the answers are.
+    """A rendered text and the answers' spans in it.
 
     Attributes:
-        text: up to and with the last answer's end marker.
-        answers: (start, end) characters of each answer, in order, its end marker included.
+        text: ends with the last answer's end marker.
+        answers: (start, end) character span of each answer, in order, including its end marker.
     """
 
     text: str
     answers: list[tuple[int, int]] = field(default_factory=list)
 
     def segments(self) -> Iterator[tuple[str, bool]]:
-        """Give the text in pieces: (piece, whether it is an answer)."""
+        """Yield the text in pieces: (piece, whether it is an answer)."""
         bounds = [0, *(bound for answer in self.answers for bound in answer)]
         for index, (start, end) in enumerate(pairwise(bounds)):
             yield self.text[start:end], index % 2 == 1
@@ -72,9 +71,9 @@ def read_chat(row: dict[str, Any]) -> Chat | BadRow:
     """Read a line of MiniMind's conversation files, old or new.
 
     Args:
-        row: `conversations` is a list of messages with `role` and `content`, and, as text or as JSON in a text,
-            `reasoning_content`, `tool_calls` and (on the system message or the row) `tools`. Where no message has a role
-            they alternate from user to assistant, as in MiniMind2's older files.
+        row: `conversations` is a list of messages with `role`, `content` and optionally `reasoning_content`,
+            `tool_calls` and (on the system message or the row) `tools`; the latter two may be JSON in a string. Messages
+            without roles alternate, user first, as in MiniMind2's older files.
 
     Returns:
         The chat, or what is wrong with the row.
@@ -103,7 +102,7 @@ def read_chat(row: dict[str, Any]) -> Chat | BadRow:
 
 
 def _message(turn: dict[str, Any], role: str, where: str) -> dict[str, Any]:
-    """Only what is there: MiniMind's files fill unused fields with null or ""."""
+    """Drop empty fields: MiniMind's files fill unused ones with null or ""."""
     message = {key: value for key, value in turn.items() if value is not None and key not in ("tools", "tool_calls")}
     message["role"] = role
     calls = _json_list(turn.get("tool_calls"), f"{where}: tool_calls")
@@ -137,11 +136,11 @@ def lay_out(tokenizer: Tokenizer, chat: Chat) -> list[Layout]:
     """Render a chat and find its answers.
 
     Args:
-        tokenizer: with a chat template.
-        chat: messages and tools. A message of the assistant that nobody spoke before is no answer, and is not trained.
+        tokenizer: must have a chat template.
+        chat: messages and tools. An assistant message that opens the chat is not an answer and is not trained.
 
     Returns:
-        One layout; several if the template shows earlier answers otherwise than it showed them when they were given.
+        One layout, or several if the template renders earlier answers differently from the current one.
 
     Raises:
         ValueError: the template refuses the chat, leaves part of it out, or cannot be followed.
@@ -165,7 +164,7 @@ def lay_out(tokenizer: Tokenizer, chat: Chat) -> list[Layout]:
 
 
 def end_marker(tokenizer: Tokenizer) -> str:
-    """The text that ends a turn, such as `<|im_end|>`: generation stops at it."""
+    """The text that ends a turn, such as `<|im_end|>`; generation stops there."""
     marker = tokenizer.backend.id_to_token(tokenizer.eos_id)
     assert marker is not None
     return marker
@@ -174,9 +173,9 @@ def end_marker(tokenizer: Tokenizer) -> str:
 def _find_answer(
     tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Any, index: int, text: str
 ) -> tuple[int, int]:
-    """Characters of the answer `messages[index]` in `text`, which ends with it."""
+    """Character span of the answer `messages[index]` in `text`, which ends with it."""
     start = -1
-    for variables in PROMPTS:  # the longest prompt that the answer can follow
+    for variables in PROMPTS:  # keep the longest prompt that the text starts with
         prompt = tokenizer.render_chat(messages[:index], tools, add_generation_prompt=True, **variables)
         if text.startswith(prompt):
             start = max(start, len(prompt))
@@ -192,7 +191,7 @@ def _find_answer(
 
 
 def _check_complete(tokenizer: Tokenizer, chat: Chat, messages: list[dict[str, Any]], text: str) -> None:
-    """Refuse a chat of which the template leaves something out: the model would be taught to answer what it cannot see."""
+    """Refuse a chat that the template renders incompletely: the model would learn to answer what it cannot see."""
     expected = [
         (f"message {n} ({m['role']})", m["content"]) for n, m in enumerate(messages, 1) if m["role"] != "assistant"
     ]
@@ -213,12 +212,12 @@ class ChatEncoder:
     """Conversation rows to documents whose answers are targets.
 
     Args:
-        tokenizer: of the model; its template is part of the name, as it decides the documents.
-        tag_weight: weight of the tokens that render a tag in an answer; other answer tokens weigh 1.
-        tags: what to weigh more.
+        tokenizer: the model's; its template decides the documents, so it is part of the name.
+        tag_weight: weight of the tokens that spell a tag in an answer; other answer tokens weigh 1.
+        tags: texts to weigh more, such as `<think>`.
 
     Raises:
-        ValueError: the weight does not fit a byte, or the tokenizer is not byte-level.
+        ValueError: the weight does not fit in a byte, or the tokenizer is not byte-level.
     """
 
     masked = True
@@ -239,7 +238,7 @@ class ChatEncoder:
         self.name = f"chat-1-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
-        """Give the documents of each chat, mostly one, or what is wrong with the row."""
+        """Return the documents of each chat, usually one, or what is wrong with the row."""
         laid_out = [self._lay_out(row, tokenizer) for row in rows]
         layouts = [layout for result in laid_out if not isinstance(result, BadRow) for layout in result]
         pieces = [list(layout.segments()) for layout in layouts]
@@ -248,7 +247,7 @@ class ChatEncoder:
         return [result if isinstance(result, BadRow) else [next(documents) for _ in result] for result in laid_out]
 
     def layouts(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
-        """Give the texts of a row, its answers marked, or what is wrong with it; a subclass reads other rows."""
+        """Return the layouts of a row, or what is wrong with it; subclasses read other rows."""
         chat = read_chat(row)
         return chat if isinstance(chat, BadRow) else lay_out(tokenizer, chat)
 
@@ -272,7 +271,7 @@ class ChatEncoder:
         return ids, weights
 
     def _weights(self, answer: list[int]) -> list[int]:
-        """1 for each token, more for those that render part of a tag."""
+        """Weight 1 for each token, more for those that spell part of a tag."""
         weights = [1] * len(answer)
         if self.tag_weight == 1:
             return weights

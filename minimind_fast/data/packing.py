@@ -1,17 +1,17 @@
 """Batches from a token cache: documents packed end to end, or MiniMind's padded rows; resumable.
 
-Purpose: feed the model useful tokens only. MiniMind's rows of 512 are 23% useful on its kind of text; packed
-micro-batches are at least 99% useful, and `cu_seqlens` keeps documents apart.
+Purpose: spend no compute on padding. MiniMind's rows of 512 are 23% useful on its kind of text; packed micro-batches
+are at least 99% useful, and `cu_seqlens` keeps documents apart.
 
 Principle: a document of n tokens has n - 1 positions (inputs ids[:-1], targets ids[1:]). It is cut into pieces of at
 most max_seq_len positions; neighbouring pieces share one token, so each token but the first is a target exactly once.
-An epoch's plan shuffles the pieces by (seed, epoch) and fills micro-batches in that order; a gap that the next piece
-does not fit is filled with the best fitting pieces from a look-ahead window. The plan knows nothing of ranks:
-micro-batch i goes to rank i mod world_size. The position is the number of micro-batches that all ranks have used, so it
-can be taken up by any number of ranks.
+An epoch's plan shuffles the pieces by (seed, epoch) and fills micro-batches in that order; when the next piece does not
+fit, the gap is filled with the best-fitting pieces from a look-ahead window. The plan does not depend on ranks:
+micro-batch i goes to rank i mod world_size. The position counts micro-batches consumed by all ranks, so a run can resume
+with any number of ranks.
 
-Properties: a plan takes about 1 us a piece; a batch is two vectorised gathers from the memory map, no loop per token.
-Shuffling uses raw Philox output, which NumPy promises to keep, so a stored position stays valid.
+Properties: a plan takes about 1 us per piece; a batch is two vectorised gathers from the memory map, no loop per token.
+Shuffling uses raw Philox output, which NumPy guarantees to be stable, so a stored position stays valid.
 
 T: positions in a packed batch, B: rows, L: positions in a row.
 """
@@ -38,10 +38,9 @@ __all__ = [
     "string_field",
 ]  # fmt: skip
 
-# Pieces that may be pulled forward to fill a gap. On pretrain_real.jsonl at 2,048 positions a batch: see tests; larger
-# windows fill no better and stray further from the shuffled order.
+# Pieces that may be pulled forward to fill a gap. Larger windows fill no better and stray further from the shuffled order.
 LOOK_AHEAD_PIECES = 1024
-PLAN_VERSION = 1  # part of the stored position: raise it when the same seed gives another plan
+PLAN_VERSION = 1  # stored with the position: raise it when the same seed yields a different plan
 MASK_SCAN_PIECES = 1 << 14
 
 
@@ -50,12 +49,12 @@ def cut_pieces(offsets: np.ndarray, max_seq_len: int, truncate: bool = False) ->
 
     Args:
         offsets: (num_docs + 1,) int64 bounds of the documents in tokens.
-        max_seq_len: positions; such a piece reads max_seq_len + 1 tokens.
+        max_seq_len: positions; a full piece reads max_seq_len + 1 tokens.
         truncate: keep only the first piece of each document.
 
     Returns:
         starts (P,) int64: a piece's first token; lengths (P,) int64: its positions. Documents of fewer than 2 tokens
-        give none.
+        yield none.
     """
     positions = np.diff(offsets) - 1
     counts = np.maximum(-(-positions // max_seq_len), 0)
@@ -68,7 +67,7 @@ def cut_pieces(offsets: np.ndarray, max_seq_len: int, truncate: bool = False) ->
 
 
 class _Source:
-    """An epoch's plan and the ranks' shares of it; what a micro-batch holds is for the subclasses."""
+    """An epoch's plan and each rank's share of it; subclasses fill the micro-batches."""
 
     def __init__(self, cache: TokenCache, rank: int, world_size: int, identity: dict[str, Any]):
         if not 0 <= rank < world_size:
@@ -90,23 +89,23 @@ class _Source:
         raise NotImplementedError
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """Give the epoch's micro-batches, for all ranks together, each as the numbers of its pieces or rows."""
+        """Return the epoch's micro-batches, over all ranks, each as the indices of its pieces or rows."""
         if self._planned is None or self._planned[0] != epoch:
             self._planned = (epoch, self._make_plan(epoch))
         return self._planned[1]
 
     def num_batches(self, epoch: int) -> int:
-        """Give the micro-batches that each rank gets in a whole epoch, the same number for all."""
-        if epoch not in self._num_planned:  # asked for epochs to come, when only their number matters
+        """Return the number of micro-batches per rank in a whole epoch, equal on all ranks."""
+        if epoch not in self._num_planned:  # for future epochs keep the count, not the plan
             self._num_planned[epoch] = len(self.plan(epoch))
         return -(-self._num_planned[epoch] // self.world_size)
 
     def num_left(self) -> int:
-        """Give the micro-batches that each rank still gets in the current epoch."""
+        """Return the number of micro-batches per rank left in the current epoch."""
         return -(-(len(self.plan(self.position.epoch)) - self.position.next) // self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Give this rank's micro-batches from the current position to the end of the epoch, then stop."""
+        """Yield this rank's micro-batches from the current position to the end of the epoch."""
         epoch = self.position.epoch
         plan = self.plan(epoch)
         while self.position.epoch == epoch:
@@ -118,13 +117,13 @@ class _Source:
             yield batch
 
     def _spread(self, share: list[np.ndarray]) -> list[np.ndarray]:
-        """Divide an epoch's last, too few micro-batches among all ranks: halve the largest until there are enough."""
+        """Divide an epoch's last few micro-batches among all ranks: halve the largest until there are enough."""
         share = list(share)
         while len(share) < self.world_size:
             largest = max(range(len(share)), key=lambda i: (share[i].size > 1, self._size(share[i])))
             items = share[largest]
-            # Every second piece: two halves of similar size. A single piece leaves an empty second half, which
-            # becomes one ignored position, so that no rank waits for another.
+            # Every second piece: two halves of similar size. A single piece leaves an empty second half, which becomes
+            # one ignored position, so every rank still takes a step.
             share[largest] = items[::2]
             share.append(items[1::2])
         return share
@@ -133,14 +132,14 @@ class _Source:
         return torch.full(shape, self.cache.pad_id), torch.full(shape, IGNORE_INDEX)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the position after the last batch that was handed out, and what it is a position in."""
+        """Return the position after the last batch handed out, and the identity of the data."""
         return self.position.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position, stored by any number of ranks.
+        """Restore a position, stored by any number of ranks.
 
         Raises:
-            ValueError: it belongs to other data or other settings.
+            ValueError: the state belongs to other data or settings.
         """
         self.position.load_state_dict(state)
 
@@ -150,15 +149,15 @@ class PackedBatches(_Source):
 
     Args:
         cache: the tokenized documents.
-        batch_tokens: positions in a micro-batch, at most.
-        max_seq_len: positions in a piece, at most; longer documents are cut (or truncated).
+        batch_tokens: most positions in a micro-batch.
+        max_seq_len: most positions in a piece; longer documents are cut (or truncated).
         seed: decides the order, together with the epoch.
-        rank, world_size: this process's share.
+        rank, world_size: select this process's share.
         truncate: drop what exceeds max_seq_len instead of cutting it into further pieces.
         shuffle: False keeps the file's order, except for gap filling.
 
     Raises:
-        ValueError: settings that cannot be; DataError: no document has two tokens (or, with a mask, a target).
+        ValueError: inconsistent settings; DataError: no document has two tokens (or, with a mask, a target).
     """
 
     def __init__(
@@ -183,7 +182,7 @@ class PackedBatches(_Source):
         self.num_short_docs = int((np.diff(cache.offsets) < 2).sum())
         self.total_targets = int(self._lengths.sum())
         self.num_without_targets = 0
-        if cache.mask is not None:  # a piece that trains nothing would only cost time
+        if cache.mask is not None:  # drop pieces without a target
             targets = self._count_targets(cache.mask)
             keep = self._trains(targets)
             self._starts, self._lengths = self._starts[keep], self._lengths[keep]
@@ -191,7 +190,7 @@ class PackedBatches(_Source):
             self.num_without_targets = int((~keep).sum())
         if not self._lengths.size:
             raise DataError(f"{', '.join(cache.meta['sources'])}: no document with at least one target")
-        # A bound on the pieces of a batch, so that CUDA graphs meet few numbers of them; twice the mean is seldom reached.
+        # Bound the pieces per batch so that CUDA graphs see few distinct counts; twice the mean is seldom reached.
         self._max_docs = 2 * int(np.ceil(batch_tokens / self._lengths.mean())) + 16
 
     @property
@@ -200,7 +199,7 @@ class PackedBatches(_Source):
         return self._lengths.size
 
     def _trains(self, targets: np.ndarray) -> np.ndarray:
-        """Say which pieces stay, by their numbers of targets."""
+        """Return which pieces to keep, given their numbers of targets."""
         return targets > 0
 
     def _count_targets(self, mask: np.ndarray) -> np.ndarray:
@@ -232,7 +231,7 @@ class PackedBatches(_Source):
         ends = np.cumsum(lengths)
         places = _places(starts, lengths, ends)
         num_positions = places.size
-        width = max(num_positions, 1)  # a rank that was left without a piece gets one ignored position
+        width = max(num_positions, 1)  # a rank without a piece gets one ignored position
         input_ids, targets = self._dummy((width,))
         tokens, mask = self.cache.tokens, self.cache.mask
         input_ids[:num_positions] = torch.from_numpy(np.take(tokens, places).astype(np.int64))
@@ -254,13 +253,13 @@ class PackedBatches(_Source):
 
 
 class PaddedBatches(_Source):
-    """MiniMind's own rows: file order, cut off at max_seq_len tokens, padded to max_seq_len - 1 positions.
+    """MiniMind's rows: file order, truncated at max_seq_len tokens, padded to max_seq_len - 1 positions.
 
     Args:
         cache: the tokenized documents.
         batch_size: rows in a micro-batch.
-        max_seq_len: tokens in a row, bos and eos included; a pretraining row that is cut off still ends with eos.
-        rank, world_size: this process's share.
+        max_seq_len: tokens in a row, including bos and eos; a truncated pretraining row still ends with eos.
+        rank, world_size: select this process's share.
     """
 
     def __init__(self, cache: TokenCache, *, batch_size: int, max_seq_len: int, rank: int = 0, world_size: int = 1):
@@ -308,9 +307,9 @@ class Prefetcher:
     """Assembles the next batches in a background thread; its position is that of the last batch handed out.
 
     Args:
-        source: the batches; not to be used by others meanwhile.
-        depth: batches made ahead.
-        pin: copy batches into page-locked memory; default: when a GPU is there.
+        source: data source, owned by the prefetcher from here on.
+        depth: batches prepared ahead.
+        pin: copy batches into page-locked memory; default: if there is a GPU.
     """
 
     def __init__(self, source: Batches, depth: int = 2, pin: bool | None = None):
@@ -320,24 +319,24 @@ class Prefetcher:
         self._state = source.state_dict()
 
     def num_batches(self, epoch: int) -> int:
-        """Give the micro-batches that each rank gets in a whole epoch."""
+        """Return the number of micro-batches per rank in a whole epoch."""
         return self.source.num_batches(epoch)
 
     def num_left(self) -> int:
-        """Give the micro-batches that each rank still gets in the current epoch; not while iterating."""
+        """Return the number of micro-batches per rank left in the current epoch; not while iterating."""
         return self.source.num_left()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the position after the last batch that was handed out."""
+        """Return the position after the last batch handed out."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a stored position; not while iterating."""
+        """Restore a stored position; not while iterating."""
         self.source.load_state_dict(state)
         self._state = self.source.state_dict()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Give the rest of the epoch; an exception of the source is raised here."""
+        """Yield the rest of the epoch; exceptions of the source are re-raised here."""
         results: queue.Queue[Any] = queue.Queue(maxsize=self.depth)
         stop = threading.Event()
 
@@ -374,23 +373,23 @@ class Prefetcher:
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Give the places in the token file of all positions of some pieces, in order."""
+    """Return the token-file index of every position of the given pieces, in order."""
     return np.arange(ends[-1] if ends.size else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def _pack(lengths: np.ndarray, names: np.ndarray, capacity: int, max_items: int) -> list[np.ndarray]:
-    """Fill bins in the given order, and each bin's gap with the best fitting of the next LOOK_AHEAD_PIECES.
+    """Fill bins in the given order, and each bin's gap with the best-fitting of the next LOOK_AHEAD_PIECES.
 
     Args:
         lengths: (P,) positions of the pieces in order, each at least 1 and at most `capacity`.
-        names: (P,) what to call them in the result.
-        capacity, max_items: of one bin.
+        names: (P,) their ids in the result.
+        capacity, max_items: most positions and pieces in a bin.
 
     Returns:
         The bins, each an array of names.
     """
-    # Pieces in the window by length, oldest first; bit n of `present` says that length n is there, so that the largest
-    # length that fits is one shift and one bit_length away.
+    # Pieces in the window by length, oldest first. Bit n of `present` is set if length n occurs, so the largest length
+    # that fits takes one shift and one bit_length.
     size: list[int] = lengths.tolist()
     waiting: dict[int, deque[int]] = {}
     present = 0
@@ -419,7 +418,7 @@ def _pack(lengths: np.ndarray, names: np.ndarray, capacity: int, max_items: int)
                     break
                 length = fitting.bit_length() - 1
             same_length = waiting[length]
-            piece = same_length.popleft()  # the oldest of its length; in order, that is the head itself
+            piece = same_length.popleft()  # the oldest of its length; when filling in order, the head itself
             if not same_length:
                 present ^= 1 << length
             taken[piece] = 1

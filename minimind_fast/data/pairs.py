@@ -1,12 +1,11 @@
-"""Pairs of answers, one preferred to the other: the data of DPO.
+"""Preference pairs: the data of DPO.
 
-Purpose: `{"chosen": [messages], "rejected": [messages]}` lines, MiniMind's own, become packed batches in which the two of a
-    pair lie side by side, with the log-probability of each under a frozen reference, which `rl/preferences.py` makes.
-Principle: a line becomes two documents, chosen and rejected, so that documents 2i and 2i + 1 are a pair. Batches are packed
-    of whole pairs. What is trained is where the two part: the answers from the first message on that differs (an earlier
-    answer is the same in both and would cancel).
-Properties: a pair of which either answer lies beyond max_seq_len is left out and counted. A position is of one reference:
-    a resumed run refuses other weights.
+Purpose: MiniMind's `{"chosen": [messages], "rejected": [messages]}` lines become packed batches in which the two answers of
+    a pair are adjacent, each with its log-probability under a frozen reference (from `rl/preferences.py`).
+Principle: a line becomes two documents, so documents 2i and 2i + 1 are a pair. Batches hold whole pairs. Only answers from
+    the first differing message on are targets; earlier ones are the same in both and would cancel.
+Properties: a pair with an answer beyond max_seq_len is dropped and counted. A position belongs to one reference: resuming
+    with other weights is refused.
 """
 
 from __future__ import annotations
@@ -29,18 +28,14 @@ SIDES = ("chosen", "rejected")
 
 
 class PairEncoder(ChatEncoder):
-    """Rows of two chats to two documents each, chosen and rejected; the answers in which they differ are targets.
-
-    Args:
-        tokenizer: of the model.
-    """
+    """Encodes each row as two documents, chosen and rejected; the answers in which they differ are targets."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self.name = f"pairs-1-{self.name}"
 
     def layouts(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
-        """Give the texts of chosen and rejected with their answers marked, or what is wrong with the row."""
+        """Return the layouts of chosen and rejected, or what is wrong with the row."""
         chats: list[Chat] = []
         for side in SIDES:
             if side not in row:
@@ -58,7 +53,7 @@ class PairEncoder(ChatEncoder):
 
 
 def _shared_messages(chosen: Chat, rejected: Chat) -> int | BadRow:
-    """How many messages both begin with, where an answer follows in both."""
+    """The number of leading messages both share; an answer must follow in both."""
     ours, theirs = chosen.messages, rejected.messages
     shared = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
@@ -75,7 +70,7 @@ def _shared_messages(chosen: Chat, rejected: Chat) -> int | BadRow:
 
 
 def _last_layout(tokenizer: Tokenizer, chat: Chat, shared: int) -> Layout:
-    """The chat as the model sees it at its last answer; answers in the shared beginning are not marked."""
+    """The chat as the model sees it at its last answer; answers in the shared prefix are not marked."""
     layout = lay_out(tokenizer, chat)[-1]
     at = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
     marked = zip(at[-len(layout.answers) :], layout.answers, strict=True)
@@ -87,8 +82,8 @@ class PairBatch(Batch):
     """One micro-batch of whole pairs: its documents are chosen, rejected, chosen, rejected, ...
 
     Attributes:
-        pairs: (P,) int64, which pairs these are; None before they are numbered.
-        reference: (P, 2) float32, log-probability of chosen and rejected under the reference, or None.
+        pairs: (P,) int64 indices of the pairs; None before they are numbered.
+        reference: (P, 2) float32 log-probabilities of chosen and rejected under the reference, or None.
     """
 
     pairs: Tensor | None = None
@@ -104,12 +99,12 @@ class PairBatches(PackedBatches):
     """Packed micro-batches of whole pairs.
 
     Args:
-        cache: of `PairEncoder`.
-        batch_size: a batch holds as many pairs as fit 2 * batch_size * max_seq_len positions: at least this many.
-        max_seq_len, seed, rank, world_size, shuffle: as for `PackedBatches`; longer chats are cut off.
+        cache: built with `PairEncoder`.
+        batch_size: a batch holds as many pairs as fit in 2 * batch_size * max_seq_len positions: at least this many.
+        max_seq_len, seed, rank, world_size, shuffle: as for `PackedBatches`; longer chats are truncated.
 
     Raises:
-        DataError: no pair is left.
+        DataError: no pairs remain.
     """
 
     def __init__(
@@ -143,15 +138,15 @@ class PairBatches(PackedBatches):
 
     @property
     def num_dropped(self) -> int:
-        """Pairs that are left out because an answer was cut away."""
+        """Pairs dropped because an answer was cut off."""
         return self.num_without_targets // 2
 
     def set_reference(self, fingerprint: str | None, values: Tensor | None) -> None:
-        """Say which reference the run has.
+        """Set the run's reference.
 
         Args:
-            fingerprint: of its weights; a stored position of a run with others is refused.
-            values: (num_pairs, 2) float32 of `reference_logprobs`, to be handed out with the batches, or None.
+            fingerprint: of the reference's weights; a stored position with another one is refused.
+            values: (num_pairs, 2) float32 from `reference_logprobs`, handed out with the batches, or None.
         """
         self.position.identity["reference"] = fingerprint
         self.reference = values

@@ -1,8 +1,8 @@
-"""The one reader of JSONL: files to objects, each fault told by file and line.
+"""The JSONL reader: files to objects, with errors that name file and line.
 
-Purpose: `read_rows` gives a file's rows one by one, `read_chunks` many at once, `string_field` a field of a row.
-Principle: a line is one JSON object in UTF-8; a byte-order mark and blank lines are passed over; nothing else is.
-Properties: holds one chunk of lines, however large the file. A bad line stops the reading or is counted, as the user chose.
+Purpose: `read_rows` yields rows one by one, `read_chunks` in chunks; `string_field` reads a field of a row.
+Principle: a line is one JSON object in UTF-8; only a byte-order mark and blank lines are skipped.
+Properties: holds one chunk of lines at a time. A bad line stops the reading or is counted, as the user chose.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-# The Rust tokenizer's results take about 100 bytes a token until they are copied out, so 1 MiB of text is some 40 MB.
+# The Rust tokenizer's results take about 100 bytes per token until copied out: 1 MiB of text is some 40 MB.
 # Throughput on 2 cores is the same from 256 KiB to 8 MiB.
 CHUNK_BYTES = 1 << 20
-MAX_LINE_BYTES = 1 << 28  # a longer "line" is a file that is not JSONL; reading it whole would fill the memory
+MAX_LINE_BYTES = 1 << 28  # a longer "line" means the file is not JSONL; do not read it into memory
 PROGRESS_INTERVAL_S = 10.0
 MAX_REPORTED_LINES = 5
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class BadRow:
-    """What an encoder returns in place of documents for a row that it cannot use."""
+    """Returned by an encoder instead of documents for a row that it cannot use."""
 
     problem: str
 
@@ -56,11 +56,11 @@ def read_rows(
     on_bad_line: str = "error",
     log: Callable[[str], None] = print,
 ) -> Iterator[T]:
-    """Give what `read` makes of each line of JSONL files, one by one, without holding a file in memory.
+    """Yield `read(row)` for each line of JSONL files, without holding a file in memory.
 
     Args:
         paths, on_bad_line, log: as for `build_cache`.
-        read: takes a parsed line, gives what is wanted of it or what is wrong with it.
+        read: takes a parsed line, returns the result or what is wrong with it.
 
     Raises:
         DataError: a file is missing or empty, or a line is unusable.
@@ -83,13 +83,13 @@ def read_rows(
 def read_texts(
     paths: Sequence[str | os.PathLike[str]], *, on_bad_line: str = "error", log: Callable[[str], None] = print
 ) -> Iterator[str]:
-    """Give the non-empty texts of `{"text": ...}` JSONL files one by one.
+    """Yield the non-empty texts of `{"text": ...}` JSONL files.
 
     Args:
         paths, on_bad_line, log: as for `build_cache`.
 
     Raises:
-        DataError: as `read_rows`.
+        DataError: as for `read_rows`.
     """
     texts = read_rows(paths, lambda row: string_field(row, "text"), on_bad_line=on_bad_line, log=log)
     return (text for text in texts if text.strip())
@@ -163,7 +163,7 @@ def _parse(line: bytes) -> dict[str, Any] | BadRow | None:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         return BadRow(f"not JSON: {error.msg} at character {error.pos + 1}")
-    except (ValueError, RecursionError) as error:  # a number too long to read, objects nested too deep
+    except (ValueError, RecursionError) as error:  # also numbers too long and objects nested too deep
         return BadRow(f"not usable JSON: {error}")
     if not isinstance(row, dict):
         return BadRow(f'{_json_type(row)}, not an object such as {{"text": "..."}}')

@@ -1,8 +1,8 @@
-"""The sandbox in which chat templates run.
+"""The sandbox for chat templates.
 
-Purpose: `environment()`, the Jinja that Transformers' templates are written for; `plain` and `with_reasoning` for its input.
-Principle: a downloaded template is foreign code. It sees JSON's own types and no object with methods.
-Properties: no template reaches Python's internals or changes what it was given.
+Purpose: `environment()` is the Jinja that Transformers' templates expect; `plain` and `with_reasoning` prepare its input.
+Principle: a downloaded template is untrusted code. It sees JSON's own types and no object with methods.
+Properties: no template can reach Python's internals or change its input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.utils import Namespace
 
 
 class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: marks the model's own text for others; it changes no character."""
+    """`{% generation %} ... {% endgeneration %}`: marks the model's text for other tools; renders unchanged."""
 
     tags = {"generation"}
 
@@ -40,7 +40,7 @@ class _PlainNamespace(Namespace):
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """The Jinja set-up that Transformers' chat templates are written for."""
+    """The Jinja environment that Transformers' chat templates expect."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -60,7 +60,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Offer a thought under the name that templates read, whichever of its usual names the caller used."""
+    """Store a thought under the name that templates read, whichever usual name the caller used."""
     for name in ("reasoning_content", "thinking", "reasoning"):
         if message.get(name) is not None:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
@@ -68,7 +68,7 @@ def with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Rebuild a value from JSON's own types: objects with methods have no place inside a sandbox."""
+    """Rebuild a value from JSON's own types, so that no object with methods enters the sandbox."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):

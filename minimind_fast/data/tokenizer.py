@@ -1,15 +1,15 @@
 """Text to token ids and back: load a byte-level BPE, render a chat, stream decoded text.
 
-Purpose: one `Tokenizer` for both MiniMind generations and for those trained here (`bpe.py`). It gives the ids and the chat
-text that Transformers gives for the same folder, without needing Transformers.
+Purpose: one `Tokenizer` for both MiniMind generations and for those trained here (`bpe.py`). Its ids and chat text equal
+those of Transformers for the same folder, without needing Transformers.
 
 Principle: the Rust library `tokenizers` does the BPE; the folder's own Jinja template lays out a chat. Byte-level BPE
-first splits text by GPT-2's pattern, writes each UTF-8 byte as one printable character, then merges neighbouring
-pieces in the learned order. As all 256 bytes are in the vocabulary, every text has ids and comes back unchanged.
+splits text by GPT-2's pattern, maps each UTF-8 byte to a printable character, then merges neighbouring pieces in the
+learned order. All 256 bytes are in the vocabulary, so every text can be encoded and decodes unchanged.
 
-Properties: `encode_batch` runs on all cores. Nothing is added to the text: a caller who wants bos or eos adds them.
-Templates run in a sandbox, since a downloaded template is foreign code. The fingerprint covers what decides the ids
-and nothing else, so that a new chat template does not make a token cache stale.
+Properties: `encode_batch` runs on all cores. Nothing is added to the text: callers add bos or eos themselves. Templates
+run in a sandbox, since a downloaded template is untrusted code. The fingerprint covers only what decides the ids, so a new
+chat template does not invalidate a token cache.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tokenizers import decoders
 
 from minimind_fast.data.template import environment, plain, with_reasoning
 
-# MiniMind3's ids 0-35: the first 21 are control tokens that `skip_special_tokens` leaves out of decoded text, the other
-# 15 are ordinary text to a reader (a tool call, a thought) and only kept whole by the tokenizer.
+# MiniMind3's ids 0-35: the first 21 are control tokens that `skip_special_tokens` omits from decoded text; the other 15
+# (tool calls, thoughts) are text to a reader and only kept whole by the tokenizer.
 CONTROL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
@@ -45,7 +45,7 @@ NUM_BYTES = 256
 
 
 class Tokenizer:
-    """A tokenizer.json with its special tokens and its chat template.
+    """A tokenizer.json with its special tokens and chat template.
 
     Args:
         backend: the Rust tokenizer.
@@ -57,7 +57,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], source: str = "tokenizer"):
-        # A stored padding or truncation rule would change ids silently; batches are shaped in data.py.
+        # A stored padding or truncation rule would silently change ids.
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
@@ -76,13 +76,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Open a tokenizer folder, or a tokenizer.json file with what lies beside it.
+        """Open a tokenizer folder, or a tokenizer.json file with the files beside it.
 
         Args:
             path: a folder with tokenizer.json (and tokenizer_config.json, chat_template.jinja), or the file itself.
 
         Raises:
-            ValueError: the path, the file or a field in it is missing or cannot be read.
+            ValueError: the path, the file or a field is missing or unreadable.
         """
         path = Path(path)
         if not path.exists():
@@ -106,7 +106,7 @@ class Tokenizer:
         else:
             config = {"bos_token": CONTROL_TOKENS[1], "eos_token": CONTROL_TOKENS[2], "pad_token": CONTROL_TOKENS[0]}
         template_file = file.with_name("chat_template.jinja")
-        if template_file.is_file():  # where newer Transformers puts it; it wins there too
+        if template_file.is_file():  # newer Transformers writes it here and prefers it
             config["chat_template"] = template_file.read_text(encoding="utf-8")
         return cls(backend, config, source=str(path))
 
@@ -121,28 +121,28 @@ class Tokenizer:
         return index
 
     def encode(self, text: str) -> list[int]:
-        """Turn a text into ids; special tokens written in it become their ids, nothing is added."""
+        """Encode a text; special tokens written in it become their ids, nothing is added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Turn many texts into ids on all cores; the same ids as `encode` for each."""
-        # The "fast" form leaves out character offsets, which nobody here reads.
+        """Encode many texts on all cores; the ids equal those of `encode`."""
+        # The "fast" form omits character offsets, which are not needed.
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Turn ids into text; bytes that are not UTF-8 come out as U+FFFD.
+        """Decode ids; invalid UTF-8 comes out as U+FFFD.
 
         Args:
             ids: token ids.
-            skip_special_tokens: leave out control tokens such as `<|im_end|>` (`<think>` and tool tags stay).
+            skip_special_tokens: omit control tokens such as `<|im_end|>` (`<think>` and tool tags stay).
         """
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self) -> list[bytes]:
-        """Give the bytes that each id stands for, indexed by id.
+        """Return the bytes of each token, indexed by id.
 
         Raises:
-            ValueError: the tokenizer is not byte-level, so that an id has no bytes of its own.
+            ValueError: the tokenizer is not byte-level, so ids have no bytes of their own.
         """
         if self._token_bytes is None:
             if not isinstance(self.backend.decoder, decoders.ByteLevel):
@@ -157,11 +157,11 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that are equal exactly when the ids of every text are decided by the same rules."""
+        """16 hex digits, equal exactly when the same rules decide the ids."""
         if self._fingerprint is None:
             state = json.loads(self.backend.to_str())
             rules = {key: state.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
-            # Fields at their "off" value are left out: a newer library that writes one more of them changes no ids.
+            # Fields at their "off" value are left out: newer libraries write more of them without changing ids.
             rules["model"] = {key: value for key, value in rules["model"].items() if value not in (None, False)}
             canonical = json.dumps(rules, sort_keys=True, separators=(",", ":"))
             self._fingerprint = hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
@@ -174,16 +174,16 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         **template_kwargs: Any,
     ) -> str:
-        """Lay out a conversation as the text that the model is trained on.
+        """Render a conversation as the text that the model is trained on.
 
         Args:
-            messages: dicts with `role`, `content` and, where they apply, `reasoning_content`, `tool_calls`.
+            messages: dicts with `role`, `content` and optionally `reasoning_content`, `tool_calls`.
             tools: JSON schemas of the functions that the assistant may call.
             add_generation_prompt: end with the opening of the assistant's turn.
-            template_kwargs: further variables of the template, such as `open_thinking=True`.
+            template_kwargs: more template variables, such as `open_thinking=True`.
 
         Returns:
-            The text, equal to what Transformers' `apply_chat_template(..., tokenize=False)` gives for the same folder.
+            The text, equal to that of Transformers' `apply_chat_template(..., tokenize=False)` for the same folder.
 
         Raises:
             ValueError: no messages, no template, or the template refuses the messages.
@@ -234,13 +234,13 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turn ids into text one at a time, never giving out half a character.
+    """Decodes ids one at a time, never emitting half a character.
 
     Args:
-        tokenizer: a byte-level tokenizer.
+        tokenizer: must be byte-level.
         skip_special_tokens: as in `Tokenizer.decode`.
 
-    All pieces joined, `finish` included, equal `tokenizer.decode` of all ids.
+    All pieces joined, including `finish`, equal `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
@@ -249,20 +249,20 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Take one id; give the text that is complete with it, often empty inside a multi-byte character."""
+        """Add one id; return the text it completes, empty inside a multi-byte character."""
         if token_id in self._skip or not 0 <= token_id < len(self._bytes):
             return ""
         return self._utf8.decode(self._bytes[token_id])
 
     def finish(self) -> str:
-        """Give what is left, a broken character as U+FFFD, and start anew."""
+        """Return what is left, an incomplete character as U+FFFD, and reset."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
 
 
 def _token_text(name: str, value: Any) -> str | None:
-    """The text of a config entry such as bos_token, which templates see as a variable; None for other entries."""
+    """The text of a config entry such as bos_token, a template variable; None for other entries."""
     if not name.endswith("_token"):
         return None
     value = value.get("content") if isinstance(value, dict) else value
@@ -278,7 +278,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write aside and rename, so that a killed save leaves the old file whole."""
+    """Write to a temporary file and rename, so a killed save leaves the old file intact."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

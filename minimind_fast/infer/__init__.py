@@ -1,4 +1,4 @@
-"""From prompts to tokens: KV cache, sampling, whole answers, a batch whose rows come and go, scores of given texts.
+"""From prompts to tokens: KV cache, sampling, generation, a batch with joining and leaving rows, scoring.
 
 May import `model`, `ops` and `data`; `serve`, `rl` and commands call it.
 """

@@ -1,10 +1,10 @@
-"""The KV cache, and how a model that knows nothing of it runs against it: prefill and one token a row.
+"""The KV cache: prefill, and decoding one token per row.
 
-Purpose: `Decoder.prefill(prompts)` and `Decoder.step(ids)` give the logits of each row's next token.
-Principle: the model asks a context object to attend. Here two of them also keep keys and values: `Prefill` for packed
-    prompts from position 0, `Extend` for the same number of further tokens in every row. In `Extend` the H / K query
-    heads of a kv head are laid out as further queries, so that kv heads are read once and never repeated.
-Properties: rows lie at the cache's left end, each with its own length; what lies beyond is masked, and overwritten later.
+Purpose: `Decoder.prefill(prompts)` and `Decoder.step(ids)` return the logits of each row's next token.
+Principle: the model delegates attention to a context object, so it need not know the cache. Two contexts also store keys
+    and values: `Prefill` for packed prompts from position 0, `Extend` for the next n tokens of every row. `Extend` treats
+    the H / K query heads of a kv head as extra queries, so kv heads are read once and never repeated.
+Properties: rows are left-aligned in the cache, each with its own length; slots beyond it are masked, and overwritten later.
 
 Shapes: B rows, T tokens, S slots, n tokens a row, H query heads, K kv heads, hd head_dim, V vocab.
 """
@@ -24,11 +24,11 @@ from minimind_fast.model import Attention, MiniMind, Packed
 from minimind_fast.ops.documents import Documents, size_for
 
 Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
-_GRAPH_SLOTS = 256  # a graph is captured for a multiple of this many visible slots
+_GRAPH_SLOTS = 256  # graphs are captured for multiples of this many visible slots
 
 
 class Prefill(NamedTuple):
-    """Packed prompts from position 0: attention as in training, keys and values kept."""
+    """Packed prompts from position 0: attention as in training; keys and values are stored."""
 
     cache: Tensor  # (L, B, 2K, S, hd)
     rows: Tensor  # (T,), without filler
@@ -42,9 +42,9 @@ class Prefill(NamedTuple):
 
 
 class Extend(NamedTuple):
-    """n further tokens in each of R rows, each seeing its own row up to itself."""
+    """n more tokens in each of R rows, each attending to its own row up to itself."""
 
-    cache: Tensor  # (L, R, 2K, S, hd), the slots that anybody may see
+    cache: Tensor  # (L, R, 2K, S, hd), only the visible slots
     rows: Tensor  # (R, n) 0 .. R - 1
     positions: Tensor  # (R, n)
     mask: Tensor | None  # (R, 1, n, S) bool; None if all is visible
@@ -62,20 +62,15 @@ class Extend(NamedTuple):
 
 
 def new_cache(model: MiniMind, rows: int, slots: int) -> Tensor:
-    """An empty KV cache.
-
-    Args:
-        model: its shape, dtype and device.
-        rows: B.
-        slots: S.
+    """An empty KV cache of B rows and S slots, in the model's dtype and on its device.
 
     Returns:
-        (L, B, 2K, S, hd): keys and values of a layer side by side, so that one write stores both.
+        (L, B, 2K, S, hd): a layer's keys and values are adjacent, so one write stores both.
     """
     config, weight = model.config, model.model.embed_tokens.weight
     assert config.head_dim is not None
     shape = (config.num_hidden_layers, rows, 2 * config.num_key_value_heads, slots, config.head_dim)
-    # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would be NaN.
+    # Not `empty`: a masked slot has weight 0, and 0 * NaN is NaN.
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
 
@@ -85,9 +80,9 @@ class Decoder:
     Args:
         model: in evaluation mode.
         rows: B.
-        slots: S, the most tokens that a row will have.
-        cache: (L, B, 2K, S, hd) to work in, such as a part of a larger one; None: a new one.
-        packs: weights laid out for a CPU, of a model that is not trained meanwhile.
+        slots: S, the maximum tokens per row.
+        cache: (L, B, 2K, S, hd) to use, such as a view of a larger one; None: a new one.
+        packs: the model's weights in CPU layout; the model must not be trained meanwhile.
     """
 
     def __init__(
@@ -96,7 +91,7 @@ class Decoder:
         self.model = model
         self.cache = new_cache(model, rows, slots) if cache is None else cache
         self.device, self.dtype = self.cache.device, self.cache.dtype
-        self.lengths = [0] * rows  # on the host, so that nothing waits for the device
+        self.lengths = [0] * rows  # on the host: no device synchronisation
         self.positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the same on the device
         self._fast: Step | None = None
         self._packs = packs
@@ -107,13 +102,13 @@ class Decoder:
 
         Args:
             prompts: B lists of at least one token id.
-            chunk: tokens of each row at a time; None: all.
+            chunk: tokens per row and forward pass; None: all at once.
 
         Returns:
             (B, V) logits of the token after each prompt.
 
         Raises:
-            ValueError: a chunk below 1.
+            ValueError: chunk is below 1.
         """
         if chunk is not None and chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, not {chunk}")
@@ -131,11 +126,11 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill_piece(self, pieces: Sequence[Sequence[int]], begin: int = 0) -> Tensor:
-        """Run the same stretch of every row's prompt, for a caller who does other work between the stretches.
+        """Run the next piece of every row's prompt, for callers that interleave other work.
 
         Args:
             pieces: B lists of at least one token id.
-            begin: tokens of each row that ran before.
+            begin: tokens per row already in the cache.
 
         Returns:
             (B, V) logits of the token after each piece.
@@ -159,9 +154,9 @@ class Decoder:
         return hidden[(ends - 1).to(self.device)]
 
     def _run_rectangle(self, rows: list[int], pieces: list[list[int]], begin: int) -> Tensor:
-        """The next tokens of some rows, all from position `begin`; a shorter piece repeats its last token.
+        """Run the next tokens of some rows, all from position `begin`; shorter pieces repeat their last token.
 
-        What the repeated tokens leave in the cache lies beyond the row's end: masked, and overwritten by later steps.
+        The repeats land in the cache beyond the row's end: masked, and overwritten by later steps.
         """
         n = max(map(len, pieces))
         ids = torch.tensor([p + p[-1:] * (n - len(p)) for p in pieces], device=self.device)
@@ -178,13 +173,13 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Run one more token a row.
+        """Run one token per row.
 
         Args:
             ids: (B,) int64.
 
         Returns:
-            (B, V) logits of the token after it.
+            (B, V) logits of the next token.
         """
         used = max(self.lengths) + 1
         if self._fast is None:
@@ -195,7 +190,7 @@ class Decoder:
         return logits
 
     def _make_fast(self) -> Step:
-        # A step holds the cache and not this object: a cycle would keep gigabytes until Python collects cycles.
+        # A step references the cache, not this object: a reference cycle would pin gigabytes until the next gc run.
         if self.device.type == "cuda" and can_capture(self.model):
             return GraphStep(self.model, self.cache)
         if self.device.type == "cpu":
@@ -204,14 +199,14 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: list[int], ids: Tensor) -> Tensor:
-        """Go on with some rows only.
+        """Drop all rows but the given ones.
 
         Args:
-            rows: their indices.
+            rows: indices to keep.
             ids: (B,) tokens about to be run.
 
         Returns:
-            The ids of these rows.
+            The ids of the kept rows.
         """
         self.cache = self.cache[:, rows]
         self._fast = None
@@ -221,14 +216,14 @@ class Decoder:
 
 
 def _extend(model: MiniMind, ids: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
-    """Hidden states (R n, D) of n further tokens (R, n) in each of R rows."""
+    """Hidden states (R n, D) of n more tokens (R, n) in each of R rows."""
     rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1).expand_as(ids)
     cu = torch.arange(ids.shape[0] + 1, device=ids.device, dtype=torch.int32) * ids.shape[1]
     return model.model(ids.flatten(), positions.flatten(), Extend(cache, rows, positions, mask), cu)[0]
 
 
 class PlainStep:
-    """One token a row through the model itself; the other steps are held to it.
+    """One token per row through the model itself; tests compare the faster steps with it.
 
     Args:
         model: in evaluation mode.
@@ -239,13 +234,13 @@ class PlainStep:
         self.model, self.cache = model, cache
 
     def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
-        """Run it.
+        """Run one step.
 
         Args:
             ids: (B,) tokens.
-            positions: (B,) where they stand.
-            used: slots in use, these included.
-            level: every row is equally long.
+            positions: (B,) their positions.
+            used: slots in use, including these tokens.
+            level: all rows have the same length.
 
         Returns:
             (B, V) logits.
@@ -256,24 +251,20 @@ class PlainStep:
 
 
 def can_capture(model: MiniMind) -> bool:
-    """Whether a decode step is free of host synchronisation; only the reference forms of a mixture's ops are not.
-
-    Args:
-        model: on a GPU.
-    """
+    """Whether a decode step runs without host synchronisation: all do but those with the reference MoE ops."""
     found = ops.describe("cuda") if model.config.use_moe else {}
     return all(how.startswith("kernel") for op, how in found.items() if op in ("moe_route", "moe_mlp"))
 
 
 class GraphStep:
-    """`PlainStep` as CUDA graphs: one launch a token instead of some hundred.
+    """`PlainStep` as CUDA graphs: one launch per token instead of some hundred.
 
-    A graph has fixed shapes, so it looks at a multiple of 256 slots, the unused ones masked; a new one is captured when
-    the rows have outgrown it. All share one memory pool.
+    A graph has fixed shapes, so it covers a multiple of 256 slots with the unused ones masked; a new one is captured when
+    the rows outgrow it. All share one memory pool.
 
     Args:
         model: in evaluation mode.
-        cache: (L, B, 2K, S, hd); graphs read and write it where it lies now.
+        cache: (L, B, 2K, S, hd); must not move, since graphs hold its address.
     """
 
     def __init__(self, model: MiniMind, cache: Tensor) -> None:
@@ -287,16 +278,16 @@ class GraphStep:
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         if used > self.slots:
-            with torch.cuda.device(self.ids.device):  # streams are the current device's, which may be another
+            with torch.cuda.device(self.ids.device):  # a new stream belongs to the current device, which may differ
                 self._capture(used)
         assert self.graph is not None
         self.graph.replay()
-        return self.logits.clone()  # the next replay writes here again
+        return self.logits.clone()  # the next replay overwrites this buffer
 
     def _capture(self, used: int) -> None:
         slots = min(-(-used // _GRAPH_SLOTS) * _GRAPH_SLOTS, self.plain.cache.shape[-2])
-        # Warm-up outside the capture compiles kernels and makes libraries choose theirs; it writes the slots that the
-        # replay writes again with the same values.
+        # Warm-up outside the capture compiles and selects kernels. It writes the same values to the same slots as the
+        # replay.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -306,5 +297,5 @@ class GraphStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits = self.plain(self.ids, self.positions, slots, False)
-        # The old graph goes only now: PyTorch refuses a pool whose graphs are all gone while a tensor still lies in it.
+        # Drop the old graph only now: PyTorch refuses a pool whose graphs are all gone while a tensor still uses it.
         self.graph, self.logits, self.slots = graph, logits, slots

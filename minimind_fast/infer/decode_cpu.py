@@ -1,14 +1,14 @@
-"""A decode step on a CPU in as few operations as PyTorch allows: the same arithmetic as the model's own forward.
+"""A CPU decode step in as few operations as PyTorch allows, with the arithmetic of the model's forward.
 
-Purpose: `CpuStep`, one token a row through all layers; `Decoder` takes it wherever the model is on a CPU.
-Principle: with one token a row an operation costs more for being called than for its numbers, and a matmul costs the
-    reading of its weight. So q, k and v are rotated in one go (v by the angle 0) and k and v stored by one write, and
-    each weight is read by the library call that reads it fastest.
-Properties: no host synchronisation, nothing grows. Held to `PlainStep` by tests.
+Purpose: `CpuStep` runs one token per row through all layers; `Decoder` uses it whenever the model is on a CPU.
+Principle: with one token per row, call overhead outweighs an operation's arithmetic, and a matmul's cost is reading its
+    weight. So q, k and v are rotated at once (v by the angle 0), k and v are stored by one write, and each weight goes
+    through the library call that reads it fastest.
+Properties: no host synchronisation, no allocation that grows. Tests compare it with `PlainStep`.
 
 Measured on two Zen 4 cores with weights from memory, 2816 x 512 and one row: float32 `linear` 570 us, `mm` with a
     transposed copy 340 us, `embedding_bag` 250 us; bfloat16 by oneDNN 310 us, by PyTorch's own gemv 127 us. With 8 rows,
-    float32 laid out by oneDNN takes about half of the time of `linear`; for bfloat16 nothing is gained.
+    float32 in oneDNN's layout takes about half the time of `linear`; bfloat16 gains nothing.
 Shapes: B rows, D hidden, F ffn, H query heads, K kv heads, hd head_dim, S slots, V vocab.
 """
 
@@ -24,24 +24,24 @@ from torch import Tensor
 from minimind_fast.model import Attention, Block, MiniMind, MoE, RMSNorm
 
 Product = Callable[[Tensor], Tensor]  # (B, columns) -> (B, rows) of a weight (rows, columns)
-BAG_WIDTH = 400  # outputs a bag: 250 to 400 read a weight at 22 to 28 GB/s, 800 and more at 15
+BAG_WIDTH = 400  # outputs per bag: 250 to 400 read a weight at 22 to 28 GB/s, 800 and more at 15
 
 
 class Packs:
-    """Weights as `CpuStep` reads them fastest, laid out once for all steps.
+    """Weights in the layouts that `CpuStep` reads fastest, prepared once for all steps.
 
-    Float32 ones are copies, one for a single row and one for several: each takes the memory of the weights once more, and
-    does not follow them when they are trained.
+    Float32 layouts are copies, one for a single row and one for several: each costs the weights' memory again, and goes
+    stale when the weights are trained.
     """
 
     def __init__(self) -> None:
         self._of: dict[tuple[int, bool], Product] = {}
 
     def get(self, weight: Tensor, single: bool) -> Product:
-        """The product with a weight.
+        """Return the product with a weight.
 
         Args:
-            weight: (rows, columns) of the model, which outlives this object.
+            weight: (rows, columns); the model must outlive this object.
             single: for one row of input, else for several.
         """
         key = id(weight), single
@@ -62,14 +62,16 @@ def _plain(weight: Tensor) -> Product:
 def _packed(weight: Tensor) -> Product | None:
     if not torch.backends.mkldnn.is_available():
         return None
-    # Made for 16 rows; 2 to 32 rows gain as much from it.
+    # Laid out for 16 rows; 2 to 32 rows gain as much.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def _bags(weight: Tensor) -> Product | None:
-    """A product with one row is a sum of the weight's columns, weighted by the row's numbers: what `embedding_bag` does,
-    in vector code and with its bags spread over the threads. Each bag makes some of the outputs."""
+    """Matrix-vector product by `embedding_bag`: a weighted sum of the weight's columns.
+
+    It is vectorised and spreads its bags, each some of the outputs, over the threads.
+    """
     rows, columns = weight.shape
     bags = next((n for n in range(2, rows // 16 + 1) if rows % n == 0 and rows // n <= BAG_WIDTH), None)
     if bags is None:
@@ -85,12 +87,12 @@ def _bags(weight: Tensor) -> Product | None:
 
 
 class CpuStep:
-    """One token a row through a model on a CPU.
+    """One token per row through a model on a CPU.
 
     Args:
         model: in evaluation mode.
         cache: (L, B, 2K, S, hd), keys before values.
-        packs: of the model, shared with other steps; None: new ones.
+        packs: the model's weights, shared with other steps; None: new ones.
     """
 
     def __init__(self, model: MiniMind, cache: Tensor, packs: Packs | None = None) -> None:
@@ -116,7 +118,7 @@ class CpuStep:
             self.layers.append((before, after, mlp, norms, [packs.get(w, self.single) for w in weights]))
         self.every_row = torch.arange(self.rows)
         self.offsets = torch.arange(self.rows + 1, dtype=torch.int32)
-        # cos and signed sin for all heads; those of v stay 1 and 0.
+        # cos and signed sin for all heads; v's stay 1 and 0.
         shape = (self.rows, self.heads + 2 * self.kv_heads, self.head_dim)
         self.cos, self.sin = torch.ones(shape), torch.zeros(shape)
 
@@ -164,10 +166,10 @@ class CpuStep:
 
 
 class _WithoutOneDNN:
-    """Matmuls by PyTorch's own code in a `with` block.
+    """Turns oneDNN off for matmuls in a `with` block.
 
-    The switch is the whole process's: the first of several threads sets it, the last one puts it back. Meanwhile another
-    thread's matmuls are right as well, only by another library.
+    The switch is process-wide: the first of several threads sets it, the last one restores it. Other threads' matmuls
+    stay correct meanwhile, just without oneDNN.
     """
 
     def __init__(self) -> None:
@@ -192,7 +194,7 @@ _without_onednn = _WithoutOneDNN()
 
 def _norm(h: Tensor, norm: RMSNorm) -> Tensor:
     wide = h.float()
-    if h.shape[0] == 1:  # by the library it takes eight operations
+    if h.shape[0] == 1:  # the library's takes eight operations
         flat = wide.view(-1)
         normed = wide * (float(torch.dot(flat, flat)) / flat.numel() + norm.eps) ** -0.5
     else:
@@ -201,5 +203,5 @@ def _norm(h: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def _scale(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm with the weight applied before the one rounding."""
+    """RMSNorm that applies the weight before its only rounding."""
     return (F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight).to(x.dtype)

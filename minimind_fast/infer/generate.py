@@ -1,12 +1,11 @@
-"""Generation: prompts in, tokens out, with a KV cache; whole, in batches of different lengths, or as a stream of text.
+"""Generation with a KV cache: prompts in, tokens or streamed text out.
 
-Purpose: `generate` for a tensor of rows, `generate_batch` for prompts of any lengths, `stream` for text as it comes.
-Principle: prompts run through the packed path as in training, and leave their keys and values in a cache that was
-    allocated once. Then each step runs one token a row against the cache. The model does not know: it asks the
-    context object to attend (see `decode.py`).
-Properties: the cache holds kv heads only; nothing is concatenated or reallocated; finished rows leave the batch. Prompts
-    can be run in chunks, with the same result. A row's tokens do not depend on the other rows (but for the rounding
-    of matmuls of another height).
+Purpose: `generate` for a tensor of rows, `generate_batch` for prompts of any length, `stream` for text as it arrives.
+Principle: prompts run through the packed path as in training and fill a cache that is allocated once. Each step then runs
+    one token per row against the cache. The model does not know the cache: a context object attends (see `decode.py`).
+Properties: the cache holds kv heads only; nothing is concatenated or reallocated; finished rows leave the batch. Prefill
+    in chunks gives the same result. A row's tokens do not depend on other rows (except for matmul rounding, which varies
+    with the batch size).
 
 Shapes: B batch, T tokens, V vocab.
 """
@@ -32,14 +31,14 @@ class Generation(NamedTuple):
     """What `generate` returns with `return_logprobs`."""
 
     ids: Tensor  # (B, T + new) int64
-    logprobs: Tensor  # (B, T + new) float32: of each new token; 0 at prompt and padding
+    logprobs: Tensor  # (B, T + new) float32 of each new token; 0 at prompt and padding
 
 
 @dataclass
 class Completion:
     """One row's new tokens."""
 
-    ids: list[int]  # a stop id, if one ended the row, is the last
+    ids: list[int]  # includes the stop id, if one ended the row
     logprobs: list[float]  # empty unless asked for
     finish_reason: str  # "stop" or "length"
 
@@ -69,19 +68,19 @@ def generate(  # pyright: ignore[reportInconsistentOverload]  the overloads leav
     """Continue each row of a tensor.
 
     Args:
-        model: put into evaluation mode meanwhile.
-        input_ids: (B, T) int64; rows shorter than T are padded at their right end and told by `lengths`.
-        max_new_tokens: at most, for each row.
-        temperature: 0 for greedy; this and the next four: see `sampling.Sampling`.
-        top_p: probability to keep.
-        top_k: tokens to keep; 0 for all.
-        min_p: share of the likeliest token's probability to keep.
-        repetition_penalty: against tokens already in the row.
-        seed: of the draw; row r then has `sampling.row_seed(seed, r)`. Or one seed a row. None: a new one every time.
-        stop_ids: a row ends with the first of these, which it keeps; None: the model's eos token; () for none.
-        lengths: (B,) tokens of each row's prompt; None: T for all.
-        return_logprobs: also the log-probabilities of the new tokens, at the given temperature, before filters.
-        prefill_chunk: run prompts in pieces of this many tokens (less memory, the same result); None: at once.
+        model: put into evaluation mode for the call.
+        input_ids: (B, T) int64; rows shorter than T are padded on the right, see `lengths`.
+        max_new_tokens: limit for each row.
+        temperature: 0 for greedy; for this and the next four see `sampling.Sampling`.
+        top_p: probability mass to keep.
+        top_k: number of tokens to keep; 0 for all.
+        min_p: keep tokens with at least this share of the likeliest token's probability.
+        repetition_penalty: penalty on tokens already in the row.
+        seed: row r samples with `sampling.row_seed(seed, r)`; a sequence gives each row's seed; None: a random one.
+        stop_ids: a row ends at the first of these, which it keeps; None: the model's eos token; () for none.
+        lengths: (B,) prompt tokens in each row; None: T for all.
+        return_logprobs: also return the new tokens' log-probabilities, at the given temperature, before filters.
+        prefill_chunk: prefill this many tokens at a time (less memory, same result); None: at once.
 
     Returns:
         (B, longest) int64: each row's prompt, then its new tokens, then the pad id; or Generation.
@@ -121,19 +120,19 @@ def generate(  # pyright: ignore[reportInconsistentOverload]  the overloads leav
 def generate_batch(
     model: MiniMind, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, **options
 ) -> list[list[int]]:
-    """Continue prompts of any lengths.
+    """Continue prompts of any length.
 
     Args:
-        model: put into evaluation mode meanwhile.
+        model: put into evaluation mode for the call.
         prompts: token ids, at least one each.
-        max_new_tokens: at most, for each.
+        max_new_tokens: limit for each prompt.
         options: temperature, top_p, top_k, min_p, repetition_penalty, seed, stop_ids, prefill_chunk as in `generate`.
 
     Returns:
-        The new tokens of each, without the prompt, in the prompts' order; a stop id, if one ended it, is the last.
+        Each prompt's new tokens, in order, including the stop id if one ended it.
 
     Raises:
-        ValueError: as `generate`.
+        ValueError: as for `generate`.
     """
     rest = {name: options.pop(name) for name in ("seed", "stop_ids", "prefill_chunk") if name in options}
     done = complete(model, prompts, Sampling(**options), max_new_tokens=max_new_tokens, **rest)
@@ -151,23 +150,21 @@ def complete(
     logprobs: bool = False,
     prefill_chunk: int | None = None,
 ) -> list[Completion]:
-    """Continue prompts of any lengths; what `generate` and `generate_batch` are made of, and what RL rollouts call.
+    """Continue prompts of any length; `generate`, `generate_batch` and RL rollouts are built on this.
 
     Args:
-        model: put into evaluation mode meanwhile.
+        model: put into evaluation mode for the call.
         prompts: token ids, at least one each.
         sampling: how tokens are chosen; None: greedy.
-        max_new_tokens: at most, for each.
-        seed: as in `generate`.
-        stop_ids: as in `generate`.
-        logprobs: also each new token's log-probability at the sampling's temperature, before filters.
-        prefill_chunk: as in `generate`.
+        max_new_tokens: limit for each prompt.
+        seed, stop_ids, prefill_chunk: as in `generate`.
+        logprobs: also return each new token's log-probability at the sampling temperature, before filters.
 
     Returns:
-        One Completion a prompt, in their order.
+        One Completion per prompt, in order.
 
     Raises:
-        ValueError: as `generate`.
+        ValueError: as for `generate`.
     """
     done = [Completion([], [], "length") for _ in prompts]
     steps = _steps(model, prompts, sampling or Sampling(), max_new_tokens, seed, stop_ids, logprobs, prefill_chunk)
@@ -192,7 +189,7 @@ def _steps(
     logprobs: bool,
     prefill_chunk: int | None,
 ) -> Iterator[tuple[list[int], list[int], list[float], list[bool]]]:
-    """(rows still going, their new tokens, log-probabilities, which of them end with it), once a step."""
+    """Yield at each step (active rows, their new tokens, log-probabilities, which of them end here)."""
     prompts = [list(p) for p in prompts]
     check_prompts(model, prompts, max_new_tokens)
     if not prompts or max_new_tokens == 0:
@@ -202,11 +199,11 @@ def _steps(
     was_training = model.training
     model.eval()
     try:
-        # Inference mode inside each call, not around the loop: a generator would leave it on in its caller.
+        # Inference mode inside each call, not around the loop: a generator would leak it to its caller.
         decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
         logits = decoder.prefill(prompts, prefill_chunk)
         picker = _Picker(prompts, sampling, seeds, logits, logprobs)
-        rows: list[int | None] = list(range(len(prompts)))  # who runs at each place of the batch; None: finished
+        rows: list[int | None] = list(range(len(prompts)))  # the row at each place of the batch; None: finished
         for step in range(max_new_tokens):
             ids, logps = picker.pick(logits)
             tokens = ids.tolist()
@@ -219,7 +216,7 @@ def _steps(
             for i, stop in zip(places, stopped, strict=True):
                 if stop:
                     rows[i] = None
-            # Closing up copies the cache, so it waits until a quarter of the batch has finished.
+            # Compaction copies the cache, so wait until a quarter of the batch has finished.
             if 4 * rows.count(None) >= len(rows):
                 kept = [i for i, row in enumerate(rows) if row is not None]
                 rows = [rows[i] for i in kept]
@@ -231,7 +228,7 @@ def _steps(
 
 
 class _Picker:
-    """Sampling with its state: noise and, for the penalty, the tokens seen."""
+    """Sampling with its state: noise and, for the repetition penalty, the tokens seen."""
 
     def __init__(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], logits: Tensor, logprobs: bool
@@ -269,12 +266,7 @@ def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
 
 
 def check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse what cannot be generated, before anything runs.
-
-    Args:
-        model: its vocabulary and context.
-        prompts: token ids.
-        max_new_tokens: wanted for each.
+    """Refuse impossible requests before anything runs.
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, or prompt and new tokens beyond the context.
@@ -296,10 +288,10 @@ def check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 class Stream:
-    """Text pieces of one prompt's continuation, as they come; iterate over it once.
+    """Text pieces of one prompt's continuation as they arrive; iterate over it once.
 
-    After (and during) the iteration: `ids` the new tokens, `finish_reason` "stop" or "length" (None while it runs),
-    `prefill_s` seconds until the first token, `decode_s` seconds since then.
+    During and after the iteration: `ids` are the new tokens, `finish_reason` is "stop" or "length" (None while running),
+    `prefill_s` the seconds until the first token, `decode_s` the seconds since.
     """
 
     def __init__(self, model: MiniMind, tokenizer: Tokenizer, prompt: Sequence[int], options: dict) -> None:
@@ -318,7 +310,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         begin_s = time.perf_counter()
-        held = ""  # may be the beginning of a stop string
+        held = ""  # may be the start of a stop string
         for _, (token,), _, (stopped,) in self._steps:
             now_s = time.perf_counter()
             if not self.ids:
@@ -351,30 +343,22 @@ def stream(model: MiniMind, tokenizer: Tokenizer, prompt_ids: Sequence[int], **o
 
     Args:
         model: put into evaluation mode meanwhile.
-        tokenizer: a byte-level tokenizer.
-        prompt_ids: the prompt.
-        options: as `generate`, and `stop` (a string or several: the text ends before the first of them) and
+        tokenizer: must be byte-level.
+        prompt_ids: at least one token id.
+        options: as for `generate`, plus `stop` (one or several strings: the text ends before the first of them) and
             `skip_special_tokens` (default True).
 
     Returns:
-        An iterable of non-empty strings that never end inside a character; joined they are the whole text.
+        An iterable of non-empty strings that never split a character; joined, they are the whole text.
 
     Raises:
-        ValueError: as `generate`.
+        ValueError: as for `generate`.
     """
     return Stream(model, tokenizer, prompt_ids, options)
 
 
 def overlap(text: str, stops: Sequence[str]) -> int:
-    """Characters at the text's end that may be the beginning of a stop string.
-
-    Args:
-        text: what has come so far.
-        stops: the strings.
-
-    Returns:
-        The length of the longest such end; 0 if there is none.
-    """
+    """Length of the longest suffix of the text that may be the start of a stop string; 0 if there is none."""
     longest = max(map(len, stops), default=1) - 1
     for n in range(min(longest, len(text)), 0, -1):
         if any(s.startswith(text[-n:]) for s in stops):

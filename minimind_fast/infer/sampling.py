@@ -1,10 +1,10 @@
-"""The choice of the next token: penalties, temperature, top-k, top-p, min-p, for a whole batch at once.
+"""Sampling of the next token: penalty, temperature, top-k, top-p, min-p, for a whole batch at once.
 
-Purpose: logits (B, V) in, token ids (B,) out, with the log-probability of what was chosen where it is wanted.
-Principle: filters are thresholds on values, so tokens that tie at the edge stay together and the answer depends on no
-    sorting order. A token is drawn by inverting the cumulative distribution at one uniform number a row and step.
-Properties: a row's draw depends on its own seed and step alone, so a row of a batch equals the same row run by itself
-    (as far as the matmuls before it do). The uniforms come from CPU generators: one seed, one noise, on every device.
+Purpose: logits (B, V) in, token ids (B,) out, with log-probabilities on request.
+Principle: filters are thresholds on values, so tied tokens stay or go together and sorting order does not matter. A token
+    is drawn by inverting the cumulative distribution at one uniform number per row and step.
+Properties: a row's draw depends only on its own seed and step, so a row of a batch equals the same row run alone (as far
+    as matmul rounding allows). The uniforms come from CPU generators: the same seed gives the same noise on every device.
 
 Shapes: B rows, V vocab.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_HEAD = 128  # top-p first looks at this many likeliest tokens; the whole row is sorted only if they hold too little
+_HEAD = 128  # top-p tries this many likeliest tokens first; the whole row is sorted only if their mass is too small
 _BLOCK = 64  # uniforms drawn from a row's generator at a time
 _MASK64 = (1 << 64) - 1
 
@@ -60,7 +60,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """No draw: the likeliest token."""
+        """Whether the likeliest token is taken, without a draw."""
         return self.temperature == 0 or self.top_k == 1
 
     @property
@@ -70,11 +70,7 @@ class Sampling:
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of one row of a batch that was given one seed; row 0 has the seed itself.
-
-    Args:
-        seed: of the batch.
-        row: its index.
+    """Derive a row's seed from the batch's; row 0 keeps the seed itself.
 
     Returns:
         A 63-bit number, far from its neighbours'.
@@ -90,11 +86,11 @@ def row_seed(seed: int, row: int) -> int:
 
 
 class Noise:
-    """Uniform numbers in [0, 1), one a row and step, each row from a generator of its own.
+    """Uniform numbers in [0, 1), one per row and step, each row from its own generator.
 
     Args:
-        seeds: one a row.
-        device: where the numbers go.
+        seeds: one per row.
+        device: device of the numbers.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str) -> None:
@@ -112,19 +108,19 @@ class Noise:
         return self._block[column]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only."""
+        """Drop all rows but the given ones."""
         self._generators = [self._generators[row] for row in rows]
         if self._step:
             self._block = self._block[:, list(rows)]
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that stand in the row already less likely.
+    """Make tokens that are already in the row less likely.
 
     Args:
         logits: (B, V).
         seen: (B, V) bool.
-        penalty: see Sampling.
+        penalty: see `Sampling`.
 
     Returns:
         (B, V), a new tensor.
@@ -137,10 +133,10 @@ def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Args:
         logits: (B, V) float32, temperature already applied.
-        sampling: the thresholds.
+        sampling: holds the thresholds.
 
     Returns:
-        (B, V); at least the likeliest token of each row stays.
+        (B, V); each row keeps at least its likeliest token.
     """
     vocab = logits.shape[-1]
     edge = None
@@ -158,7 +154,7 @@ def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _top_p_edge(logits: Tensor, top_p: float) -> Tensor:
-    """(B, 1): the smallest logit of the smallest likeliest set that holds top_p."""
+    """(B, 1): the smallest logit in the smallest set of likeliest tokens with mass top_p."""
     total = logits.logsumexp(-1, keepdim=True)
 
     def edge(ordered: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +162,7 @@ def _top_p_edge(logits: Tensor, top_p: float) -> Tensor:
         inside = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], -1) < top_p
         return ordered.masked_fill(~inside, float("inf")).amin(-1, keepdim=True), before[:, -1]
 
-    # On a GPU the test for enough mass would wait for it; sorting all of V is cheaper there.
+    # On a GPU the test for enough mass would synchronise; sorting all of V is cheaper there.
     if logits.device.type == "cpu" and logits.shape[-1] > _HEAD:
         found, mass = edge(logits.topk(_HEAD).values)
         if bool((mass >= top_p).all()):
@@ -196,7 +192,7 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None, se
     logits = keep_likely(logits / sampling.temperature, sampling)
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    # A token of probability 0 adds nothing to the sum and can never be the first above the mark.
+    # A token of probability 0 adds nothing to the sum, so it is never the first above the mark.
     mark = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, mark, right=True).squeeze(-1)
 
@@ -210,7 +206,7 @@ def chosen_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
         temperature: 0 counts as 1.
 
     Returns:
-        (B,) float32: what `model(..., targets=ids, temperature=temperature).logprobs` gives for the same tokens.
+        (B,) float32, equal to `model(..., targets=ids, temperature=temperature).logprobs` for the same tokens.
     """
     wide = logits.float() / (temperature or 1.0)
     return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)

@@ -1,10 +1,10 @@
-"""How likely a model finds given texts: log-probabilities, perplexity, multiple-choice accuracy.
+"""Scoring of given texts: log-probabilities, perplexity, multiple-choice accuracy.
 
-Purpose: `score(model, pairs)`, and the two measures that `minimind-fast eval` prints.
-Principle: every number is a sum of log-probabilities of given tokens after given tokens, so there is one scorer; pairs are
-    packed into one stream a batch, as in training.
-Properties: perplexity is per token (comparable for one tokenizer) and per byte of text (comparable for all). Each token
-    of a text is predicted exactly once, the first after bos; eos is not counted.
+Purpose: `score(model, pairs)`, and the two metrics that `minimind-fast eval` prints.
+Principle: every metric sums log-probabilities of continuations given contexts, so there is one scorer; pairs are packed
+    into one stream per batch, as in training.
+Properties: perplexity is per token (comparable within a tokenizer) and per byte of text (comparable across tokenizers).
+    Each token of a text is predicted exactly once, the first after bos; eos is not counted.
 
 Formats of multiple-choice rows: C-Eval and CMMLU (`question`, `A` ... `D`, `answer`; capitalised names too) and
     OpenBookQA / ARC (`question_stem` or `question.stem`, `choices`, `answerKey`).
@@ -33,11 +33,11 @@ def score(
 
     Args:
         model: in evaluation mode.
-        pairs: (context ids, at least one; continuation ids). A context too long for the model loses its beginning.
-        batch_tokens: tokens a forward pass, at most (one pair may have more).
+        pairs: (context ids, at least one; continuation ids). Contexts too long for the model are cut at the start.
+        batch_tokens: most tokens per forward pass (a single pair may exceed it).
 
     Returns:
-        Sums of natural logarithms, in the pairs' order.
+        Sums of natural logarithms, in order.
 
     Raises:
         ValueError: an empty context, or a continuation longer than the model's context.
@@ -53,7 +53,7 @@ def score(
         rows.append(
             (ids[:-1], [IGNORE_INDEX] * (len(ids) - 1 - len(continuation)) + ids[len(ids) - len(continuation) :])
         )
-    # Like lengths together, longest first: what does not fit into memory shows at once.
+    # Similar lengths together, longest first, so that running out of memory shows at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     out = [0.0] * len(rows)
     device = model.model.embed_tokens.weight.device
@@ -97,9 +97,9 @@ def perplexity(model: MiniMind, tokenizer: Tokenizer, texts: Sequence[str], max_
 
     Args:
         model: in evaluation mode.
-        tokenizer: its own.
-        texts: each begins anew after bos.
-        max_seq_len: longer texts are cut into pieces that do not see each other.
+        tokenizer: the model's.
+        texts: each is scored on its own, after bos.
+        max_seq_len: tokens; longer texts are cut into independent pieces.
 
     Raises:
         ValueError: there is nothing to predict.
@@ -127,18 +127,18 @@ class Question(NamedTuple):
     labels: list[str]
     choices: list[str]
     answer: str
-    letters: bool  # the choices are shown and a letter is the answer (C-Eval); else each choice's text is scored
+    letters: bool  # True: the prompt lists the choices and a letter answers (C-Eval); else each choice's text is scored
 
 
 def read_question(row: dict[str, Any], where: str) -> Question:
-    """One row of a multiple-choice file.
+    """Parse one row of a multiple-choice file.
 
     Args:
         row: the JSON object.
-        where: named in errors.
+        where: source to name in errors.
 
     Raises:
-        ValueError: no known format.
+        ValueError: an unknown format.
     """
     lower = {key if len(key) == 1 else key.lower(): value for key, value in row.items()}
     labels = [c for c in "ABCDEFGH" if lower.get(c) is not None]
@@ -158,10 +158,10 @@ def read_question(row: dict[str, Any], where: str) -> Question:
 
 
 class Accuracy(NamedTuple):
-    """Share of questions answered right."""
+    """Share of questions answered correctly."""
 
     accuracy: float
-    accuracy_norm: float  # log-probabilities divided by the choice's characters
+    accuracy_norm: float  # with log-probabilities divided by the choice's length in characters
     chance: float
     questions: int
 
@@ -171,14 +171,14 @@ def multiple_choice(model: MiniMind, tokenizer: Tokenizer, questions: Sequence[Q
 
     Args:
         model: in evaluation mode.
-        tokenizer: its own.
+        tokenizer: the model's.
         questions: from `read_question`.
 
     Raises:
         ValueError: no questions.
 
-    Source: Gao et al., lm-evaluation-harness 0.4.13 (acc and acc_norm, its prompts for C-Eval, CMMLU and OpenBookQA without
-        their description; where a continuation begins in the token ids). Its numbers are these with `add_bos_token=True`.
+    Source: Gao et al., lm-evaluation-harness 0.4.13: acc and acc_norm, its prompts for C-Eval, CMMLU and OpenBookQA without
+        their description, and where a continuation begins in the ids. Matches its numbers with `add_bos_token=True`.
     """
     if not questions:
         raise ValueError("no questions: there is nothing to measure")
@@ -192,7 +192,7 @@ def multiple_choice(model: MiniMind, tokenizer: Tokenizer, questions: Sequence[Q
         begin = len(tokenizer.encode(context))
         for continuation in continuations:
             ids = tokenizer.encode(context + continuation)
-            cut = min(begin, len(ids) - 1)  # a merge across the border must not leave an empty continuation
+            cut = min(begin, len(ids) - 1)  # a merge across the boundary must not leave an empty continuation
             pairs.append(([tokenizer.bos_id, *ids[:cut]], ids[cut:]))
     scores = iter(score(model, pairs))
     right = right_norm = 0

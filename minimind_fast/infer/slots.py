@@ -1,14 +1,13 @@
-"""A batch whose rows come and go at token boundaries, over one KV cache of fixed size.
+"""Continuous batching over one KV cache of fixed size: rows join and leave between tokens.
 
-Purpose: `Slots`, what a server decodes with: rows join by `join` or piece by piece by `begin_piece`, and `leave`.
-Principle: the rows that run are the first ones of the cache, so that a step works on a plain view of it. A row that
-    leaves is replaced by the last one: one copy, as long as that row. For each number of rows there is a `Decoder` over
-    its view of the cache, kept for the next time; it brings the step that is fastest on the device.
-Properties: nothing is allocated while serving but what a step itself needs. A freed row is wiped: no answer can see
-    another's text, nor be spoiled by a NaN that it left. A row's tokens do not depend on the other rows, but for the
-    rounding of matmuls of another height.
+Purpose: `Slots` is the server's decoder: rows join by `join`, or in pieces by `begin_piece`, and `leave`.
+Principle: running rows are the first ones of the cache, so a step works on a plain view of it. A leaving row is replaced by
+    the last one: one copy, of that row's length. Each number of rows has its own `Decoder` over its view of the cache,
+    kept for reuse, with the fastest step for the device.
+Properties: serving allocates only what a step needs. A freed row is wiped, so no answer sees another's text or a NaN it
+    left. A row's tokens do not depend on other rows, except for matmul rounding, which varies with the batch size.
 
-Shapes: B rows that run, R rows of the cache, S slots, V vocab.
+Shapes: B running rows, R rows of the cache, S slots, V vocab.
 """
 
 from __future__ import annotations
@@ -28,36 +27,36 @@ class Slots:
 
     Args:
         model: in evaluation mode.
-        rows: R, the most that run at once.
-        slots: S, the most tokens that a row will have.
+        rows: R, the maximum running at once.
+        slots: S, the maximum tokens per row.
     """
 
     def __init__(self, model: MiniMind, rows: int, slots: int) -> None:
         self.model, self.rows, self.slots = model, rows, slots
         self.cache = new_cache(model, rows, slots)
-        self.lengths: list[int] = []  # of the rows that run
-        self.staged = 0  # tokens so far of a prompt that comes in pieces; it lies behind the rows that run
+        self.lengths: list[int] = []  # of the running rows
+        self.staged = 0  # tokens so far of a prompt that arrives in pieces, in the row after the running ones
         self._decoders: dict[int, Decoder] = {}
         self._packs = Packs()
 
     @property
     def free(self) -> int:
-        """Rows that could join."""
+        """Number of rows that can still join."""
         return self.rows - len(self.lengths) - bool(self.staged)
 
     def _behind(self, count: int) -> Decoder:
-        """For `count` rows behind those that run."""
+        """A decoder for `count` rows after the running ones."""
         begin = len(self.lengths)
         return Decoder(self.model, count, self.slots, self.cache[:, begin : begin + count])
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Run whole prompts; their rows go on as the last ones.
+        """Run whole prompts and append their rows to the batch.
 
         Args:
             prompts: at most `free` lists of token ids.
 
         Returns:
-            (their number, V) logits of the token after each.
+            (len(prompts), V) logits of the token after each.
         """
         assert len(prompts) <= self.free and not self.staged
         logits = self._behind(len(prompts)).prefill_piece(prompts)
@@ -65,11 +64,11 @@ class Slots:
         return logits
 
     def begin_piece(self, piece: Sequence[int], last: bool) -> Tensor:
-        """Run the next piece of one prompt, while other rows wait; they may step before the piece after it.
+        """Run the next piece of one prompt; other rows may step between pieces.
 
         Args:
             piece: token ids.
-            last: the prompt is whole with it, and its row goes on as the last one.
+            last: the prompt is complete with this piece, and its row joins the batch.
 
         Returns:
             (1, V) logits of the token after the piece.
@@ -83,13 +82,13 @@ class Slots:
         return logits
 
     def step(self, ids: Tensor) -> Tensor:
-        """Run one more token in each row that runs.
+        """Run one token in each running row.
 
         Args:
             ids: (B,) int64.
 
         Returns:
-            (B, V) logits of the token after it.
+            (B, V) logits of the next token.
         """
         count = len(self.lengths)
         if count not in self._decoders:
@@ -102,11 +101,7 @@ class Slots:
         return logits
 
     def leave(self, row: int) -> None:
-        """End a row; the last one takes its place.
-
-        Args:
-            row: its index.
-        """
+        """End a row; the last one takes its place."""
         last = len(self.lengths) - 1
         filled = self.lengths[row]
         if row != last:
@@ -120,12 +115,12 @@ class Slots:
         self._wipe(last + bool(self.staged), filled)
 
     def drop_staged(self) -> None:
-        """Forget the prompt that comes in pieces."""
+        """Discard a prompt that arrives in pieces."""
         self._wipe(len(self.lengths), self.staged)
         self.staged = 0
 
     def clear(self) -> None:
-        """End all rows, whatever state a failed step has left."""
+        """End all rows, whatever state a failed step left them in."""
         self.lengths, self.staged = [], 0
         self.cache.zero_()
 

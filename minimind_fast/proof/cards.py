@@ -1,8 +1,8 @@
-"""How fast cards are, from their data sheets.
+"""Speeds of GPUs, from their data sheets.
 
-Purpose: times of a run on a card that is not here, for `minimind-fast plan`.
+Purpose: lets `minimind-fast plan` estimate runs on cards that are not at hand.
 Principle: 90% of the data sheet's bandwidth and 80% of its dense bf16 peak.
-Properties: that is what an H200 gave: 4.3 TB/s of 4.8, 790 TFLOP/s of 989. Nothing is measured here.
+Properties: these shares are what an H200 reached: 4.3 TB/s of 4.8, 790 TFLOP/s of 989. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from minimind_fast.training.log import PEAK_TFLOPS
 
 @dataclass(frozen=True)
 class Card:
-    """What a device can do.
+    """A device's memory and speeds.
 
     Attributes:
-        name: as it calls itself, or a part of that.
-        memory_gib: of its memory.
-        bytes_per_s: a large copy, read plus written.
-        flop_per_s: a large bf16 matmul.
+        name: as the device reports it, or a part of that.
+        memory_gib: total memory.
+        bytes_per_s: rate of a large copy, read plus written.
+        flop_per_s: rate of a large bf16 matmul.
         links_bytes_per_s: to the other devices of its node, one direction.
-        how: where the rates are from.
+        how: source of the rates.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Each op on its cases: as every model calls it, on awkward inputs, and held to the error rule.
+"""Each op on its cases, model-shaped and awkward, checked by the error rule.
 
 Purpose: the table of cases that tests, benchmarks and `minimind-fast verify` share.
-Principle: an op's record says how a model calls it and which other cases it has; here they become one list.
+Principle: an op's record gives the models' calls and further cases; this module joins them into one list.
 Properties: a kernel may not write to its inputs and runs in poisoned memory. Model-shaped cases are small enough for
     Triton's interpreter; `large_cases` fill a GPU.
 
@@ -29,24 +29,20 @@ LARGE_TOKENS = 8192
 
 
 def _model_cases(op: Op, tokens: int, **sizes: int) -> list[Case]:
-    """Every model's call, and the last of them strided; nothing where no model calls the op."""
+    """Every model's call, the last of them also strided; empty if no model calls the op."""
     cases = [op.preset_case(preset, tokens, training=False, **sizes) for preset in MODELS]
     found = [case for case in cases if case is not None]
     return [*found, *(replace(case, name=f"{case.name} strided", strided=True) for case in found[-1:])]
 
 
-# op -> its cases that run anywhere: the models' shapes, few tokens, and the awkward ones.
+# op -> cases that run anywhere: the models' shapes with few tokens, and the awkward ones.
 CASES: dict[str, list[Case]] = {
     name: [*_model_cases(op, op.small_tokens, **op.small), *op.cases] for name, op in ops.OPS.items()
 }
 
 
 def large_cases(name: str) -> list[Case]:
-    """The models' shapes at a size that fills a GPU, whole vocabularies and widths, and the record's own large cases.
-
-    Args:
-        name: one of ops.NAMES.
-    """
+    """The models' shapes at a size that fills a GPU, and the large cases in the op's record."""
     op = ops.OPS[name]
     return [*_model_cases(op, LARGE_TOKENS + 3), *op.large_cases]
 
@@ -57,11 +53,11 @@ def evaluate(
     """Run a case forward and backward.
 
     Args:
-        case: what to call.
+        case: arguments of the call.
         function: the kernel or the reference.
-        dtype: the inputs are drawn and rounded at this dtype.
+        dtype: inputs are drawn and rounded in this dtype.
         device: "cpu" or "cuda".
-        double: then cast to float64 (tables of cosines stay as they are in training: float32 values).
+        double: then cast inputs to float64 (cosine tables keep their float32 values, as in training).
         poison: fill uninitialised memory with NaN.
 
     Returns:
@@ -89,7 +85,7 @@ def evaluate(
         grads = [draw.normal(*out.shape) if out.is_floating_point() else None for out in outputs]
         if case.strided:
             grads = [g if g is None or not g.dim() else g[:1].expand_as(g) for g in grads]
-        if case.promised:  # by a factor that costs no rounding
+        if case.promised:  # scale by a factor that needs no rounding
             grads[0] = 0.5 * tensors[case.promised]
         pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         found = torch.autograd.grad(
@@ -105,12 +101,12 @@ def evaluate(
 
 
 def check(case: Case, function: Callable, dtype: torch.dtype, device: str) -> dict[str, Comparison]:
-    """Hold an implementation to the error rule in one case.
+    """Check an implementation by the error rule on one case.
 
     Args:
-        case: what to call.
+        case: arguments of the call.
         function: the implementation, usually `ops.kernel(case.op)`.
-        dtype: of the inputs.
+        dtype: dtype of the inputs.
         device: "cpu" or "cuda".
 
     Returns:
@@ -121,6 +117,6 @@ def check(case: Case, function: Callable, dtype: torch.dtype, device: str) -> di
     eager = evaluate(case, plain, dtype, device)
     try:
         ours = evaluate(case, function, dtype, device, poison=True)
-    except Exception as error:  # a report goes on to the next case
+    except Exception as error:  # the report continues with the next case
         return {"run": Comparison(False, f"{type(error).__name__}: {error}")}
     return {key: compare(ours[key], eager[key], truth[key]) for key in truth}

@@ -1,12 +1,12 @@
-"""How much memory a training step takes, found without the memory and without a GPU.
+"""Memory of a training step, computed without a GPU and without allocating it.
 
 Purpose: the peak of a micro-batch's forward and backward, and what DeepSpeed holds beside it under each ZeRO stage.
-Principle: the model itself runs forward and backward on fake tensors, which have shapes and no data, while every storage
-    that is born or dies is counted. So the number follows the code: what autograd keeps, when it lets go, where the
-    gradients appear. What the engine holds is a table, read off DeepSpeed 0.19's processes on one and two ranks.
-Properties: takes seconds for any number of tokens. With kernels their outputs and saved tensors are counted, not the
-    chunk buffers inside them (tens of MB). Documents are of one length. Without the allocator's own losses: a test holds
-    the numbers within 15% of a process's real peak, where freed memory is given back at once.
+Principle: the model itself runs forward and backward on fake tensors (shapes without data) while every allocation and
+    release is counted. So the number follows the code: what autograd saves, when it frees it, where gradients appear. The
+    engine's share is a table, measured on DeepSpeed 0.19 processes with one and two ranks.
+Properties: takes seconds for any number of tokens. With kernels, their outputs and saved tensors are counted, but not their
+    internal chunk buffers (tens of MB). Documents have equal length. Allocator overhead is excluded: a test holds the
+    numbers within 15% of a process's real peak, where freed memory is returned at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class _Meter(TorchDispatchMode):
-    """Bytes of all storages alive, now and at most; the few values that an op reads from a tensor are made up."""
+    """Counts bytes of live storages, current and peak; fakes the few values that ops read from tensors."""
 
     def __init__(self, item: int) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return self.item
-        if func is torch.ops.aten.allclose.default:  # a promise checked is a promise kept
+        if func is torch.ops.aten.allclose.default:  # promises count as kept
             return True
-        if func is torch.ops.aten.bincount.default:  # has no shape without data
+        if func is torch.ops.aten.bincount.default:  # its shape depends on data
             return torch.empty((kwargs or {}).get("minlength", args[-1]), dtype=torch.int64)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
@@ -66,7 +66,7 @@ class _Meter(TorchDispatchMode):
 
 
 class _Keep(torch.autograd.Function):
-    """Nothing is done, but a number of elements more is kept for backward."""
+    """An identity that saves extra elements for backward."""
 
     @staticmethod
     def forward(ctx, x, elements):
@@ -79,9 +79,9 @@ class _Keep(torch.autograd.Function):
 
 
 class _Rows:
-    """Attention of documents of one length as a flash kernel does it: q, k, v, its output and the lse are kept.
+    """Attention over documents of equal length, saving what a flash kernel saves: q, k, v, the output and the lse.
 
-    `attention_rows` keeps as much on a CPU, and so many probabilities a document and head beside it.
+    `attention_rows` on a CPU saves the same, plus some probabilities per document and head.
     """
 
     def __init__(self, document: int, probabilities: int) -> None:
@@ -96,7 +96,7 @@ class _Rows:
 
 @contextlib.contextmanager
 def _implementations(kernels: bool) -> Iterator[None]:
-    """The kernels' custom ops, whose launchers never run on fake tensors and may so be chosen; or what runs on a CPU."""
+    """Select the kernels' custom ops (on fake tensors their launchers never run), or what runs on a CPU."""
     before = ops._interpreting
     ops._interpreting = lambda: True
     try:
@@ -108,13 +108,13 @@ def _implementations(kernels: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one micro-batch needs beside parameters, masters and optimizer.
+    """Memory of one micro-batch beside parameters, masters and optimizer.
 
     Attributes:
-        saved_bytes: kept for the backward pass when the forward is over.
-        peak_bytes: the most of activations, temporaries and gradients in the parameters' dtype at one moment.
+        saved_bytes: saved for backward at the end of the forward pass.
+        peak_bytes: peak of activations, temporaries and gradients in the parameters' dtype.
         buffer_bytes: the model's tables.
-        parameters: their number, a tied head counted once.
+        parameters: number of parameters, a tied head counted once.
     """
 
     saved_bytes: int
@@ -134,18 +134,15 @@ def micro_batch(
     """Run a micro-batch on tensors without data and count its memory.
 
     Args:
-        config: the model.
+        config: the model's shape.
         tokens: packed positions, a multiple of document.
         document: tokens in each document.
-        dtype: of parameters and activations.
-        kernels: as on a GPU; False: as on a CPU.
+        dtype: dtype of parameters and activations.
+        kernels: True counts a GPU's kernels, False a CPU's path.
         gradient_checkpointing: recompute each block in the backward pass.
 
-    Returns:
-        MicroBatch.
-
     Raises:
-        ValueError: tokens is no multiple of document, or the document is too long for the model.
+        ValueError: tokens is not a multiple of document, or a document is too long for the model.
     """
     if tokens % document or tokens < 1:
         raise ValueError(f"{tokens} tokens are no whole number of documents of {document}")
@@ -154,7 +151,7 @@ def micro_batch(
     top_k = config.num_experts_per_tok or 1
     plain = torch.get_default_dtype()
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    # The one number that is read from a tensor: slots of each expert, here balanced.
+    # The only value read from a tensor: slots per expert, assumed balanced.
     with _implementations(kernels), fakes, _Meter(tokens * top_k // config.num_experts) as meter:
         torch.set_default_dtype(getattr(torch, dtype))
         try:
@@ -179,13 +176,13 @@ def micro_batch(
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes a parameter that the engine holds on each rank, under one ZeRO stage.
+    """Bytes per parameter that the engine holds on each rank, under one ZeRO stage.
 
     Attributes:
         weights: in the training dtype.
         gradients: kept between micro-batches, or held as buffers.
         optimizer: fp32 masters (the weights themselves in plain fp32) and Adam's two moments.
-        transient: on top, at most, while gradients are reduced or the step is taken.
+        transient: peak on top of these while gradients are reduced or the step is taken.
     """
 
     weights: float
@@ -195,12 +192,12 @@ class Held:
 
     @property
     def resident(self) -> float:
-        """Bytes a parameter between steps."""
+        """Bytes per parameter between steps."""
         return self.weights + self.gradients + self.optimizer
 
 
 def held(stage: int, dtype: str, world_size: int) -> Held:
-    """What DeepSpeed 0.19 keeps for each parameter, as `engine.deepspeed_config` sets it up.
+    """Bytes per parameter that DeepSpeed 0.19 holds under our settings.
 
     Args:
         stage: ZeRO stage, 0 to 3.
@@ -208,14 +205,14 @@ def held(stage: int, dtype: str, world_size: int) -> Held:
         world_size: number of ranks.
 
     Returns:
-        Held. Transients at stages 2 and 3 are those of models that one bucket of gradients holds (`engine.REDUCE_BUCKET`);
-        larger ones take less. Read off processes on one and two ranks in bfloat16 at every stage and in float32 at 0 and
-        1; the rest follows the same partition.
+        Held. Transients at stages 2 and 3 assume that all gradients fit in one bucket (`REDUCE_BUCKET`); larger models
+        take less. Measured on one and two ranks in bfloat16 at every stage and in float32 at 0 and 1; the rest follows
+        from the same partitioning.
     """
     w, item = world_size, ITEM_BYTES[dtype]
     if item == 4:
         return {
-            0: Held(4, 0, 8, 4 if w == 1 else 8),  # gradients, and a flat copy of them for the all-reduce
+            0: Held(4, 0, 8, 4 if w == 1 else 8),  # gradients, and their flat copy for the all-reduce
             1: Held(4, 0, 12 / w, 8),
             2: Held(4, 0, 12 / w, 8 + 4 / w),
             3: Held(4 / w, 4 / w + 4, 12 / w, 12),
@@ -229,15 +226,13 @@ def held(stage: int, dtype: str, world_size: int) -> Held:
 
 
 def peak_bytes(need: MicroBatch, stage: int, dtype: str, world_size: int) -> int:
-    """The most that a rank holds at one moment of a training step.
+    """Peak memory of a rank during a training step.
 
     Args:
-        need: of `micro_batch`.
-        stage: ZeRO stage.
-        dtype: of training.
-        world_size: number of ranks.
+        need: from `micro_batch`.
+        stage, dtype, world_size: as for `held`.
     """
     share = held(stage, dtype, world_size)
-    gathered = ITEM_BYTES[dtype] * (1 - 1 / world_size) if stage == 3 else 0.0  # whole weights in use
+    gathered = ITEM_BYTES[dtype] * (1 - 1 / world_size) if stage == 3 else 0.0  # unsharded weights in use
     resident = (share.resident + gathered) * need.parameters + need.buffer_bytes
     return int(resident + max(need.peak_bytes, share.transient * need.parameters))

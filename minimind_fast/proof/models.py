@@ -1,9 +1,9 @@
-"""Whole models, cut in layers, with kernels on against kernels off.
+"""Whole models, reduced to a few layers: kernels on against kernels off.
 
-Purpose: what single ops cannot show: that they fit together inside a model.
-Principle: log-probabilities and gradients with one kernel on, then with all, held to float64 by the norm rule.
-Properties: near ties between experts are decided by rounding, not by right and wrong: every run is held to the eager
-    run's experts, and the choices that differed are counted.
+Purpose: shows that the ops work together inside a model.
+Principle: log-probabilities and gradients with one kernel on, then with all, compared with float64 by the norm rule.
+Properties: rounding decides near ties between experts, so every run is forced to the eager run's experts, and the choices
+    that differed are counted.
 
 Shapes: T tokens, E experts.
 """
@@ -24,7 +24,7 @@ from minimind_fast.proof.rule import NORM_FACTOR, compare
 
 
 def _cut_model(preset: str, on_gpu: bool, dtype: torch.dtype, device: str) -> tuple[MiniMind, dict[str, Any]]:
-    """Two layers of a model and a packed batch; vocabulary, ffn and batch small where the interpreter runs."""
+    """Two layers of a model and a packed batch; vocabulary, ffn and batch are small for the interpreter."""
     sizes = {} if on_gpu else {"vocab_size": 320, "intermediate_size": 128}
     config = ModelConfig.preset(preset, num_hidden_layers=2, max_position_embeddings=2048, **sizes)
     lengths = [700, 1, 1300, 47] if on_gpu else [7, 1, 6]
@@ -43,7 +43,7 @@ def _cut_model(preset: str, on_gpu: bool, dtype: torch.dtype, device: str) -> tu
 
 
 class SameExperts:
-    """Records the experts of a run, then holds later runs to them, and counts the choices that differed."""
+    """Records a run's experts, then forces later runs to them and counts the choices that differed."""
 
     def __init__(self) -> None:
         self.recorded: list[Tensor] = []
@@ -58,7 +58,7 @@ class SameExperts:
         ops.moe_route = self._real
 
     def replay(self) -> None:
-        """From now on hold runs to the record; call before each."""
+        """Force the next run to the record; call before each run."""
         self.recording, self.at, self.differed = False, 0, 0
 
     def _route(self, x, gate_weight, top_k, normalize, cu_seqlens=None, valid=None):
@@ -82,11 +82,11 @@ class SameExperts:
 
 
 def check_model(preset: str, dtype: torch.dtype, device: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Compare a cut model with kernels on against off: each op alone, then all.
+    """Compare a reduced model with kernels on and off: each op alone, then all.
 
     Args:
         preset: one of MODELS.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
         device: "cpu" (under the interpreter) or "cuda".
         names: ops to switch on.
 
@@ -114,7 +114,7 @@ def check_model(preset: str, dtype: torch.dtype, device: str, names: Sequence[st
         for kernels in [*called, ",".join(called)] if len(called) > 1 else called:
             experts.replay()
             on = run(model, kernels)
-            # The norm of n random errors is itself random, within 1 / sqrt(n): wide for a few dozen tokens.
+            # The norm of n random errors fluctuates by about 1 / sqrt(n): a lot for a few dozen tokens.
             rows = {
                 key: compare(a, b, c, norm_factor=NORM_FACTOR + 3 * a.numel() ** -0.5)
                 for key, a, b, c in zip(("logprobs", "gradients"), on, off, truth, strict=True)

@@ -1,10 +1,10 @@
-"""The report: one row a case and dtype, from this process or from several.
+"""The report: one row per case and dtype, from one process or several.
 
 Purpose: what `minimind-fast verify` prints and writes.
 Principle: a row holds a Comparison for each output and each gradient.
-Properties: one process an op and one a model, several at a time: compiling is most of the time, and on a CPU Triton
-    chooses its interpreter at its import. There small cases run in float32 and float16: the interpreter is wrong in
-    bfloat16. A process that dies is a row that failed.
+Properties: one process per op and per model, several in parallel: compiling takes most of the time, and on a CPU Triton
+    chooses its interpreter at import. There small cases run in float32 and float16: the interpreter is wrong in bfloat16.
+    A process that dies becomes a failed row.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def report(
         names: ops.
         dtypes: keys of DTYPES.
         device: "cpu" or "cuda".
-        alone: each op by itself.
-        presets: of MODELS: whole models.
+        alone: check each op by itself.
+        presets: whole models to check, from MODELS.
 
     Yields:
-        One row a case and dtype: op, case, dtype, results (a Comparison for each tensor), passed, seconds.
+        One row per case and dtype: op, case, dtype, results (a Comparison for each tensor), passed, seconds.
     """
 
     def finish(row: dict[str, Any], dtype: str, started: float) -> dict[str, Any]:
@@ -74,14 +74,7 @@ HEADER = (
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """One line of the table; errors are norms relative to truth's, the worst tensor of each kind.
-
-    Args:
-        row: of `report`.
-
-    Returns:
-        The line, and one more for each tensor that failed.
-    """
+    """Format a row: one line with the worst relative norm error of each kind, and one per failed tensor."""
 
     def worst(keys: list[str]) -> str:
         if not keys:
@@ -106,29 +99,21 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def to_json(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as plain data.
-
-    Args:
-        row: of `report`.
-    """
+    """A row as plain data."""
     return {**row, "results": {key: vars(result) for key, result in row["results"].items()}}
 
 
 def from_json(row: dict[str, Any]) -> dict[str, Any]:
-    """The row that `to_json` gave.
-
-    Args:
-        row: plain data.
-    """
+    """The inverse of `to_json`."""
     return {**row, "results": {key: Comparison(**numbers) for key, numbers in row["results"].items()}}
 
 
 def report_by_processes(
     names: Sequence[str], dtypes: Sequence[str], device: str, models: str, presets: Sequence[str], jobs: int
 ) -> Iterator[dict[str, Any]]:
-    """The same report from one process an op and one a model, `jobs` at a time: compiling is most of the time."""
+    """The same report from one process per op and per model, `jobs` at a time."""
     env = dict(os.environ)
-    if device == "cpu":  # Triton chooses the interpreter at its import
+    if device == "cpu":  # Triton chooses the interpreter at import
         env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     same = ["--dtype", ",".join(dtypes), "--device", device, "--jobs", "0"]
     tasks = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []

@@ -1,10 +1,10 @@
-"""The least that a machine must do: bytes and FLOPs of each op and of a training step.
+"""Rooflines: minimum bytes and FLOPs of each op and of a training step.
 
-Purpose: one count that the benchmarks, the compiler's table and `minimind-fast plan` share.
-Principle: the mandatory minimum. Bytes: each input and each output once, saved tensors as inputs of the backward; a
-    matmul reads its operands and writes its result, three times a step. FLOPs: 2MNK a matmul, causal pairs only. Parts run
-    one after the other, each as fast as the slower of its bytes and its FLOPs. An op's own count stands in its record.
-Properties: a floor, which nothing that stores its activations can undercut; nothing is measured here.
+Purpose: one count shared by the benchmarks, the compiler's table and `minimind-fast plan`.
+Principle: the mandatory minimum. Bytes: each input and output once, saved tensors as inputs of the backward; a matmul reads
+    its operands and writes its result, three times a step. FLOPs: 2MNK per matmul, causal pairs only. Parts run one after
+    the other, each bound by the slower of its bytes and its FLOPs. An op's own count is in its record.
+Properties: a lower bound for any implementation that stores its activations; nothing is measured here.
 
 Shapes: T tokens, D hidden, F ffn, H query heads, K kv heads, hd head_dim, E experts, V vocab.
 """
@@ -19,22 +19,19 @@ from minimind_fast.model import Experts, Head, MiniMind
 from minimind_fast.ops import OPS
 from minimind_fast.ops.registry import Work
 
-# Bytes a parameter: read fp32 gradient, master, m, v (16); write master, m, v (12) and the bf16 weight (2).
+# Bytes per parameter: read fp32 gradient, master, m, v (16); write master, m, v (12) and the bf16 weight (2).
 OPTIMIZER_BYTES = 30
 
 
 def op_work(op: str, c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Work:
-    """Bytes that an op must move at least, and FLOPs of its matmuls.
+    """Minimum bytes that an op must move, and FLOPs of its matmuls.
 
     Args:
-        op: its name.
-        c: the model.
+        op: one of ops.NAMES.
+        c: the model's shape.
         direction: "forward", "backward" or "both".
         tokens: T.
-        element_bytes: of the activations.
-
-    Returns:
-        Work.
+        element_bytes: bytes per activation.
 
     Raises:
         ValueError: an unknown op.
@@ -47,24 +44,19 @@ def op_work(op: str, c: ModelConfig, direction: str, tokens: int, element_bytes:
 
 
 def causal_pairs(tokens: int, document: float) -> float:
-    """(query, key) pairs of packed documents.
-
-    Args:
-        tokens: T.
-        document: tokens of each document.
-    """
+    """Number of (query, key) pairs in T packed tokens of equally long documents."""
     return tokens * (document + 1) / 2
 
 
 def attention_work(c: ModelConfig, direction: str, tokens: int, pairs: float, element_bytes: int) -> Work:
-    """The same for attention: 4 hd FLOPs a pair and head forward, twice that backward (nothing for recomputation).
+    """The same for attention: 4 hd FLOPs per pair and head forward, twice that backward (recomputation excluded).
 
     Args:
-        c: the model.
+        c: the model's shape.
         direction: "forward", "backward" or "both".
         tokens: T.
-        pairs: of `causal_pairs`.
-        element_bytes: of q, k and v.
+        pairs: from `causal_pairs`.
+        element_bytes: bytes per element of q, k and v.
     """
     assert c.head_dim
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -76,26 +68,22 @@ def attention_work(c: ModelConfig, direction: str, tokens: int, pairs: float, el
 
 
 def shape_of(c: ModelConfig) -> MiniMind:
-    """The model without data, for counting.
-
-    Args:
-        c: its config.
-    """
+    """The model on the meta device, for counting."""
     with torch.device("meta"):
         return MiniMind(c)
 
 
 def step_work(c: ModelConfig, tokens: int, document: float, element_bytes: int = 2) -> dict[str, Work]:
-    """A micro-batch's forward and backward in parts; the optimizer apart, as it does not grow with tokens.
+    """Work of a micro-batch's forward and backward by part, without the optimizer, which does not grow with tokens.
 
     Args:
-        c: the model.
+        c: the model's shape.
         tokens: T.
-        document: tokens of each document, on average.
-        element_bytes: of activations and weights.
+        document: average tokens per document.
+        element_bytes: bytes per activation and weight.
 
     Returns:
-        part -> Work: matmul, attention, norms, rope, swiglu, embedding, and of a mixture routing.
+        part -> Work: matmul, attention, norms, rope, swiglu, embedding and, for MoE, routing.
     """
     model = shape_of(c)
     layers, top_k = c.num_hidden_layers, c.num_experts_per_tok or 1
@@ -108,7 +96,7 @@ def step_work(c: ModelConfig, tokens: int, document: float, element_bytes: int =
             for matrix in (module.gate_up, module.down):
                 operands += top_k * (matrix.shape[1] + matrix.shape[2])
                 weights += matrix.numel()
-        elif isinstance(module, Head):  # whole logits are never stored
+        elif isinstance(module, Head):  # full logits are never stored
             operands += c.hidden_size
             weights += module.weight.numel()
     pairs = causal_pairs(tokens, document)
@@ -120,7 +108,7 @@ def step_work(c: ModelConfig, tokens: int, document: float, element_bytes: int =
         one = op_work(op, c, "both", tokens, element_bytes)
         return Work(one.bytes * times)
 
-    # The op's count is of an MLP, dense or one expert's; a mixture has top_k of them and the shared ones.
+    # The op's count is for one MLP, dense or one expert; an MoE layer runs top_k of them and the shared ones.
     swiglus = top_k + (c.num_shared_experts or 0) if c.use_moe else 1
     parts = {
         "matmul": Work(3 * (operands * tokens + weights) * element_bytes, matmul_flops),
@@ -130,7 +118,7 @@ def step_work(c: ModelConfig, tokens: int, document: float, element_bytes: int =
         "swiglu": part("swiglu", swiglus * layers),
         "embedding": Work(3 * tokens * c.hidden_size * element_bytes),
     }
-    if c.use_moe:  # the router's input and gradient; rows of the experts gathered and summed, there and back
+    if c.use_moe:  # the router's input and gradient; expert rows gathered and summed, forward and backward
         gathered = Work(6 * top_k * tokens * c.hidden_size * element_bytes * layers)
         parts["routing"] = Work(part("moe_route", layers).bytes + gathered.bytes)
     return parts

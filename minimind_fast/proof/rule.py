@@ -1,13 +1,13 @@
-"""The error rule: when a result counts as right.
+"""The error rule: when a result counts as correct.
 
-Purpose: tests, benchmarks and `minimind-fast verify` hold every result to one rule.
+Purpose: one rule for tests, benchmarks and `minimind-fast verify`.
 Principle: truth is the reference in float64. For an output and for each gradient
         |kernel - truth| <= |eager at the same dtype - truth| + tol.
-    By element: no element may be off by more than eager's worst element, plus one unit in the last place of its own
-    value, plus the float32 noise of a sum over values of the tensor's size (which element eager happens to hit exactly
-    is luck, and no measure). By norm: 1.25 times eager's error, plus the noise.
-Properties: integers must be equal; inf and nan are right where eager or truth has them. Kernels are run in memory
-    poisoned with NaN, so that an element nobody wrote is seen.
+    By element: no error may exceed eager's worst one, plus one unit in the last place of the element's own value, plus the
+    float32 noise of a sum over values of the tensor's size (eager's error at the same element would be a matter of luck).
+    By norm: 1.25 times eager's error, plus the noise.
+Properties: integers must be equal; inf and nan are right where eager or truth has them. Kernels run in memory poisoned
+    with NaN, so unwritten elements show.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NORM_FACTOR = 1.25
 
 @dataclass
 class Comparison:
-    """A result held to the error rule."""
+    """A result checked by the error rule."""
 
     passed: bool
-    reason: str = ""  # what broke the rule
+    reason: str = ""  # how it broke the rule
     max_error: float = 0.0  # largest |kernel - truth|
     eager_max_error: float = 0.0
     norm_error: float = 0.0  # ||kernel - truth|| / ||truth||
@@ -37,16 +37,13 @@ class Comparison:
 
 
 def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | None = None) -> Comparison:
-    """Hold a kernel's result to truth, with eager's own error at the same dtype as the measure.
+    """Compare a kernel's result with truth, bounded by eager's error at the same dtype.
 
     Args:
         kernel: the kernel's result, any shape, any dtype.
         eager: the reference's result at the same dtype.
         truth: the reference's result in float64, same shape. Integers must be equal.
-        norm_factor: use the rule by norm alone, with this factor (whole models, where an element's error has no owner).
-
-    Returns:
-        Comparison.
+        norm_factor: apply only the norm rule, with this factor (for whole models, where element errors have many causes).
 
     Source: cut-cross-entropy (error against high-precision truth, bounded by eager's own).
     """
@@ -63,7 +60,7 @@ def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | N
     rounded_truth = truth.detach().to(kernel.dtype).double().flatten()
     kernel, eager, truth = (t.detach().double().flatten() for t in (kernel, eager, truth))
     if not (kernel.isfinite().all() and eager.isfinite().all()):
-        # Where eager overflows or meets inf and nan, the kernel may do the same, element for element, or know better.
+        # Where eager gives inf or nan, the kernel may do the same, element for element, or give the right value.
         same = (kernel == eager) | (kernel.isnan() & eager.isnan())
         right = (kernel == rounded_truth) | (kernel.isnan() & rounded_truth.isnan())
         rest = eager.isfinite() | ~(same | right)
@@ -72,7 +69,7 @@ def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | N
             return Comparison(True)
         if bad := int((~kernel.isfinite()).sum()):
             return Comparison(False, f"{bad} elements are inf or nan, and not as eager's are")
-        # Where eager overflows and the kernel does not, eager is no measure.
+        # Where eager overflows and the kernel does not, eager's error is no bound.
         eager = eager.where(eager.isfinite(), truth)
     scale, size = truth.abs().max(), truth.norm()
     error, allowed = (kernel - truth).abs(), (eager - truth).abs()
@@ -104,10 +101,10 @@ def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | N
 
 @contextlib.contextmanager
 def poisoned_memory(device: str | torch.device = "cpu") -> Iterator[None]:
-    """Fill every uninitialised tensor with NaN (integers: the largest), so that an element nobody wrote is seen.
+    """Fill every uninitialised tensor with NaN (integers: the largest value), so unwritten elements show.
 
     Args:
-        device: where to check that the poison works.
+        device: device on which to check that the poison works.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory

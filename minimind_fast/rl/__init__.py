@@ -1,4 +1,4 @@
-"""Learning from preferences and rewards: answers of the model itself or of the data, and what they are worth.
+"""Learning from preferences and rewards.
 
 May import `training`, `infer`, `weights` and `data`; `train/dpo.py` and `train/grpo.py` call it.
 """

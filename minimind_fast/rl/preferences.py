@@ -1,9 +1,9 @@
-"""Preferences against a reference: the log-probabilities of DPO, and data that brings the reference's with it.
+"""Log-probabilities for DPO, and pairs that carry the reference's.
 
 Purpose: `answer_logprobs(model, batch)` for the loss; `open_pairs(...)` for the stage.
-Principle: the reference is the model as it was when training began, so its log-probabilities are numbers: they are computed
-    in one pass and kept beside the token cache.
-Properties: their file is named by the data and the weights; a resumed run finds it, or makes the same again.
+Principle: the reference never changes, so its log-probabilities are constants: computed in one pass and stored beside the
+    token cache.
+Properties: the file is named after the data and the weights; a resumed run finds it or recomputes the same values.
 
 T: positions in a packed batch, P: pairs.
 """
@@ -34,33 +34,26 @@ from minimind_fast.weights.files import written_aside
 
 
 def answer_logprobs(model: Any, batch: PairBatch) -> tuple[Tensor, ModelOutput]:
-    """Log-probability of each answer of a batch, summed over its tokens.
+    """Log-probability of each answer in a batch, summed over its tokens.
 
     Args:
         model: a model or an engine.
         batch: on the model's device.
 
     Returns:
-        (P, 2) float32, chosen and rejected, without gradients where the model has none; and the model's output.
+        (P, 2) float32, chosen and rejected, with gradients if the model has them; and the model's output.
     """
     out = run(model, batch, targets=batch.targets)
     return _by_answer(out.logprobs, batch), out
 
 
 def answer_lengths(batch: PairBatch) -> Tensor:
-    """Targets of each answer.
-
-    Args:
-        batch: of pairs.
-
-    Returns:
-        (P, 2) float32, each at least 1.
-    """
+    """Number of targets in each answer: (P, 2) float32, each at least 1."""
     return _by_answer((batch.targets != IGNORE_INDEX).float(), batch)
 
 
 def _by_answer(values: Tensor, batch: PairBatch) -> Tensor:
-    """(T,) -> (P, 2) sums over the documents, in a fixed order of addition (index_add on a GPU has none)."""
+    """(T,) -> (P, 2) sums over documents, in a fixed order of addition (unlike index_add on a GPU)."""
     assert batch.cu_seqlens is not None
     sums = torch.segment_reduce(values, "sum", lengths=batch.cu_seqlens.diff().long(), unsafe=True)
     return sums[: 2 * batch.num_pairs].view(-1, 2)  # without pairs the batch is one ignored position
@@ -68,12 +61,12 @@ def _by_answer(values: Tensor, batch: PairBatch) -> Tensor:
 
 @torch.no_grad()
 def reference_logprobs(reference: MiniMind, data: PairBatches, device: torch.device) -> Tensor:
-    """Log-probabilities of all pairs under a frozen model; all ranks call it and share the work.
+    """Log-probabilities of all pairs under a frozen model; collective: all ranks share the work.
 
     Args:
         reference: on the device, in evaluation mode.
-        data: in file order, at the beginning of an epoch.
-        device: of the model.
+        data: in file order, at the start of an epoch.
+        device: the reference's device.
 
     Returns:
         (num_pairs, 2) float32 on the CPU.
@@ -91,13 +84,13 @@ def reference_logprobs(reference: MiniMind, data: PairBatches, device: torch.dev
 def cached_reference(
     reference: MiniMind, data: PairBatches, device: torch.device, log: Callable[[str], None]
 ) -> Tensor:
-    """The reference's log-probabilities from the file beside the token cache, made first if it is not there.
+    """The reference's log-probabilities from the file beside the token cache, computed first if missing.
 
     Args:
-        reference: frozen, on the CPU; it is moved to the device if it has to compute.
-        data: in file order, at the beginning of an epoch.
-        device: where to compute.
-        log: takes a line about what was done.
+        reference: frozen, on the CPU; moved to the device only if it has to compute.
+        data: in file order, at the start of an epoch.
+        device: device to compute on.
+        log: called with one line about what was done.
 
     Returns:
         (num_pairs, 2) float32 on the CPU, the same on every rank.
@@ -130,19 +123,19 @@ def open_pairs(
     cached: bool,
     training: bool,
 ) -> PairBatches:
-    """Tokenised, cached and batched pairs that know their reference.
+    """Tokenise, cache and batch pairs, and tie them to their reference.
 
     Args:
-        config: batch_size, max_seq_len, seed, cache_dir, on_bad_line.
+        config: batch_size, max_seq_len, seed, cache_dir, on_bad_line are read.
         paths: JSONL files.
-        tokenizer: of the model.
+        tokenizer: the model's.
         reference: frozen, on the CPU.
-        device: of this rank.
-        cached: give the batches the reference's log-probabilities.
+        device: this rank's device.
+        cached: store the reference's log-probabilities in the batches.
         training: shuffle.
 
     Raises:
-        DataError: naming file and line.
+        DataError: unusable data; names file and line.
     """
     (rank, world_size), log = ranks.world(), ranks.say
     folder, encode = config.cache_dir or None, PairEncoder(tokenizer)

@@ -1,14 +1,14 @@
-"""Rewards: plain functions that say how good answers are, found by name and added up.
+"""Rewards: plain functions that score answers, found by name and summed.
 
-Purpose: `--reward correct format*0.5 mine.py:politeness` makes one number of each answer.
-Principle: a reward is a function f(prompts, answers, rows) -> list of floats, one an answer: the text that was given to the
-    model, the text that it wrote (tags kept, end marker gone), and the line of the data as a dict. What is built in
-    is written in the same way, so that a user's own is as good as ours.
-Properties: pure Python on strings; a reward that returns the wrong number of values, or one that is not finite, is an error
-    with its name. A prompt that opens a thought is counted as the beginning of the answer.
+Purpose: `--reward correct format*0.5 mine.py:politeness` turns each answer into one number.
+Principle: a reward is a function f(prompts, answers, rows) -> list of floats, one per answer, of the prompt texts, the
+    answer texts (tags kept, end marker removed) and the data's rows as dicts. Built-in rewards use the same interface as
+    a user's own.
+Properties: pure Python on strings; a wrong number of values, or one that is not finite, is an error that names the reward.
+    If the prompt opens a thought, it counts as the start of the answer.
 
-Built in: `length`, `thinking`, `repetition` are MiniMind's own rules of its GRPO; `format`, `tagged` and `correct` are
-strict, for answers that can be checked. A model as judge: see `ModelReward`.
+Built in: `length`, `thinking`, `repetition` are the rules of MiniMind's GRPO; `format`, `tagged` and `correct` are strict,
+for answers that can be checked. For a model as judge see `ModelReward`.
 
 Source: MiniMind's train_grpo for the first three.
 """
@@ -41,10 +41,10 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def expected_answer(row: dict[str, Any]) -> str | None:
-    """What a line of the data holds as the right answer.
+    """The right answer according to a row of the data.
 
     Args:
-        row: `answer`, or MiniMind's `gt`, or the content of the last message, if the assistant's.
+        row: has `answer`, MiniMind's `gt`, or a last message by the assistant.
 
     Returns:
         The text; None if there is none.
@@ -59,14 +59,14 @@ def expected_answer(row: dict[str, Any]) -> str | None:
 
 
 def split_thought(prompt: str, answer: str) -> tuple[str | None, str]:
-    """An answer's thought and what follows it.
+    """Split an answer into its thought and the rest.
 
     Args:
         prompt: the text before the answer; it may open the thought.
         answer: as written.
 
     Returns:
-        (the thought, None if none was opened and closed; the rest).
+        (the thought, or None unless one was opened and closed; the rest).
     """
     whole = f"<think>{answer}" if prompt.rstrip().endswith("<think>") else answer
     thought, closed, rest = whole.partition("</think>")
@@ -76,11 +76,7 @@ def split_thought(prompt: str, answer: str) -> tuple[str | None, str]:
 
 
 def final_answer(answer: str) -> str:
-    """The part of an answer that counts: between its <answer> tags, else after its thought.
-
-    Args:
-        answer: as written, with or without tags.
-    """
+    """The part of an answer that counts: between its <answer> tags, else after its thought."""
     rest = answer.rpartition("</think>")[2]
     tagged = re.search(r"<answer>(.*?)</answer>", rest, re.DOTALL)
     return (tagged[1] if tagged else rest).strip()
@@ -92,7 +88,7 @@ def length(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[s
 
 
 def thinking(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
-    """1 for a closed thought of 20 to 300 characters, else -0.5; 0.25 more if it is closed once, less if oftener.
+    """1 for a closed thought of 20 to 300 characters, else -0.5; 0.25 more if it is closed once, 0.25 less if more often.
 
     An answer without `</think>` gets 0.
     """
@@ -105,10 +101,10 @@ def thinking(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict
 
 
 def repetition(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Minus the share of three-word runs that occur again after the thought, capped at -0.5; a sign counts as a word."""
+    """Minus the share of repeated trigrams after the thought, at least -0.5; a punctuation mark counts as a word."""
     out = []
     for answer in answers:
-        # Each Chinese character is a word by itself: \w+ would take a whole sentence for one.
+        # Each Chinese character is a word: \w+ would match a whole sentence as one.
         words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]", answer.rpartition("</think>")[2].lower())
         runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
         out.append(-min(0.5, (len(runs) - len(set(runs))) / len(runs)) if runs else 0.0)
@@ -116,7 +112,7 @@ def repetition(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[di
 
 
 def format(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
-    """1 for one thought, opened and closed once, and an answer after it, <answer> tags in pairs if any; else 0."""
+    """1 for a thought that is opened and closed once, then an answer, with <answer> tags paired if any; else 0."""
     out = []
     for prompt, answer in zip(prompts, answers, strict=True):
         thought, rest = split_thought(prompt, answer)
@@ -128,17 +124,17 @@ def format(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[s
 
 
 def tagged(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
-    """1 for a thought that is followed by one pair of <answer> tags with something in it, and nothing else; else 0."""
+    """1 for a thought followed by one non-empty pair of <answer> tags and nothing else; else 0."""
     thoughts = (split_thought(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
     whole = re.compile(r"\s*<answer>[^<]*[^<\s][^<]*</answer>\s*")
     return [float(thought is not None and whole.fullmatch(rest) is not None) for thought, rest in thoughts]
 
 
 def correct(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
-    """1 if the last number of the final answer is the expected one, or, where that is no number, if the texts are equal.
+    """1 if the last number of the final answer is the expected one; for a non-numeric answer, if the texts are equal.
 
     Raises:
-        ValueError: a row that says no answer.
+        ValueError: a row has no expected answer.
     """
     out = []
     for answer, row in zip(answers, rows, strict=True):
@@ -162,21 +158,21 @@ BUILT_IN: dict[str, Reward] = {f.__name__: f for f in (length, thinking, repetit
 
 
 class ModelReward:
-    """A model's opinion of answers (of what follows their thoughts).
+    """Scores answers (after their thoughts) with a model.
 
-    A folder whose config names a `...ForSequenceClassification` with one label, as reward models of the Llama and Qwen3
-    families are published, gives its score of the chat, clipped to +-3 as in MiniMind. Any other folder that we can read
-    is a language model: the reward is then the mean log-probability of the answer's tokens under it, which asks "would
-    this model say so?" and is no learned preference. MiniMind's own choice, internlm2-1_8b-reward, brings code that only
-    Transformers can run: call it from a function of yours, `--reward mine.py:score`.
+    A folder whose config names a `...ForSequenceClassification` with one label, as published reward models of the Llama
+    and Qwen3 families do, gives its score of the chat, clipped to +-3 as in MiniMind. Any other readable folder is a
+    language model: the reward is the mean log-probability of the answer's tokens under it, which asks "would this model
+    say so?" and is not a learned preference. MiniMind's own choice, internlm2-1_8b-reward, ships code that only
+    Transformers can run: call it from your own function, `--reward mine.py:score`.
 
     Args:
         folder: weights, config.json and tokenizer; the chat is rendered by its own template.
-        device: where it runs.
-        dtype: of its weights; None: as stored.
+        device: device of the weights.
+        dtype: dtype of the weights; None: as stored.
 
     Raises:
-        ValueError: a model that we cannot run, with what to do.
+        ValueError: an unsupported model; says what to do.
     """
 
     __name__ = "model"
@@ -202,7 +198,7 @@ class ModelReward:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Give the score of each answer, or the mean log-probability of its tokens (0 for an empty one)."""
+        """Return each answer's score, or the mean log-probability of its tokens (0 if empty)."""
         render, encode = self.tokenizer.render_chat, self.tokenizer.encode
         pairs = [
             (question(row), answer.rpartition("</think>")[2].strip()) for row, answer in zip(rows, answers, strict=True)
@@ -223,12 +219,12 @@ class ModelReward:
 
 
 def _load_scorer(folder: Path, weights: dict[str, torch.Tensor]) -> tuple[MiniMind, torch.Tensor]:
-    """(the body, the (1, D) head) of a sequence classifier with one label."""
+    """Load (the body, the (1, D) head) of a sequence classifier with one label."""
     head = weights.pop("score.weight")
     if head.shape[0] != 1:
         raise ValueError(f"{folder} has {head.shape[0]} labels: a reward model has one")
     config = load_config(folder)
-    config.tie_word_embeddings = True  # it has no vocabulary head
+    config.tie_word_embeddings = True  # there is no vocabulary head
     with torch.random.fork_rng(devices=[]):
         model = MiniMind(config).to(head.dtype)
     load_disk_weights(model, weights, str(folder))
@@ -236,13 +232,13 @@ def _load_scorer(folder: Path, weights: dict[str, torch.Tensor]) -> tuple[MiniMi
 
 
 def question(row: dict[str, Any]) -> Chat:
-    """The chat of a row up to where the model shall answer.
+    """The chat of a row up to the model's answer.
 
     Args:
-        row: `conversations`, whose last message, if the assistant's, is left out.
+        row: has `conversations`; a last message by the assistant is dropped.
 
     Raises:
-        ValueError: what is wrong with the row.
+        ValueError: the row is unusable.
     """
     chat = read_chat(row)
     if isinstance(chat, BadRow):
@@ -260,11 +256,11 @@ class Rewards:
     """The weighted sum of several rewards.
 
     Args:
-        specs: each NAME, MODULE:FUNCTION or FILE.py:FUNCTION, with *WEIGHT after it if it is not 1.
-        model: a further one, or None.
+        specs: each NAME, MODULE:FUNCTION or FILE.py:FUNCTION, followed by *WEIGHT if that is not 1.
+        model: one more reward, or None.
 
     Raises:
-        ValueError: an unknown name, or what cannot be imported or called.
+        ValueError: an unknown name, or something that cannot be imported or called.
     """
 
     def __init__(self, specs: Sequence[str], model: ModelReward | None = None) -> None:
@@ -287,13 +283,13 @@ class Rewards:
             raise ValueError(f"--reward: two rewards are called the same: {', '.join(self.names)}")
 
     def check(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Refuse rows that cannot be rewarded, before anything is trained.
+        """Refuse rows that cannot be rewarded, before training starts.
 
         Args:
-            rows: all lines of the data.
+            rows: all rows of the data.
 
         Raises:
-            ValueError: `correct` is wanted, and a row says no answer.
+            ValueError: `correct` is used and a row has no expected answer.
         """
         if any(function is correct for _, function, _ in self.parts):
             correct([""] * len(rows), [""] * len(rows), rows)
@@ -304,15 +300,15 @@ class Rewards:
         """Reward answers.
 
         Args:
-            prompts: (N) texts given to the model.
-            answers: (N) texts that it wrote.
-            rows: (N) lines of the data.
+            prompts: N texts given to the model.
+            answers: N texts that it wrote.
+            rows: N rows of the data.
 
         Returns:
-            (N weighted sums, the N values of each reward by its name, without weight).
+            (N weighted sums, the N unweighted values of each reward by name).
 
         Raises:
-            ValueError: a reward gave something else than N finite numbers.
+            ValueError: a reward did not return N finite numbers.
         """
         total, each = [0.0] * len(answers), {}
         for name, (spec, function, weight) in zip(self.names, self.parts, strict=True):
@@ -332,14 +328,13 @@ class Rewards:
 
 
 def find(name: str) -> Reward:
-    """The function that a name means.
+    """Look up a reward by name.
 
     Args:
-        name: of a built-in reward, MODULE:FUNCTION (a module that Python finds, also in the current folder), or
-            FILE.py:FUNCTION.
+        name: a built-in reward, MODULE:FUNCTION (importable, or in the current folder) or FILE.py:FUNCTION.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no such reward.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]

@@ -1,14 +1,14 @@
-"""Rollouts: the model answers prompts, the answers are rewarded, and what was said becomes a batch to learn from.
+"""Rollouts: the model answers prompts, and the rewarded answers become training batches.
 
-Purpose: the data of GRPO. `read_prompts` reads MiniMind's rlaif lines, `Rollouts` is to the Trainer what PackedBatches is
-    in other stages.
-Principle: a micro-batch is `batch_size` prompts with `generations` answers each, written in one batch by the weights of this
-    moment, and packed end to end; only the answers' tokens are targets. The old log-probabilities come from the model
-    under training, by the same kernels as in the update that follows. All randomness is a function of the seed, the place
-    in the epoch's order and the number of the answer.
-Properties: an epoch is a whole number of optimizer steps: its last one is filled up from the epoch's beginning. The position
-    counts prompts of all ranks, so another number of ranks can take it up. Where a rollout serves several updates, it is
-    part of the saved position, for the weights that wrote it are gone; with another number of ranks it is written anew.
+Purpose: the data of GRPO. `read_prompts` reads MiniMind's rlaif lines; `Rollouts` takes the place of PackedBatches in the
+    Trainer.
+Principle: a micro-batch is `batch_size` prompts with `generations` answers each, generated in one batch by the current
+    weights and packed end to end; only the answers' tokens are targets. The old log-probabilities come from the model
+    being trained, by the same kernels as the update that follows. All randomness is a function of the seed, the place in
+    the epoch's order and the answer's number.
+Properties: an epoch is a whole number of optimizer steps, the last one filled up from the epoch's start. The position
+    counts prompts over all ranks, so any number of ranks can resume. A rollout that serves several updates is saved with
+    the position, since the weights that wrote it are gone; with a different number of ranks it is regenerated.
 
 T: positions in a packed batch.
 """
@@ -43,12 +43,12 @@ from minimind_fast.training.resume import frozen_fingerprint
 
 @dataclass
 class Prompt:
-    """A line of the data.
+    """One row of the data.
 
     Attributes:
         row: as read.
-        texts: the text given to the model, without and with a thought opened.
-        ids: the tokens of each.
+        texts: the text given to the model, without and with an opened thought.
+        ids: the token ids of each text.
     """
 
     row: dict[str, Any]
@@ -58,11 +58,11 @@ class Prompt:
 
 @dataclass
 class RolloutBatch(Batch):
-    """Answers to learn from; `weights` is 1 / (tokens of the answer), so that each answer counts the same.
+    """Answers to learn from; `weights` is 1 / (tokens of the answer), so every answer counts the same.
 
     Attributes:
-        advantages: (T,) float32, each token its answer's; 0 on prompts.
-        old_logprobs: (T,) float32 of the policy that wrote the tokens; None: the first update has them itself.
+        advantages: (T,) float32, the answer's advantage at each of its tokens; 0 on prompts.
+        old_logprobs: (T,) float32 under the policy that wrote the tokens; None: the single update computes them itself.
         reference_logprobs: (T,) float32, or None without a reference.
         stats: sums over the answers, for the log.
     """
@@ -80,27 +80,27 @@ def read_prompts(
     on_bad_line: str = "error",
     log: Callable[[str], None] = print,
 ) -> list[Prompt]:
-    """Read `{"conversations": [...]}` lines whose last message, the assistant's, is empty or left out.
+    """Read `{"conversations": [...]}` lines whose last message, the assistant's, is empty or missing.
 
     Args:
         paths: JSONL files.
-        tokenizer: of the model.
-        max_seq_len: tokens of a prompt, at most; longer ones are left out, as half a prompt is another one.
+        tokenizer: the model's.
+        max_seq_len: most tokens in a prompt; longer ones are dropped, not truncated.
         on_bad_line: "error" or "skip".
-        log: told what is left out.
+        log: called with a line about dropped prompts.
 
     Returns:
         The prompts, in order.
 
     Raises:
-        DataError: a line that cannot be used, or no prompt is left.
+        DataError: a line is unusable, or no prompts remain.
     """
 
     def read(row: dict[str, Any]) -> Prompt | BadRow:
         try:
             chat = question(row)
             texts = [tokenizer.render_chat(chat.messages, chat.tools, add_generation_prompt=True, **p) for p in PROMPTS]
-            "".join(texts).encode()  # the tokenizer's own complaint would not name the row
+            "".join(texts).encode()  # the tokenizer's own error would not name the row
             return Prompt(row, texts, [tokenizer.encode(text) for text in texts])
         except UnicodeEncodeError:
             return BadRow("holds half of a surrogate pair, such as \\ud83d alone, which is no character")
@@ -119,24 +119,24 @@ def read_prompts(
 
 
 class Rollouts:
-    """Micro-batches of answers that the model writes when they are asked for.
+    """Micro-batches of answers that the model generates on demand.
 
     Args:
-        prompts: of `read_prompts`.
-        tokenizer: of the model.
-        rewards: of the answers; all rows are checked.
-        reference: the frozen model, on the device of training; None: no KL.
-        rank, world_size: this process's share.
+        prompts: from `read_prompts`.
+        tokenizer: the model's.
+        rewards: score the answers; all rows are checked at once.
+        reference: the frozen model, on the training device; None: no KL.
+        rank, world_size: select this process's share.
         batch_size: prompts in a micro-batch.
-        generations: answers to each, at least 2.
-        max_new_tokens: of an answer.
-        temperature: of sampling, and of all log-probabilities.
-        thinking_ratio: share of the answers' prompts that open a thought.
+        generations: answers per prompt, at least 2.
+        max_new_tokens: limit for an answer.
+        temperature: for sampling and for all log-probabilities.
+        thinking_ratio: share of prompts that open a thought.
         accumulation_steps: micro-batches in an optimizer step.
-        updates: optimizer steps for each rollout.
-        seed: of the order and of sampling.
+        updates: optimizer steps per rollout.
+        seed: decides the order and the sampling.
 
-    `written_by` says which model, before the first batch.
+    Call `written_by` before the first batch.
     """
 
     needs_model = True  # see `Batches`
@@ -177,15 +177,11 @@ class Rollouts:
             "accumulation_steps": accumulation_steps,
         }
         self.position = Position(identity, "prompt")
-        self._update = 0  # updates that the current rollout has served
-        self._current: list[RolloutBatch] = []  # the rollout that is in use, between its updates
+        self._update = 0  # updates made from the current rollout
+        self._current: list[RolloutBatch] = []  # the rollout in use, kept between its updates
 
     def written_by(self, engine: Any) -> Self:
-        """Let a model write the answers.
-
-        Args:
-            engine: around the model under training.
-        """
+        """Set the engine whose model writes the answers."""
         self.engine = engine
         return self
 
@@ -193,37 +189,37 @@ class Rollouts:
 
     @property
     def _step_prompts(self) -> int:
-        """Prompts of all ranks in a rollout."""
+        """Prompts in a rollout, over all ranks."""
         return self.batch_size * self.accumulation_steps * self.world_size
 
     def num_batches(self, epoch: int) -> int:
-        """Give the micro-batches that each rank gets in a whole epoch, each rollout counted once for each update."""
+        """Return the number of micro-batches per rank in a whole epoch, counting a rollout once per update."""
         return -(-len(self.prompts) // self._step_prompts) * self.updates * self.accumulation_steps
 
     def num_left(self) -> int:
-        """Give the micro-batches that each rank still gets in the current epoch."""
+        """Return the number of micro-batches per rank left in the current epoch."""
         rollouts = -(-(len(self.prompts) - self.position.next) // self._step_prompts)
         return (rollouts * self.updates - self._update) * self.accumulation_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the position after the last whole optimizer step's batches, and this rank's rollout if it is still in use."""
+        """Return the position after the last whole optimizer step, and this rank's rollout if still in use."""
         state = {**self.position.state_dict(), "update": self._update}
         if self._update:
             state["own"] = [{k: v for k, v in vars(batch).items() if k != "documents"} for batch in self._current]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a position, stored by any number of ranks.
+        """Restore a position, stored by any number of ranks.
 
         Raises:
-            ValueError: it belongs to other data or other settings.
+            ValueError: the state belongs to other data or settings.
         """
         self.position.load_state_dict(state)
         self._update = int(state["update"])
         self._current = [RolloutBatch(**own) for own in state.get("own", [])]
 
     def __iter__(self) -> Iterator[RolloutBatch]:
-        """Give this rank's micro-batches to the end of the epoch, then stop."""
+        """Yield this rank's micro-batches to the end of the epoch."""
         position = self.position
         epoch = position.epoch
         while position.epoch == epoch:
@@ -246,20 +242,20 @@ class Rollouts:
 
         Args:
             epoch: decides the order.
-            places: in the epoch's order; those beyond its end begin anew.
+            places: indices into the epoch's order; they wrap at its end.
 
         Returns:
-            The answers, rewarded.
+            The rewarded answers.
 
         Raises:
-            ValueError: a reward that is none.
+            ValueError: a reward returned invalid values.
         """
         key = np.array([self.seed % 2**64, epoch], np.uint64)
         order = np.argsort(np.random.Philox(key=key).random_raw(len(self.prompts)), kind="stable")
         chosen, contexts, texts, seeds = [], [], [], []
         for place in places:
             prompt = self.prompts[int(order[place % len(order)])]
-            # A number for each answer that ever will be, whatever the batch that it falls into.
+            # Every answer of the run has its own number, whatever batch it falls into.
             first = 1 + ((epoch << 32) + place) * (self.generations + 1)
             opened = int(row_seed(self.seed, first) / 2**63 < self.thinking_ratio)
             for answer in range(self.generations):
@@ -277,7 +273,7 @@ class Rollouts:
         try:
             totals, each = self.rewards(texts, answers, [p.row for p in chosen])
         except ValueError as error:
-            if self.rank:  # rank 0 tells its own; what happens here, it never hears of
+            if self.rank:  # rank 0 reports its own errors, but never hears of this one
                 print(f"\nError on rank {self.rank}: {error}", file=sys.stderr, flush=True)
             raise
         grouped = torch.tensor(totals, dtype=torch.float64).view(-1, self.generations)
@@ -294,7 +290,7 @@ class Rollouts:
         return self._add_logprobs(batch)
 
     def _author(self) -> MiniMind:
-        """The model that writes, with the weights of now: itself, or under ZeRO 3, where it is scattered, a whole copy."""
+        """The current model for generation: itself or, under ZeRO-3, an unsharded copy."""
         policy: MiniMind = self.engine.module
         if self.engine.zero_stage < 3:
             return policy
@@ -308,10 +304,10 @@ class Rollouts:
         return self._copy
 
     def _add_logprobs(self, batch: RolloutBatch) -> RolloutBatch:
-        """The passes that the losses compare with; a policy that is updated once is its own old one."""
+        """Add the reference and old log-probabilities; with one update per rollout the policy is its own old one."""
         batch = batch.to(self.engine.module.model.embed_tokens.weight.device)
         if self.updates > 1:
-            # With a graph, which is thrown away: without one a CPU takes other kernels, and the ratio would not be 1.
+            # Keep autograd on and drop its graph: without it a CPU uses other kernels, and the ratio would not be 1.
             batch.old_logprobs = self.run(self.engine, batch)[0].detach()
         if self.reference is not None:
             with torch.no_grad():
@@ -319,14 +315,14 @@ class Rollouts:
         return batch
 
     def run(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Run a batch, its log-probabilities at the temperature of sampling.
+        """Run a batch, with log-probabilities at the sampling temperature.
 
         Args:
-            model: or engine.
-            batch: on its device.
+            model: a model or an engine.
+            batch: on the model's device.
 
         Returns:
-            (logprobs (T,) float32, the experts' balancing loss).
+            (logprobs (T,) float32, the experts' load-balancing loss).
         """
         out = run(model, batch, targets=batch.targets, temperature=self.temperature)
         return out.logprobs, out.aux_loss
@@ -338,13 +334,13 @@ def pack(
     advantages: Sequence[float],
     stats: dict[str, float],
 ) -> RolloutBatch:
-    """Prompts and answers end to end, the answers' tokens as targets.
+    """Pack prompts and answers end to end, with the answers' tokens as targets.
 
     Args:
         contexts: token ids of each prompt, at least one.
         answers: token ids of each answer, at least one.
-        advantages: of each answer.
-        stats: for the batch.
+        advantages: one per answer.
+        stats: stored in the batch.
 
     Returns:
         A batch without log-probabilities.

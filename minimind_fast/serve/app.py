@@ -1,11 +1,11 @@
 """The web application: routes, keys, limits, server-sent events, the page.
 
 Purpose: `make_app(service)`, an ASGI application for uvicorn.
-Principle: a request passes one gate after another (host, key, content type, size, JSON, fields, prompt length, queue) and
-    each refuses in OpenAI's form. Then it is a `Call`, and the response, whole or streamed, closes it.
-Properties: the event loop never runs the model, the tokenizer or a template. A client that leaves, or stops reading, costs
-    its own row at most until the time limit. While only this machine is served and no key is set, requests for another
-    host name are refused: a web page that points its name here cannot use the model.
+Principle: a request passes a series of checks (host, key, content type, size, JSON, fields, prompt length, queue), each of
+    which refuses with an OpenAI-style error. It then becomes a `Call`, which the response, whole or streamed, closes.
+Properties: the event loop never runs the model, the tokenizer or a template. A client that leaves or stops reading occupies
+    at most its own row, until the time limit. On localhost without a key, requests for another host name are refused, so a
+    web page cannot reach the model by DNS rebinding.
 
 Source: OpenAI's API reference; the HTML standard's server-sent events.
 """
@@ -42,7 +42,7 @@ PAGE = Path(__file__).with_name("web")
 _PAGE_FILES = {"/": "index.html", "/chat.js": "chat.js", "/chat.css": "chat.css"}
 _BODY_TIME_S = 30.0
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-# Nothing on the page comes from elsewhere, and nothing on it may run but its own file.
+# The page loads nothing from other hosts and runs only its own script.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -53,19 +53,19 @@ _PAGE_HEADERS = {
 
 @dataclass
 class Service:
-    """What is served, and its limits.
+    """The served model and its limits.
 
     Args:
-        tokenizer: of the model.
-        batcher: with the model; not started.
+        tokenizer: the model's.
+        batcher: holds the model; not started.
         name: the model's id for clients.
         api_key: "" for none.
-        max_body_bytes: of a request.
-        max_output_tokens: of an answer.
-        default_output_tokens: where the client says nothing.
+        max_body_bytes: limit for a request body.
+        max_output_tokens: limit for an answer.
+        default_output_tokens: limit for an answer if the client sets none.
         timeout_s: from the request to the end of its answer.
-        local: only this machine is served.
-        defaults: sampling where the client says nothing.
+        local: only this machine can connect.
+        defaults: sampling settings that the client omits.
     """
 
     tokenizer: Tokenizer
@@ -85,15 +85,15 @@ class Service:
         self.created = int(time.time())
 
     def job(self, ask: Ask, prompt: list[int], client: str) -> Job:
-        """The job of a checked request.
+        """Create the job of a checked request.
 
         Args:
-            ask: its settings.
+            ask: the request's settings.
             prompt: token ids.
-            client: who shares a turn.
+            client: key for fair queueing.
 
         Raises:
-            ApiError: prompt and answer do not fit.
+            ApiError: prompt and answer do not fit in the context.
         """
         room = self.batcher.context - len(prompt)
         if room < 1:
@@ -118,14 +118,7 @@ class Service:
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application.
-
-    Args:
-        service: what is served; its batch starts and ends with the application.
-
-    Returns:
-        An ASGI application.
-    """
+    """Create the ASGI application; the service's batch starts and ends with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -145,7 +138,7 @@ def make_app(service: Service) -> FastAPI:
         if not hmac.compare_digest(given.encode(), service.api_key.encode()):
             raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
 
-    # No generated documentation pages: they load scripts from elsewhere.
+    # No generated documentation pages: they load scripts from other hosts.
     app = FastAPI(
         lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, dependencies=[Depends(check_host)]
     )
@@ -227,7 +220,7 @@ def _check_model(service: Service, name: str) -> None:
 
 
 def _count(service: Service, request: Request, status: int) -> None:
-    # The route's own path, not the client's text, which could be anything.
+    # Label by the route's path: the client's path could be anything.
     service.metrics.requests[getattr(request.scope.get("route"), "path", "other"), status] += 1
 
 
@@ -235,16 +228,16 @@ def _error(service: Service, request: Request, error: ApiError) -> JSONResponse:
     _count(service, request, error.status)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
     headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    # A body that was refused unread would be taken for the next request.
+    # An unread body would be parsed as the next request.
     headers |= {"Connection": "close"} if error.status in (408, 413) else {}
     return JSONResponse(error.body(), error.status, headers)
 
 
 async def _body(service: Service, request: Request) -> dict[str, Any]:
-    """The checked JSON object of a request.
+    """Read a request's JSON object.
 
     Raises:
-        ApiError: no JSON, too large, too slow, or not an object.
+        ApiError: not JSON, too large, too slow, or not an object.
     """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send JSON with the header Content-Type: application/json")
@@ -292,14 +285,14 @@ async def _collect(call: Call) -> tuple[list, list]:
 
 
 class Events(Response):
-    """An answer as server-sent events; closes its call however it ends.
+    """An answer as server-sent events; always closes its call.
 
     Args:
-        service: for the time limit and the counters.
-        request: of the client.
-        call: open.
-        reply: makes the chunks.
-        include_usage: a last chunk with the usage.
+        service: provides the time limit and the counters.
+        request: the client's request.
+        call: an open call.
+        reply: builds the chunks.
+        include_usage: append a chunk with the usage.
     """
 
     media_type = "text/event-stream"
@@ -318,7 +311,7 @@ class Events(Response):
             status = 499
         except TimeoutError:
             status = 504
-            # To a client that has stopped reading this cannot be said either: so, only if it goes out at once.
+            # The client may have stopped reading: try to send, do not wait.
             late = ApiError(504, f"no answer within {self.service.timeout_s:g} seconds", code="timeout")
             await _soon(send, _event(late.body()), True)
         except ApiError as error:
@@ -338,7 +331,7 @@ class Events(Response):
             chunks = reply.chunks(deltas, answer.take_tokens())
             if data := b"".join(map(_event, chunks)):
                 await _send(send, data)
-        self.call.close()  # the row is free before a slow reader has read to the end
+        self.call.close()  # free the row before a slow reader reaches the end
         end = _event(reply.last()) if self.include_usage else b""
         await _send(send, end + b"data: [DONE]\n\n", True)
 

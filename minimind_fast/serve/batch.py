@@ -1,12 +1,11 @@
-"""Continuous batching: one thread that runs the model, and requests that join and leave it at token boundaries.
+"""Continuous batching: one thread runs the model; requests join and leave at token boundaries.
 
 Purpose: `Batcher.submit(job)` from any thread; tokens come back through one callback.
-Principle: a turn of the loop drops whom nobody waits for, runs at most `prefill_chunk` tokens of new prompts, then one
-    token of every row that runs. So a newcomer joins within a turn, and a long prompt delays the others by one piece a
-    turn. The thread knows token ids only; text, stop strings and time limits belong to whoever reads the tokens, and
-    who has enough calls `cancel`.
-Properties: rows sample by their own seed and settings; equal settings share one call. An error in the model ends the
-    requests in flight with a message, empties the cache, and the thread goes on.
+Principle: each turn of the loop drops cancelled jobs, runs at most `prefill_chunk` tokens of new prompts, then one token of
+    every running row. So a new request joins within a turn, and a long prompt delays the others by one piece per turn.
+    The thread sees token ids only; text, stop strings and time limits are the reader's, which calls `cancel` when done.
+Properties: rows sample with their own seed and settings; equal settings share one call. If the model fails, the requests in
+    flight end with a message, the cache is cleared and the thread continues.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ log = logging.getLogger("minimind_fast.serve")
 
 
 class Scores(NamedTuple):
-    """What the model thought at one token: log-probabilities of its own softmax, before temperature and filters."""
+    """The model's log-probabilities at one token, before temperature and filters."""
 
     logprob: float
-    top: list[tuple[int, float]]  # the likeliest (token, log-probability), best first
+    top: list[tuple[int, float]]  # likeliest (token, log-probability), best first
 
 
 class Event(NamedTuple):
@@ -52,10 +51,10 @@ class Job:
         prompt: token ids, at least one.
         max_new_tokens: at least one.
         sampling: how tokens are chosen.
-        seed: of the draw.
-        stop_ids: end it; the stop id itself is an event like any other.
-        top_logprobs: None for no scores, else how many alternatives.
-        client: whose turn it is.
+        seed: for sampling.
+        stop_ids: end the answer; the stop id itself is delivered like any token.
+        top_logprobs: number of alternatives; None for no scores.
+        client: key for fair queueing.
     """
 
     prompt: list[int]
@@ -81,10 +80,10 @@ class Batcher:
 
     Args:
         model: put into evaluation mode.
-        rows: the most that run at once.
-        context: the most tokens of one request, prompt and answer.
-        queue: the most that wait.
-        prefill_chunk: prompt tokens a turn.
+        rows: most requests running at once.
+        context: most tokens per request, prompt and answer together.
+        queue: most requests waiting.
+        prefill_chunk: prompt tokens per turn.
     """
 
     def __init__(
@@ -95,24 +94,24 @@ class Batcher:
         self.generated_tokens = self.prompt_tokens = self.turns = 0
         self._wake = threading.Condition()
         self._waiting: FairQueue[Job] = FairQueue(queue)
-        self._running: list[Job] = []  # in the order of the rows
-        self._starting: list[Job] = []  # taken from the queue, their prompts not yet whole in the cache
+        self._running: list[Job] = []  # in row order
+        self._starting: list[Job] = []  # taken from the queue, prompts not yet fully in the cache
         self._closing = False
         self._deliver: Deliver = lambda _: None
         self._thread: threading.Thread | None = None
 
     def start(self, deliver: Deliver) -> None:
-        """Begin to work.
+        """Start the thread.
 
         Args:
-            deliver: called from the thread with the events of a turn, in order; must not block.
+            deliver: called from the thread with a turn's events, in order; must not block.
         """
         self._deliver = deliver
         self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; what is in flight gets an error event."""
+        """Stop the thread; jobs in flight get an error event."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -121,12 +120,12 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread works."""
+        """Whether the thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def running(self) -> int:
-        """Requests with a row of the batch."""
+        """Requests with a row in the batch."""
         return len(self._running) + len(self._starting)
 
     @property
@@ -135,13 +134,13 @@ class Batcher:
         return len(self._waiting)
 
     def submit(self, job: Job) -> None:
-        """Queue a job up.
+        """Queue a job.
 
         Args:
-            job: its prompt and max_new_tokens fit the context.
+            job: prompt and max_new_tokens must fit in the context.
 
         Raises:
-            Full: too many wait; nothing was queued.
+            Full: too many jobs are waiting; this one was not queued.
         """
         assert job.prompt and 0 < job.max_new_tokens <= self.context - len(job.prompt)
         with self._wake:
@@ -149,11 +148,7 @@ class Batcher:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody reads this job's tokens any more; its row is free at the next token boundary.
-
-        Args:
-            job: in any state, also finished.
-        """
+        """Cancel a job in any state; its row is freed at the next token boundary."""
         with self._wake:
             job.cancelled = True
             self._waiting.remove(job.client, job)
@@ -198,7 +193,7 @@ class Batcher:
         self._running.pop()
 
     def _prefill(self) -> None:
-        """Go on with a long prompt, or take as many new ones as a turn has room for."""
+        """Continue a long prompt, or start as many new ones as fit in a turn."""
         self._starting = self._starting or self._take()
         if not self._starting:
             return
@@ -213,7 +208,7 @@ class Batcher:
             self._joined(logits)
 
     def _take(self) -> list[Job]:
-        """The next jobs whose prompts together fit a turn; a longer one comes alone."""
+        """Take the next jobs whose prompts fit in a turn together; a longer one comes alone."""
         jobs, room = [], self.prefill_chunk
         with self._wake:
             while self._waiting and len(jobs) < self.slots.free:
@@ -225,7 +220,7 @@ class Batcher:
         return jobs
 
     def _joined(self, logits: Tensor) -> None:
-        """The rows run from now on; each prompt's logits give its first token."""
+        """Start the rows, with each first token from its prompt's logits."""
         for job in self._starting:
             self.prompt_tokens += len(job.prompt)
             job.noise = None if job.sampling.greedy else Noise([job.seed], logits.device)
@@ -239,11 +234,11 @@ class Batcher:
 
     @torch.inference_mode()
     def _give(self, first: int, logits: Tensor) -> None:
-        """Choose a token for the rows from `first` on, give them out, and let finished rows leave."""
+        """Choose a token for the rows from `first` on, deliver it, and remove finished rows."""
         jobs = self._running[first:]
         tokens = pick(jobs, logits)
         scores, events = _scores(jobs, logits, tokens), []
-        for row in reversed(range(len(jobs))):  # from the last: who leaves is replaced by a row that is done with
+        for row in reversed(range(len(jobs))):  # backwards: a leaving row is replaced by one already handled
             job, token = jobs[row], tokens[row]
             job.last, job.count = token, job.count + 1
             stopped = token in job.stop_ids

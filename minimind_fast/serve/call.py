@@ -1,10 +1,10 @@
-"""One request between the web and the batch: its events, its deadline, and its end whatever happens.
+"""One request between the web and the batch: its events, deadline and cleanup.
 
-Purpose: `Calls.open(job)` submits a job and gives a `Call`, whose `deltas()` are awaited; `close` frees the row.
-Principle: the batch's thread hands each turn's events to the event loop in one call, which sorts them into the calls'
-    queues. A call is closed exactly once, by whoever holds it, and closing cancels the job.
-Properties: a call that nobody closes does not exist: the response classes close in `finally`. An answer never waits for
-    a slow reader; what is unread is bounded by the answer's own length.
+Purpose: `Calls.open(job)` submits a job and returns a `Call`, whose `deltas()` are awaited; `close` frees the row.
+Principle: the batch's thread hands each turn's events to the event loop in one call, which distributes them to the calls'
+    queues. A call's holder closes it exactly once, and closing cancels the job.
+Properties: no call is left open: the response classes close in `finally`. Generation never waits for a slow reader; the
+    backlog is bounded by the answer's length.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Gone(Exception):
 
 
 class Calls:
-    """All calls that are open.
+    """All open calls.
 
     Args:
         batcher: not started yet.
         timeout_s: from the request to the end of its answer.
-        metrics: to count in.
+        metrics: counters to update.
     """
 
     def __init__(self, batcher: Batcher, timeout_s: float, metrics: Metrics) -> None:
@@ -39,7 +39,7 @@ class Calls:
         self.open_calls: dict[Job, Call] = {}
 
     def start(self) -> None:
-        """Start the batch; its events come to the running event loop."""
+        """Start the batch; its events go to the running event loop."""
         loop = asyncio.get_running_loop()
 
         def deliver(events: list[tuple[Job, Event]]) -> None:
@@ -57,11 +57,11 @@ class Calls:
         """Submit a job.
 
         Args:
-            job: new.
-            answer: where its tokens go.
+            job: a new job.
+            answer: collects its tokens.
 
         Raises:
-            ApiError: too many wait (429), or the batch has stopped (503).
+            ApiError: too many requests are waiting (429), or the batch has stopped (503).
         """
         if not self.batcher.alive:
             raise ApiError(503, "the server is shutting down")
@@ -83,7 +83,7 @@ class Call:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     async def deltas(self) -> list[Delta]:
-        """What has come since the last time; waits for something. At the end `answer.finish_reason` is set.
+        """Wait for new deltas and return them; `answer.finish_reason` is set at the end.
 
         Raises:
             ApiError: the model failed.
@@ -100,24 +100,24 @@ class Call:
         return out
 
     def close(self) -> None:
-        """Free the row, wherever the job is."""
+        """Free the row, whatever the job's state."""
         if self.calls.open_calls.pop(self.job, None):
             self.calls.batcher.cancel(self.job)
             self.calls.metrics.whole.add(time.perf_counter() - self.job.submitted_s)
 
     async def guard(self, receive: Any, work: Coroutine[Any, Any, Any]) -> Any:
-        """Do some work for the client as long as there is one, and within the time limit.
+        """Await work while the client is connected and the time limit has not passed.
 
         Args:
-            receive: of ASGI; the body has been read.
-            work: to be awaited.
+            receive: ASGI's; the body has been read.
+            work: the coroutine to await.
 
         Returns:
-            What the work returns.
+            The work's result.
 
         Raises:
-            Gone: the client has left; the work was cancelled.
-            TimeoutError: the time is over.
+            Gone: the client left; the work was cancelled.
+            TimeoutError: the time limit passed.
         """
         worker, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(receive))
         try:
@@ -129,7 +129,7 @@ class Call:
         finally:
             worker.cancel()
             watcher.cancel()
-            # Both must have ended before the row is given away: a cancelled task runs once more.
+            # Wait for both before the row is reused: a cancelled task runs once more.
             await asyncio.gather(worker, watcher, return_exceptions=True)
 
 

@@ -1,8 +1,8 @@
 """Counters of the server in Prometheus's text form.
 
-Purpose: `Metrics`, which `/metrics` prints.
-Principle: counters and histograms are plain numbers; gauges are asked when somebody looks.
-Properties: used from the event loop's thread only, so nothing is locked. Labels come from the server, never from a client.
+Purpose: `Metrics`, the content of `/metrics`.
+Principle: counters and histograms are plain numbers; gauges are read at scrape time.
+Properties: used only from the event loop's thread, so there are no locks. Labels come from the server, never from a client.
 
 Source: Prometheus's text exposition format 0.0.4.
 """
@@ -23,12 +23,12 @@ class Histogram:
         self.sum_s = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Record an observation."""
         self.buckets[sum(seconds > bound for bound in _BOUNDS_S)] += 1
         self.sum_s += seconds
 
     def lines(self, name: str) -> list[str]:
-        """As Prometheus reads it."""
+        """The histogram in Prometheus's text format."""
         out, total = [], 0
         for bound, count in zip([*map(str, _BOUNDS_S), "+Inf"], self.buckets, strict=True):
             total += count
@@ -37,17 +37,17 @@ class Histogram:
 
 
 class Metrics:
-    """What the server has done."""
+    """The server's counters and histograms."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # (endpoint, status); 499: the client left
         self.first_token, self.whole = Histogram(), Histogram()
 
     def text(self, gauges: Mapping[str, tuple[str, str, float]]) -> str:
-        """The page.
+        """The page's text.
 
         Args:
-            gauges: name -> (type, help, value) of what others count.
+            gauges: name -> (type, help, value) from other components.
         """
         lines = _head("requests_total", "counter", "requests by endpoint and status; 499: the client left")
         for (endpoint, status), count in sorted(self.requests.items()):

@@ -1,12 +1,10 @@
-"""From tokens to what the client reads: text cut at stop strings, thoughts and tool calls told apart as they come.
+"""From tokens to the client's text: stop strings are cut, thoughts and tool calls are separated while streaming.
 
-Purpose: `Answer.push(event)` gives the deltas that a token completes, `Answer.finish()` the rest.
-Principle: two stages. Tokens become text, and the text is held back while its end may be the beginning of a stop string.
-    Then a small machine reads the text in one of three states (content, thought, call), and holds back what may be the
-    beginning of a tag.
-Properties: all content deltas joined are the content of the whole answer, whatever the pieces were. A call is given out
-    when it is complete; what looks like one and is no JSON stays content, so that nothing is lost. Time is linear in
-    the text.
+Purpose: `Answer.push(event)` returns the deltas that a token completes, `Answer.finish()` the rest.
+Principle: two stages. Tokens become text, held back while its end may be the start of a stop string. Then a state machine
+    (content, thought, call) reads the text and holds back what may be the start of a tag.
+Properties: the joined content deltas are the answer's content, however the text was split. A call is emitted when complete;
+    a malformed one stays content, so nothing is lost. Time is linear in the text.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ class Delta(NamedTuple):
     """A piece of the answer."""
 
     kind: str  # "content", "reasoning" or "call"
-    text: str  # of a call: its arguments, as JSON
-    name: str = ""  # of a call
+    text: str  # for a call: its arguments, as JSON
+    name: str = ""  # for a call: the function
     call_id: str = ""
 
 
@@ -42,22 +40,22 @@ class Token(NamedTuple):
 
 
 class Sections:
-    """The machine that tells thoughts, calls and content apart.
+    """The state machine that separates thoughts, calls and content.
 
     Args:
         thinking: the text begins inside a thought.
-        calls: look for tool calls; else their tags are content.
+        calls: detect tool calls; otherwise their tags are content.
     """
 
     def __init__(self, thinking: bool, calls: bool) -> None:
         self.state = "reasoning" if thinking else "content"
         self.calls, self.called = calls, False
-        self._held = ""  # may be the beginning of a tag, or newlines before one
-        self._fresh = True  # nothing of this section yet: newlines at its head are dropped
+        self._held = ""  # may be the start of a tag, or newlines before one
+        self._fresh = True  # at the start of a section: leading newlines are dropped
         self._call: list[str] = []
 
     def push(self, text: str) -> list[Delta]:
-        """Take text; give what is certain."""
+        """Add text; return the deltas that are certain."""
         out: list[Delta] = []
         self._held += text
         while True:
@@ -70,7 +68,7 @@ class Sections:
                 out += self._emit(sure)
                 return out
             before, self._held = self._held[:at], self._held[at + len(tag) :]
-            # A thought opens the answer; a later <think> is something the model says.
+            # A thought can only open the answer; a later <think> is content.
             if tag == THINK and (before.strip() or not self._fresh):
                 out += self._emit(before + tag)
                 continue
@@ -81,7 +79,7 @@ class Sections:
             self._fresh = True
 
     def finish(self) -> list[Delta]:
-        """Give what was held back."""
+        """Return what was held back."""
         held, self._held = self._held, ""
         if self.state == "call":  # cut off in the middle
             text = CALL + "".join(self._call) + held
@@ -90,7 +88,7 @@ class Sections:
         return self._emit(held)
 
     def _split(self, end: int) -> tuple[str, str]:
-        """Newlines before a tag belong to the tag, so they wait too."""
+        """Split off trailing newlines: they may belong to a tag, so they wait too."""
         if self.state == "call":
             return self._held[:end], self._held[end:]
         end = len(self._held[:end].rstrip("\n"))
@@ -117,13 +115,13 @@ class Sections:
 
 
 def parse_call(text: str) -> tuple[str, str] | None:
-    """A tool call as models write it.
+    """Parse a tool call as models write it.
 
     Args:
         text: between the tags.
 
     Returns:
-        (name, arguments as JSON), or None if it is no call.
+        (name, arguments as JSON), or None if it is not a call.
     """
     try:
         call = json.loads(text)
@@ -140,11 +138,11 @@ class Answer:
     """One answer as it grows.
 
     Args:
-        tokenizer: of the model.
-        stop: strings that end the text, themselves left out.
-        thinking: it begins inside a thought.
-        calls: look for tool calls.
-        plain: all of it is content (a completion, not a chat).
+        tokenizer: the model's.
+        stop: strings that end the text and are not part of it.
+        thinking: the answer begins inside a thought.
+        calls: detect tool calls.
+        plain: everything is content (a completion, not a chat).
     """
 
     def __init__(
@@ -156,19 +154,15 @@ class Answer:
         plain: bool = False,
     ) -> None:
         self.finish_reason: str | None = None
-        self.count = 0  # tokens, a stop token included
+        self.count = 0  # tokens, including a stop token
         self._bytes = tokenizer.token_bytes()
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
         self._stop, self._held, self._length = stop, "", 0
         self._sections = None if plain else Sections(thinking, calls)
-        self._tokens: list[Token] = []  # not yet given out
+        self._tokens: list[Token] = []  # not yet returned
 
     def push(self, event: Event) -> list[Delta]:
-        """Take a token; give what is certain. With the last one `finish_reason` is set.
-
-        Args:
-            event: with a token.
-        """
+        """Add a token; return the deltas that are certain. The last one sets `finish_reason`."""
         assert event.token is not None and self.finish_reason is None
         self.count += 1
         stopped = event.finish == "stop"
@@ -201,9 +195,9 @@ class Answer:
         return out
 
     def take_tokens(self) -> list[Token]:
-        """Tokens since the last time whose text has been given out, with scores (if they were asked for).
+        """Return new tokens whose text has been emitted, with scores if requested.
 
-        Those whose text is still held back wait with it: a stop string may yet cut them off.
+        Tokens of held-back text wait with it: a stop string may still cut them off.
         """
         given = self._length - len(self._held) if self.finish_reason is None else self._length + 1
         out = [t for t in self._tokens if t.offset < given]

@@ -1,12 +1,11 @@
-"""From messages to token ids, so that nobody's text can pass for the template's.
+"""From messages to token ids, safe against control tokens in user text.
 
 Purpose: `chat_prompt(tokenizer, ask)` and `completion_prompt(tokenizer, ask)`.
-Principle: the template lays the chat out as text, and the tokenizer would read a `<|im_end|>` inside a message as the end
-    of the turn: whoever writes a message, or a page that a tool reads, could then speak as the system. So control tokens
-    in what a client sent are broken by a mark that is no character, and the text is encoded piece by piece between marks:
-    each half then is ordinary text.
-Properties: texts without control tokens get exactly the ids that training gave them. Tags that are text (`<think>`,
-    `<tool_call>`) stay, since they belong to what assistants say.
+Principle: the template renders the chat as text, and the tokenizer would read a `<|im_end|>` inside a message as the end of
+    the turn: a message, or a page that a tool reads, could then impersonate the system. So control tokens in the client's
+    strings are split by a noncharacter mark, and the text is encoded piecewise between marks, each half as ordinary text.
+Properties: texts without control tokens get exactly the ids of training. Tags that are text (`<think>`, `<tool_call>`)
+    stay, since assistants write them.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from typing import Any
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.serve.protocol import ChatAsk, CompletionAsk, bad
 
-_MARK = "\ufdd0"  # a noncharacter: in no text, and refused below
+_MARK = "\ufdd0"  # a noncharacter: not in valid text, and refused below
 
 
 def chat_prompt(tokenizer: Tokenizer, ask: ChatAsk) -> tuple[list[int], bool]:
-    """Lay out a chat for the next answer.
+    """Encode a chat for the next answer.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: must have a chat template.
         ask: checked messages and tools.
 
     Returns:
         (token ids, whether the answer begins inside a thought).
 
     Raises:
-        ApiError: the template refuses the messages, or does not know tools.
+        ApiError: the template refuses the messages, or does not support tools.
     """
     control = [token for token, index in tokenizer.special_tokens.items() if index in tokenizer.control_ids]
     pattern = re.compile("|".join(re.escape(t) for t in sorted(control, key=len, reverse=True)) or r"(?!)")
@@ -49,7 +48,7 @@ def chat_prompt(tokenizer: Tokenizer, ask: ChatAsk) -> tuple[list[int], bool]:
 
 
 def _broken(value: Any, control: re.Pattern[str]) -> Any:
-    """The same value, with every control token in its strings broken in two by the mark."""
+    """Copy a value with every control token in its strings split by the mark."""
     if isinstance(value, str):
         if _MARK in value:
             raise bad("a message holds U+FDD0, which is not a character")
@@ -62,14 +61,10 @@ def _broken(value: Any, control: re.Pattern[str]) -> Any:
 
 
 def completion_prompt(tokenizer: Tokenizer, ask: CompletionAsk) -> list[int]:
-    """Token ids to continue: a text after the bos token, as in training; given ids as they are.
-
-    Args:
-        tokenizer: of the model.
-        ask: checked.
+    """Token ids to continue: text is encoded after bos, as in training; ids are used as given.
 
     Raises:
-        ApiError: no ids, or one that the tokenizer does not have.
+        ApiError: no ids, or an unknown one.
     """
     if isinstance(ask.prompt, str):
         return [tokenizer.bos_id, *tokenizer.encode(ask.prompt)]

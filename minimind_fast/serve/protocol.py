@@ -1,11 +1,11 @@
-"""What a client may ask: OpenAI's requests read, checked field by field, and errors in OpenAI's form.
+"""The protocol: OpenAI's requests, checked field by field, and OpenAI's errors.
 
-Purpose: `read_json` for the body, `read_chat` and `read_completion` for its fields, `ApiError` for whatever is wrong.
-Principle: each field that is known is taken from the object and checked for type and range; what is left over is
-    refused by name, because a setting that is silently ignored gives wrong answers that nobody notices. Fields that
-    change no token (`user`, `metadata`, ...) are let through.
-Properties: no value of a body reaches the model, the template or the log unchecked: depth, numbers, and characters that
-    are not UTF-8 are looked at once, before anything else. No dependency on the web framework.
+Purpose: `read_json` for the body, `read_chat` and `read_completion` for its fields, `ApiError` for anything wrong.
+Principle: known fields are taken from the object and checked for type and range; the rest are refused by name, because a
+    silently ignored setting gives wrong answers that go unnoticed. Fields that change no token (`user`, `metadata`, ...)
+    are accepted.
+Properties: no value of a body reaches the model, the template or the log unchecked: depth, numbers and invalid UTF-8 are
+    checked first. No dependency on the web framework.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from minimind_fast.infer.sampling import Sampling
 
-MAX_DEPTH = 32  # of a body; tool schemas are nested, hostile bodies more so
+MAX_DEPTH = 32  # nesting of a body; enough for tool schemas
 MAX_TOOLS = 128
 MAX_MESSAGES = 2048
 MAX_STOPS = 4
@@ -26,7 +26,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = (1 << 63) - 1
 
-# They change no token of the answer.
+# Fields that change no token of the answer.
 IGNORED = frozenset(
     ["metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "verbosity"]
 )
@@ -34,13 +34,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class ApiError(Exception):
-    """What the client gets told.
+    """An error to return to the client.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: a sentence the user can act on.
         param: the field at fault.
-        code: for programs.
+        code: machine-readable reason.
         kind: OpenAI's `type`.
     """
 
@@ -58,13 +58,13 @@ class ApiError(Exception):
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that cannot be carried out as it is."""
+    """A 400 error for a request that cannot be served as sent."""
     return ApiError(400, message, param, code)
 
 
 @dataclass
 class Ask:
-    """What both endpoints have in common."""
+    """Settings common to both endpoints."""
 
     model: str
     max_tokens: int | None
@@ -95,7 +95,7 @@ class CompletionAsk(Ask):
 
 @dataclass(frozen=True)
 class Defaults:
-    """Where a request says nothing."""
+    """Settings that a request omits."""
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -103,16 +103,16 @@ class Defaults:
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
-    """The body as an object.
+    """Parse the body.
 
     Args:
         raw: as received.
 
     Returns:
-        The object: no deeper than MAX_DEPTH, all its numbers finite, all its strings valid Unicode.
+        An object no deeper than MAX_DEPTH, with finite numbers and valid Unicode.
 
     Raises:
-        ApiError: it is none.
+        ApiError: the body is not such an object.
     """
 
     def refuse(constant: str) -> None:
@@ -122,7 +122,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
         body = json.loads(raw.decode("utf-8"), parse_constant=refuse)
     except RecursionError:
         raise bad(f"the body is nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # also what is not UTF-8, and integers of thousands of digits
+    except ValueError as error:  # also invalid UTF-8, and integers of thousands of digits
         raise bad(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise bad("the body must be a JSON object")
@@ -154,17 +154,17 @@ def _is_unicode(text: str) -> bool:
 
 
 class Fields:
-    """Takes fields out of an object, each checked; `end` refuses what is left.
+    """Takes checked fields out of an object; `end` refuses the rest.
 
     Args:
-        body: of `read_json`.
+        body: from `read_json`.
     """
 
     def __init__(self, body: dict[str, Any]) -> None:
-        self.rest = {name: value for name, value in body.items() if value is not None}  # null says nothing
+        self.rest = {name: value for name, value in body.items() if value is not None}  # null means absent
 
     def take(self, name: str, kinds: tuple[type, ...], what: str, default: Any = None) -> Any:
-        """The value, of one of the types; the default if it is absent or null."""
+        """Take a value of one of the types; the default if it is absent or null."""
         value = self.rest.pop(name, None)
         if value is None:
             return default
@@ -174,31 +174,31 @@ class Fields:
         return value
 
     def number(self, name: str, low: float, high: float, default: float) -> float:
-        """A number between two."""
+        """Take a number from low to high."""
         value = self.take(name, (int, float), "a number", default)
         if not low <= value <= high:
             raise bad(f"{name} must be between {low:g} and {high:g}, not {_show(value)}", name)
         return float(value)
 
     def whole(self, name: str, low: int, high: int, default: int | None) -> Any:
-        """A whole number between two."""
+        """Take a whole number from low to high."""
         value = self.take(name, (int,), "a whole number", default)
         if value is not None and not low <= value <= high:
             raise bad(f"{name} must be between {low} and {high}, not {_show(value)}", name)
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """Take a boolean."""
         return self.take(name, (bool,), "true or false", default)
 
     def only(self, name: str, allowed: Sequence[Any], why: str) -> None:
-        """A field that this server knows with some values only."""
+        """Take a field of which only some values are supported."""
         value = self.rest.pop(name, None)
         if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
             raise bad(f"{name}: {why}", name, "unsupported_value")
 
     def end(self) -> None:
-        """Refuse what is unknown."""
+        """Refuse unknown fields."""
         for name in self.rest:
             if name not in IGNORED:
                 raise bad(f"unknown field {_show(name)}", name[:64], "unknown_parameter")
@@ -210,7 +210,7 @@ def _show(value: Any) -> str:
 
 
 def _common(f: Fields, defaults: Defaults) -> dict[str, Any]:
-    """Fields of both endpoints, but for logprobs and the token limit's second name."""
+    """Fields of both endpoints, except logprobs and the token limit's second name."""
     f.only("n", [1], "this server gives one answer a request; send n requests at once instead")
     for name in ("frequency_penalty", "presence_penalty"):
         f.only(name, [0, 0.0], "only 0 is supported; use repetition_penalty")
@@ -245,14 +245,14 @@ def _common(f: Fields, defaults: Defaults) -> dict[str, Any]:
 
 
 def read_completion(body: dict[str, Any], defaults: Defaults) -> CompletionAsk:
-    """Fields of /v1/completions.
+    """Read the fields of /v1/completions.
 
     Args:
-        body: of `read_json`.
-        defaults: where it says nothing.
+        body: from `read_json`.
+        defaults: settings that the body omits.
 
     Raises:
-        ApiError: a field that is wrong, or unknown.
+        ApiError: an invalid or unknown field.
     """
     f = Fields(body)
     common = _common(f, defaults)
@@ -272,14 +272,14 @@ def read_completion(body: dict[str, Any], defaults: Defaults) -> CompletionAsk:
 
 
 def read_chat(body: dict[str, Any], defaults: Defaults) -> ChatAsk:
-    """Fields of /v1/chat/completions.
+    """Read the fields of /v1/chat/completions.
 
     Args:
-        body: of `read_json`.
-        defaults: where it says nothing.
+        body: from `read_json`.
+        defaults: settings that the body omits.
 
     Raises:
-        ApiError: a field that is wrong, or unknown.
+        ApiError: an invalid or unknown field.
     """
     f = Fields(body)
     common = _common(f, defaults)
@@ -317,7 +317,7 @@ def read_chat(body: dict[str, Any], defaults: Defaults) -> ChatAsk:
 
 
 def _message(value: Any, index: int) -> dict[str, Any]:
-    """One message, rebuilt from checked parts only."""
+    """Rebuild one message from checked parts only."""
     where = f"messages[{index}]"
     if not isinstance(value, dict):
         raise bad(f"{where} must be an object with role and content", where)
@@ -328,13 +328,13 @@ def _message(value: Any, index: int) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "system" if role == "developer" else role}
     content = f.take("content", (str, list), "a string or a list of text parts")
     message["content"] = content if isinstance(content, str) else _text_of(content, where)
-    f.take("name", (str,), "a string")  # templates have no place for it
+    f.take("name", (str,), "a string")  # accepted, but templates ignore it
     calls = []
     if role == "assistant":
         thought = f.take("reasoning_content", (str,), "a string") or f.take("reasoning", (str,), "a string")
         if thought is not None:
             message["reasoning_content"] = thought
-        f.rest.pop("annotations", None)  # the client library sends back what it once received
+        f.rest.pop("annotations", None)  # client libraries echo what they received
         calls = [_call(c, where) for c in f.take("tool_calls", (list,), "a list", [])]
         if calls:
             message["tool_calls"] = calls
@@ -372,7 +372,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
 
 
 def _tool(value: Any, index: int) -> dict[str, Any]:
-    """A function the model may call; its schema goes into the prompt as it is."""
+    """A function the model may call; its schema goes into the prompt unchanged."""
     where = f"tools[{index}]"
     function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:

@@ -1,10 +1,10 @@
-"""Who is next: a bounded queue that serves clients in turn.
+"""A bounded queue that serves clients round-robin.
 
 Purpose: `FairQueue`, where requests wait for a free row of the batch.
-Principle: each client has a line of its own; the queue takes the head of one line, and that line then stands behind the
-    others. So a client with a hundred requests delays another one's first request by one turn, not by a hundred.
-Properties: at most `bound` wait in all, and at most half of that (one at least) of one client while the queue is shared:
-    one client cannot shut the others out. Not locked: the owner has the lock.
+Principle: each client has its own line; after serving a line's head, that line moves behind the others. So a client with a
+    hundred requests delays another's first request by one turn, not by a hundred.
+Properties: at most `bound` items wait, and at most half of that (at least one) per client while the queue is shared, so
+    one client cannot lock out the others. Not thread-safe: the owner holds the lock.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 class Full(Exception):
-    """The queue takes no more of this client now."""
+    """The queue has no room for this client now."""
 
 
 class FairQueue(Generic[T]):
-    """Lines of clients.
+    """One line per client.
 
     Args:
-        bound: the most that wait at once.
+        bound: most items waiting at once.
     """
 
     def __init__(self, bound: int) -> None:
@@ -35,11 +35,7 @@ class FairQueue(Generic[T]):
         return self._count
 
     def put(self, client: str, item: T) -> None:
-        """Queue up.
-
-        Args:
-            client: whose line.
-            item: what waits.
+        """Append an item to a client's line.
 
         Raises:
             Full: no room.
@@ -52,11 +48,11 @@ class FairQueue(Generic[T]):
         self._count += 1
 
     def peek(self) -> T:
-        """Who is next."""
+        """The next item."""
         return next(iter(self._lines.values()))[0]
 
     def pop(self) -> T:
-        """Take who is next; their client's line goes behind the others."""
+        """Take the next item; its client's line moves behind the others."""
         client, line = next(iter(self._lines.items()))
         item = line.popleft()
         self._count -= 1
@@ -67,15 +63,7 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, client: str, item: T) -> bool:
-        """Take one out of the middle.
-
-        Args:
-            client: whose line.
-            item: what waits.
-
-        Returns:
-            Whether it was there.
-        """
+        """Remove an item from anywhere in a client's line; False if it was not there."""
         line = self._lines.get(client)
         if line is None or item not in line:
             return False

@@ -1,8 +1,8 @@
 """OpenAI's answers as objects: whole ones and stream chunks, for chats and for completions.
 
 Purpose: `ChatReply` and `CompletionReply`, each with `whole` and `chunks`.
-Principle: the same deltas make both: a whole answer is its deltas joined. A chunk carries one kind of delta.
-Properties: what is absent is left out or null as OpenAI does; log-probabilities stand with the text they belong to.
+Principle: both are built from the same deltas: a whole answer is its deltas joined. A chunk carries one kind of delta.
+Properties: absent fields are omitted or null as in OpenAI's API; log-probabilities go with their text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TEXT = {"content": "content", "reasoning": "reasoning_content"}
 
 
 def merged(deltas: Sequence[Delta]) -> list[Delta]:
-    """Neighbours of the same kind as one; calls stay by themselves."""
+    """Join neighbours of the same kind, except calls."""
     out: list[Delta] = []
     for delta in deltas:
         if out and delta.kind == out[-1].kind != "call":
@@ -32,9 +32,9 @@ class ChatReply:
     """/v1/chat/completions.
 
     Args:
-        model: the name to answer with.
-        answer: whose tokens are shown.
-        prompt_tokens: for the usage.
+        model: name to report.
+        answer: source of the token counts and log-probabilities.
+        prompt_tokens: count to report in the usage.
     """
 
     kind = "chat.completion"
@@ -48,7 +48,7 @@ class ChatReply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far."""
+        """Token counts so far."""
         return usage(self.prompt_tokens, self.answer.count)
 
     def whole(self, deltas: Sequence[Delta], tokens: Sequence[Token], logprobs: bool) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class ChatReply:
         return {**self._object(self.kind, [choice]), "usage": self.usage()}
 
     def first(self) -> dict[str, Any] | None:
-        """The chunk before all text."""
+        """The chunk before any text."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def chunks(self, deltas: Sequence[Delta], tokens: Sequence[Token]) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """Weights on disk: MiniMind's names outside, fused and stacked tensors inside.
 
 Purpose: `load_pretrained` and `save_pretrained` for MiniMind's Transformers-format folder and its `.pth` files, and for
-    Llama, Qwen3 and Qwen3-MoE folders, whose tensors have the same names (`exchange.py` translates the config).
-Principle: a table says which part of a tensor in memory is which tensor on disk, as views. Writing stores the views,
-    reading copies into them, so that both directions read the same table.
-Properties: a folder appears whole or not at all (written aside, then renamed); files are read without unpickling code;
+    Llama, Qwen3 and Qwen3-MoE folders, whose tensors have the same names (`hf.py` translates the config).
+Principle: one table maps each tensor on disk to a view of a tensor in memory. Writing stores the views, reading copies
+    into them.
+Properties: a folder appears whole or not at all (temporary folder, then rename); files are read without unpickling code;
     extra, missing or misshapen tensors are an error that lists them; a tied head is stored once; a folder that holds
-    other things than a model is never replaced.
+    anything but a model is never replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from minimind_fast.weights.hf import ARCHITECTURES, from_hf_config, generation_c
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Written by some releases, computed here.
+# Buffers that some releases store and we recompute.
 _BUFFERS = re.compile(r"(freqs_cos|freqs_sin|rotary_emb\.inv_freq|\.mask)$")
 FORMATS = ("minimind", "pth", *ARCHITECTURES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,8 +53,8 @@ def to_disk_names(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     """Our tensors -> MiniMind's: fused projections are split, experts unstacked.
 
     Args:
-        state: `model.state_dict()`, or any subset of it (gradients by name work too).
-        config: the model's.
+        state: `model.state_dict()` or a subset of it (gradients by name work too).
+        config: decides the split sizes.
 
     Returns:
         {name on disk: tensor}, views where possible.
@@ -93,7 +93,7 @@ def to_disk_names(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 
 def _head_norm_on_disk(name: str) -> str:
-    """q_norm_weight in memory is q_norm.weight on disk; every other name stays."""
+    """q_norm_weight in memory is q_norm.weight on disk; other names stay."""
     return re.sub(r"\.([qk])_norm_weight$", r".\1_norm.weight", name)
 
 
@@ -112,22 +112,21 @@ def save_pretrained(
 ) -> None:
     """Write a model so that MiniMind, Transformers or `load_pretrained` can read it.
 
-    Everything is checked before anything is written. A folder that held a model is replaced as a whole.
+    Everything is checked before anything is written. An existing model folder is replaced as a whole.
 
     Args:
-        model: what to write.
         path: a folder, or a file for "pth".
-        format: "minimind" (folder with config.json and safetensors), "pth" (MiniMind's own file), or the folder of a
-            Hugging Face "llama", "qwen3" or "qwen3_moe" (with generation_config.json).
-        dtype: float32, bfloat16 or float16 for the weights; None keeps theirs ("pth": float16, as MiniMind writes).
+        format: "minimind" (folder with config.json and safetensors), "pth" (MiniMind's own file), or a Hugging Face
+            folder: "llama", "qwen3" or "qwen3_moe" (with generation_config.json).
+        dtype: float32, bfloat16 or float16; None keeps the weights' own ("pth": float16, as MiniMind writes).
         tokenizer: an `mm.Tokenizer`; saved beside the weights with its chat template, its fingerprint recorded. In a
-            Hugging Face format its special ids are written for the model's.
-        state: weights in place of `model.state_dict()` (a trainer's float32 masters).
+            Hugging Face format its special ids replace the model's.
+        state: weights to write instead of `model.state_dict()` (a trainer's float32 masters).
         max_shard_size: bytes, or text such as "500MB" or "2GiB": larger weights become several files with an index.
 
     Raises:
-        ValueError: an unknown format, dtype or size, a model that the format cannot hold (with the reason), a value
-            that float16 cannot hold, or a path that holds something other than a model.
+        ValueError: an unknown format, dtype or size; a model that the format cannot represent (with the reason); a value
+            out of float16's range; or a path that holds something other than a model.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -148,7 +147,7 @@ def save_pretrained(
         disk.pop(HEAD, None)
     raw["dtype"] = str(next(iter(disk.values())).dtype).removeprefix("torch.")
     if format in ARCHITECTURES:
-        raw["torch_dtype"] = raw["dtype"]  # its name in Transformers 4
+        raw["torch_dtype"] = raw["dtype"]  # the name in Transformers 4
     with written_aside(path) as aside:
         aside.mkdir(parents=True)
         _write_weights(disk, aside, limit)
@@ -177,7 +176,7 @@ def _config_files(config: ModelConfig, format: str, tokenizer: Any) -> tuple[dic
 
 
 def _for_disk(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Tensors by MiniMind's names, on the CPU, in their dtype on disk; a tied head shares its memory."""
+    """Tensors by MiniMind's names, on the CPU, in the dtype on disk; a tied head shares memory."""
     out: dict[str, Tensor] = {}
     for name, tensor in to_disk_names(state, config).items():
         if name == HEAD and config.tie_word_embeddings:
@@ -193,7 +192,7 @@ def _for_disk(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype 
 
 
 def _write_weights(disk: dict[str, Tensor], folder: Path, limit: int | None) -> None:
-    """One safetensors file, or several of at most `limit` bytes of tensors each (a larger tensor has its own)."""
+    """Write one safetensors file, or several of at most `limit` bytes each (a larger tensor gets its own)."""
     shards: list[dict[str, Tensor]] = [{}]
     sizes = [0]
     for name, tensor in disk.items():
@@ -231,38 +230,31 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """The folder that holds the weights: `path` itself, or `path/weights` where `path` is a run's folder.
-
-    Args:
-        path: as a user gives it.
-    """
+    """The folder that holds the weights: `path` itself, or `path/weights` if `path` is a run folder."""
     path = Path(path)
     return path / "weights" if not (path / "config.json").exists() and (path / "weights").is_dir() else path
 
 
 def check_exists(path: Path) -> None:
-    """Refuse weights that are not there.
+    """Refuse missing weights.
 
     Args:
-        path: of `resolve_folder`.
+        path: from `resolve_folder`.
 
     Raises:
-        ValueError: no such file or folder; where an interrupted save left the model before it, its name.
+        ValueError: no such file or folder; names the previous model if an interrupted save left it aside.
     """
     if not path.exists():
-        old = sorted(path.parent.glob(f"{glob.escape(old_prefix(path))}*"))  # a kill between the two renames of a swap
+        old = sorted(path.parent.glob(f"{glob.escape(old_prefix(path))}*"))  # killed between a swap's two renames
         hint = f"; an interrupted save left the model before it as {old[-1]}: rename that" if old else ""
         raise ValueError(f"{path}: no such file or folder{hint}")
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """Read `config.json` of a folder.
-
-    Args:
-        path: the folder.
+    """Read a folder's `config.json`.
 
     Raises:
-        ValueError: no such file, not JSON, an unknown model type or field.
+        ValueError: no such file, not JSON, or an unknown model type or field.
     """
     file = Path(path) / "config.json"
     raw = _read_json(file)
@@ -288,22 +280,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(path: str | Path) -> str | None:
-    """The fingerprint of the tokenizer that a folder's weights were trained with, if it says.
-
-    Args:
-        path: a folder written by `save_pretrained`.
-    """
+    """The recorded fingerprint of the tokenizer that a folder's weights were trained with, if any."""
     return _read_json(Path(path) / "config.json").get("minimind_fast", {}).get("tokenizer_fingerprint")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by their names on disk, of a folder (safetensors or .bin, whole or sharded) or a .pth file.
-
-    Args:
-        path: folder or file.
+    """Read tensors by their names on disk, from a folder (safetensors or .bin, whole or sharded) or a .pth file.
 
     Raises:
-        ValueError: nothing to read there, or a file that is not what its name says.
+        ValueError: no weights there, or a file that is not what its name says.
     """
     path = Path(path)
     files = [path] if path.is_file() else []
@@ -317,7 +302,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for file in files:
         try:
             read = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        except Exception as error:  # each reader has its own; the user needs the file's name
+        except Exception as error:  # each reader has its own types; the user needs the file's name
             raise ValueError(f"{file} cannot be read as weights: {error}") from None
         if not isinstance(read, dict) or not all(isinstance(t, Tensor) for t in read.values()):
             raise ValueError(f"{file} does not hold tensors by name")
@@ -347,15 +332,15 @@ def load_pretrained(
 
     Args:
         path: folder with config.json and weights (model_type minimind, llama, qwen3 or qwen3_moe), or a .pth file.
-        device: where the model goes.
-        dtype: of its parameters; None: as stored (a .pth: float32).
-        config: required for a .pth, which does not say its shape.
+        device: device of the parameters.
+        dtype: dtype of the parameters; None: as stored (a .pth: float32).
+        config: required for a .pth, which does not record the model's shape.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: what is wrong with the path, the config or the weights.
+        ValueError: the path, the config or the weights are unusable.
     """
     path = resolve_folder(path)
     check_exists(path)
@@ -364,7 +349,7 @@ def load_pretrained(
     config = config or load_config(path)
     disk = read_weights(path)
     stored = next((t.dtype for t in disk.values() if t.is_floating_point()), torch.float32)
-    with torch.random.fork_rng(devices=[]):  # weights drawn and thrown away must not move the caller's generator
+    with torch.random.fork_rng(devices=[]):  # discarded initial weights must not advance the caller's generator
         model = MiniMind(config)
     load_disk_weights(model, disk, str(path))
     model.to(device=device, dtype=dtype or (torch.float32 if path.is_file() else stored))
@@ -372,12 +357,12 @@ def load_pretrained(
 
 
 def load_disk_weights(model: MiniMind, disk: dict[str, Tensor], where: str) -> None:
-    """Fill a model with tensors by MiniMind's names.
+    """Copy tensors by MiniMind's names into a model.
 
     Args:
         model: filled in place.
         disk: tensors by MiniMind's names.
-        where: named in errors.
+        where: source to name in errors.
 
     Raises:
         ValueError: missing, extra or misshapen tensors.

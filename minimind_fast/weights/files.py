@@ -1,9 +1,9 @@
 """Files and folders that appear whole or not at all.
 
-Purpose: `written_aside` for everything that must survive a kill or a full disk; `check_replaceable` before a model takes a
-    folder's place.
-Principle: written beside the real path, pushed to the disk, then renamed.
-Properties: at every instant the old or the new one is there, whole.
+Purpose: `written_aside` for everything that must survive a kill or a full disk; `check_replaceable` before a model
+    replaces a folder.
+Principle: write beside the real path, sync to disk, then rename.
+Properties: at every instant either the old or the new version is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-# What a model's folder holds, here and as Transformers writes it: all of this may be replaced by a new model.
+# Files of a model folder, as written here and by Transformers: a new model may replace them.
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|[\w.]+\.index\.json|\.DS_Store|chat_template\.jinja|merges\.txt"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
@@ -22,14 +22,14 @@ _MODEL_FILE = re.compile(
 
 
 def check_replaceable(path: Path, a_file: bool = False) -> None:
-    """Refuse to put a model in the place of something that is not one.
+    """Refuse to replace anything but a model with a model.
 
     Args:
         path: where a model is to be written.
-        a_file: whether a file is to be written, not a folder.
+        a_file: write a file, not a folder.
 
     Raises:
-        ValueError: a folder there holds other things, or a folder stands where a file is wanted, or the reverse.
+        ValueError: the folder holds other files, or there is a folder where a file is wanted, or the reverse.
     """
     if a_file and path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it, such as {path / 'model.pth'}")
@@ -45,13 +45,10 @@ def check_replaceable(path: Path, a_file: bool = False) -> None:
 
 
 class written_aside:
-    """A path to write to beside the real one, which it replaces when all went well.
+    """A temporary path beside the real one, which it replaces on success.
 
-    Whatever happens in the block or on the way (an exception, a kill, a full disk), the old file or folder is still
-    whole: under its own name, or for the instant of a folder's swap as `.<name>.old-*` beside it.
-
-    Args:
-        path: the file or folder to replace.
+    Whatever happens (an exception, a kill, a full disk), the old file or folder stays intact: under its own name, or,
+    during a folder's swap, as `.<name>.old-*` beside it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,7 +63,7 @@ class written_aside:
         try:
             if kind is None:
                 self._put()
-        finally:  # nothing is left to remove where all went well
+        finally:  # after success there is nothing to remove
             _remove(self.aside)
 
     def _put(self) -> None:
@@ -96,7 +93,7 @@ def _remove(path: Path) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Push a file, or all files of a folder, to the disk."""
+    """Sync a file, or all files of a folder, to disk."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         handle = os.open(file, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
-"""Models that only answer: a reference, a teacher, a judge.
+"""Frozen models: a reference, a teacher, a judge.
 
-Purpose: `frozen(model, device, dtype)` for a copy of the model as it is now, `frozen(path, device, dtype)` for another one.
-Principle: they run in the precision of the model under training, without gradients or optimizer state.
-Properties: in evaluation mode; the given model is not touched.
+Purpose: `frozen(model, device, dtype)` copies a model as it is now, `frozen(path, device, dtype)` loads another one.
+Principle: frozen models run in the precision of the model being trained, without gradients or optimizer state.
+Properties: in evaluation mode; the given model is not modified.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def frozen(
 
     Args:
         source: a model, which is copied, or a folder with weights.
-        device: where it will run.
-        dtype: of its weights; None: as they are.
+        device: device of the weights.
+        dtype: dtype of the weights; None: unchanged.
 
     Raises:
-        ValueError: weights that cannot be read, with what to do.
+        ValueError: the weights cannot be read; says what to do.
     """
     if isinstance(source, MiniMind):
         model = copy.deepcopy(source).to(device, dtype)

@@ -1,17 +1,17 @@
 """Configs of other formats: Hugging Face Llama, Qwen3 and Qwen3-MoE, both ways.
 
-Purpose: say in `config.json` of another format what a `ModelConfig` says, and read such a file back.
-Principle: tensor names are the same everywhere (MiniMind took them from Llama, Qwen3-MoE has the same names for
-    experts), so that only the config is translated. MiniMind2 dense is a Llama, MiniMind3 dense a Qwen3 (q/k norm),
-    MiniMind3 MoE a Qwen3-MoE. What cannot be said is refused with all reasons, before anything is written.
+Purpose: translate a `ModelConfig` to another format's `config.json`, and back.
+Principle: tensor names are the same everywhere (MiniMind took them from Llama; Qwen3-MoE names experts the same way), so
+    only the config is translated. MiniMind2 dense is a Llama, MiniMind3 dense a Qwen3 (q/k norm), MiniMind3 MoE a
+    Qwen3-MoE. What a format cannot express is refused with all reasons, before anything is written.
 Properties: in float32 both sides compute the same. In bf16 and fp16 they differ by one rounding per norm where the order
     of cast and weight differs: Hugging Face casts first in every norm, as MiniMind2 does; MiniMind3 casts last. A model
     read from such a folder gets `norm_cast_first`, which leaves only the q/k norms in our order. Measured with random
     weights of minimind3's shape in bf16, relative error of the logits against float32: Hugging Face 1.45%, ours in its
-    own order 1.27%, ours in Hugging Face's order 1.38%: the order is smaller than bf16's own error.
-    Of no effect on answers, but not the same in training: Hugging Face drops out attention weights only, and its aux
-    loss pools all layers where ours is their sum.
-    Folders are held to Transformers 5.23 by tests; 4.57.1 opened them with the same logits (tried by hand).
+    own order 1.27%, ours in Hugging Face's order 1.38%: the effect of the order is below bf16's own error.
+    Training differs, answers do not: Hugging Face applies dropout to attention weights only, and its aux loss pools all
+    layers where ours sums them.
+    Tests check folders against Transformers 5.23; 4.57.1 opened them with the same logits (tried by hand).
 """
 
 from __future__ import annotations
@@ -22,19 +22,14 @@ from typing import Any
 from minimind_fast.config import YARN, ModelConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-NO_TOKEN = -1  # in a ModelConfig: there is no such token (null in Hugging Face's files)
+NO_TOKEN = -1  # a ModelConfig's "no such token" (null in Hugging Face's files)
 
 
 # ---------------------------------------------------------------------------------------------------------------- write
 
 
 def obstacles(config: ModelConfig, format: str) -> list[str]:
-    """Why a model cannot be written in a format; empty if it can.
-
-    Args:
-        config: the model's.
-        format: a key of ARCHITECTURES.
-    """
+    """Why a model cannot be written in a format (a key of ARCHITECTURES); empty if it can."""
     found = []
     if format == "llama" and config.qk_norm:
         found.append("Llama has no q/k norm, and this model has")
@@ -56,28 +51,24 @@ def obstacles(config: ModelConfig, format: str) -> list[str]:
 
 
 def fitting_format(config: ModelConfig) -> str | None:
-    """The format that can hold a model, if one can.
-
-    Args:
-        config: the model's.
-    """
+    """The format that can hold a model, if any."""
     return next((format for format in ARCHITECTURES if not obstacles(config, format)), None)
 
 
 def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
     """The content of `config.json` in another format.
 
-    RoPE is said twice with the same meaning: `rope_parameters` for Transformers 5, `rope_theta` and `rope_scaling` for 4.
+    RoPE is written twice: as `rope_parameters` for Transformers 5, as `rope_theta` and `rope_scaling` for 4.
 
     Args:
-        config: the model's.
+        config: the model to describe.
         format: a key of ARCHITECTURES.
 
     Returns:
         The JSON object, without `dtype`.
 
     Raises:
-        ValueError: the format cannot hold this model; all reasons, and what can.
+        ValueError: the format cannot hold this model; gives all reasons, and the formats that can.
 
     Source: LlamaConfig, Qwen3Config, Qwen3MoeConfig of Hugging Face Transformers 5.23.
     """
@@ -108,11 +99,7 @@ def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
-    """The content of `generation_config.json`: the special ids; how to sample stays the user's choice.
-
-    Args:
-        config: the model's.
-    """
+    """The content of `generation_config.json`: special ids only; sampling is the user's choice."""
     return {name: value for name, value in _token_ids(config).items() if value >= 0}
 
 
@@ -140,7 +127,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     if not yarn:
         return plain
     original, amplitude = yarn["original_max_position_embeddings"], float(yarn.get("attention_factor", 1.0))
-    stretched = config.max_position_embeddings > original  # within the original length ours keeps the frequencies
+    stretched = config.max_position_embeddings > original  # MiniMind keeps the frequencies within the original length
     if not stretched and amplitude == 1:
         return plain
     scaling = {
@@ -149,7 +136,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
         "original_max_position_embeddings": original,
         "beta_fast": float(yarn["beta_fast"]),
         "beta_slow": float(yarn["beta_slow"]),
-        "attention_factor": amplitude,  # named always: left out, it is taken from the factor there
+        "attention_factor": amplitude,  # always explicit: Transformers would derive it from the factor
     }
     return {"rope_theta": theta, "rope_parameters": {**scaling, "rope_theta": theta}, "rope_scaling": scaling}
 
@@ -157,8 +144,8 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _yarn_clamped_differently(config: ModelConfig) -> bool:
     """Whether MiniMind's ramp between kept and stretched frequencies differs from Hugging Face's.
 
-    They do the same but for the ends: MiniMind ends the ramp at the last pair of a head (hd / 2 - 1), Hugging Face
-    beyond it, at hd - 1. That shows only where the slowest pair turns more than beta_slow times within the original length.
+    MiniMind clamps the ramp's end to a head's last pair (hd / 2 - 1), Hugging Face to hd - 1. This matters only if the
+    slowest pair turns more than beta_slow times within the original length.
     """
     yarn = config.rope_scaling
     if not yarn or yarn["factor"] == 1 or config.max_position_embeddings <= yarn["original_max_position_embeddings"]:
@@ -179,16 +166,16 @@ def _yarn_clamped_differently(config: ModelConfig) -> bool:
 def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] | None = None) -> ModelConfig:
     """Read `config.json` of a Llama, Qwen3 or Qwen3-MoE folder.
 
-    Fields that Transformers' own model of that type does not read are not read here either.
+    Fields that Transformers' model of that type ignores are ignored here too.
 
     Args:
         raw: the parsed JSON; its `model_type` is a key of ARCHITECTURES.
-        where: named in errors, usually the file.
-        generation: the folder's `generation_config.json`; its special ids win, as in Transformers. Of several end
-            tokens the first is taken.
+        where: source to name in errors, usually the file.
+        generation: the folder's `generation_config.json`; its special ids win, as in Transformers. The first of several
+            end tokens is used.
 
     Raises:
-        ValueError: a field is missing, or asks for what MiniMind does not compute; all reasons.
+        ValueError: a field is missing, or asks for something that MiniMind does not compute; gives all reasons.
 
     Source: defaults and priorities of Hugging Face Transformers 5.23.
     """
@@ -204,7 +191,7 @@ def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] |
         "qk_norm": kind != "llama",
         "norm_cast_first": True,
         "dropout": raw.get("attention_dropout", 0.0),
-        # what these types mean where the file is silent
+        # these types' defaults
         "num_key_value_heads": {"llama": raw["num_attention_heads"], "qwen3": 32, "qwen3_moe": 4}[kind],
         "head_dim": 128 if kind == "qwen3" else None,
         "max_position_embeddings": 2048 if kind == "llama" else 32768,
@@ -239,13 +226,13 @@ def _token_ids_from(raw: dict[str, Any]) -> dict[str, int]:
         return value if isinstance(value, int) else NO_TOKEN
 
     ids = {name: one(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if ids["pad_token_id"] == NO_TOKEN:  # something must stand behind the end of a shorter row
+    if ids["pad_token_id"] == NO_TOKEN:  # shorter rows need some padding id
         ids["pad_token_id"] = max(ids["eos_token_id"], 0)
     return ids
 
 
 def _foreign(raw: dict[str, Any], kind: str) -> list[str]:
-    """What a config asks for and MiniMind cannot compute."""
+    """What a config asks for that MiniMind cannot compute."""
     found = []
     if raw.get("attention_bias") or raw.get("mlp_bias"):
         names = [name for name in ("attention_bias", "mlp_bias") if raw.get(name)]
@@ -264,7 +251,7 @@ def _foreign(raw: dict[str, Any], kind: str) -> list[str]:
 
 
 def _rope_from_hf(raw: dict[str, Any], max_positions: int) -> tuple[dict[str, Any], list[str]]:
-    """Our rope fields and max_position_embeddings, and what is not to be had."""
+    """Our RoPE fields and max_position_embeddings, and what is unsupported."""
     # 4.x writes rope_theta and rope_scaling, 5.x rope_parameters; 5.x reads them in this order.
     scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     scaling = {name: value for name, value in scaling.items() if value is not None}
@@ -291,13 +278,13 @@ def _rope_from_hf(raw: dict[str, Any], max_positions: int) -> tuple[dict[str, An
         "attention_factor": float(scaling.get("attention_factor", _yarn_amplitude(factor, scaling))),
     }
     if factor > 1 and max_positions <= original:
-        # There, the factor alone turns YaRN on; ours asks whether the context is longer than the original.
+        # In Transformers the factor alone turns YaRN on; here it is on if the context exceeds the original length.
         fields["max_position_embeddings"] = math.ceil(original * factor)
     return fields, []
 
 
 def _yarn_amplitude(factor: float, scaling: dict[str, Any]) -> float:
-    """The factor on cos and sin where none is named. Source: Peng et al., YaRN, 2023, eq. 22; mscale: DeepSeek-V2."""
+    """The default factor on cos and sin. Source: Peng et al., YaRN, 2023, eq. 22; mscale: DeepSeek-V2."""
 
     def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,12 +1,12 @@
-"""LoRA: small trained matrices beside the frozen ones of a MiniMind.
+"""LoRA: small trained matrices beside a MiniMind's frozen ones.
 
-Purpose: `apply` puts adapters on chosen projections and freezes all else, `save_adapters` and `load_adapters` keep them on
-    disk in PEFT's format or MiniMind's `.pth`, `merge` adds them into the weights; `minimind-fast lora` does it with files.
-Principle: y = W x + (alpha / rank) * B A dropout(x). A (rank, in) is drawn from N(0, 0.02), B (out, rank) is zero, so that
-    training starts from the base model. q, k and v are one matmul here, gate and up another; each still has an A and B of
-    its own, which act on its rows of the fused output, so that files fit models whose projections are separate.
-Properties: only A and B are trainable, and so all that the optimizer holds. Experts and routers are left alone. A module
-    with adapters keeps the name of its weight. A merged model is an ordinary one.
+Purpose: `apply` puts adapters on chosen projections and freezes the rest; `save_adapters` and `load_adapters` store them in
+    PEFT's format or MiniMind's `.pth`; `merge` adds them into the weights; `minimind-fast lora` does it with files.
+Principle: y = W x + (alpha / rank) * B A dropout(x). A (rank, in) is drawn from N(0, 0.02) and B (out, rank) is zero, so
+    training starts from the base model. q, k and v share one matmul here, as do gate and up; each still has its own A and
+    B, acting on its rows of the fused output, so files fit models with separate projections.
+Properties: only A and B are trainable, so the optimizer holds nothing else. Experts and routers get no adapters. An adapted
+    module keeps the name of its weight. A merged model is an ordinary one.
 
 Source: Hu et al., LoRA, 2021; file format of Hugging Face PEFT; initialisation and `.pth` of MiniMind's model_lora.py.
 """
@@ -33,7 +33,7 @@ ATTENTION = TARGETS[:4]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
 _PTH_KEY = re.compile(r"(?:module\.)?(.+)\.lora\.([AB])\.weight$")
-# PEFT's variations of LoRA that change what is computed: a file that uses one is refused.
+# PEFT's LoRA variants that change the computation: files that use one are refused.
 _VARIATIONS = (
     "use_dora",
     "use_rslora",
@@ -47,13 +47,13 @@ _VARIATIONS = (
 
 @dataclass(frozen=True)
 class LoRA:
-    """What adapters are like.
+    """The hyperparameters of adapters.
 
     Attributes:
         rank: rows of A.
-        alpha: the adapters' output is scaled by alpha / rank; None: by 1, as MiniMind's.
-        dropout: of their input, in training.
-        targets: projections of `TARGETS`, or ("square",): those with as many outputs as inputs, MiniMind's choice.
+        alpha: the output is scaled by alpha / rank; None: by 1, as in MiniMind.
+        dropout: probability of dropping an input feature, in training.
+        targets: names from `TARGETS`, or ("square",) for projections with as many outputs as inputs, MiniMind's choice.
     """
 
     rank: int = 16
@@ -74,12 +74,12 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the adapters' output is multiplied by."""
+        """Factor on the adapters' output."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class Projection(NamedTuple):
-    """One projection as files know it: some rows of a linear layer in memory."""
+    """One projection as named in files: some rows of a linear layer in memory."""
 
     name: str  # model.layers.0.self_attn.q_proj
     start: int
@@ -105,13 +105,13 @@ class Adapter(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen linear layer, and adapters on its projections.
+    """A frozen linear layer with adapters on its projections.
 
     Args:
-        base: its weight is taken over, not copied.
-        projections: all of its rows, in order.
-        names: those that get adapters.
-        lora: what they are like.
+        base: the layer; its weight is shared, not copied.
+        projections: cover all of its rows, in order.
+        names: the projections that get adapters.
+        lora: hyperparameters of the adapters.
     """
 
     def __init__(self, base: nn.Linear, projections: list[Projection], names: set[str], lora: LoRA) -> None:
@@ -142,7 +142,7 @@ class AdaptedLinear(nn.Linear):
 
 
 def _layers(model: MiniMind) -> Iterator[tuple[nn.Module, str, list[Projection]]]:
-    """(module, attribute that is a linear layer, its projections), of everything that can have adapters."""
+    """(module, attribute of a linear layer, its projections) for every layer that can have adapters."""
     c = model.config
     assert c.head_dim is not None
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -170,17 +170,17 @@ def _layers(model: MiniMind) -> Iterator[tuple[nn.Module, str, list[Projection]]
 
 
 def apply(model: MiniMind, lora: LoRA) -> list[str]:
-    """Put fresh adapters on a model and freeze everything else, in place.
+    """Add fresh adapters to a model and freeze everything else, in place.
 
     Args:
-        model: without adapters.
-        lora: which projections, and how large.
+        model: must not have adapters yet.
+        lora: hyperparameters and target projections.
 
     Returns:
         Names of the adapted projections.
 
     Raises:
-        ValueError: a target that this model does not have, or adapters that are there already.
+        ValueError: the model lacks a target, or already has adapters.
     """
     names = []
     for module, attribute, projections in _layers(model):
@@ -212,10 +212,7 @@ def _attach(model: MiniMind, names: set[str], lora: LoRA) -> None:
 
 
 def adapters(model: MiniMind) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapters of a model.
-
-    Args:
-        model: its adapters whole on this rank.
+    """A model's adapters, which must be unsharded on this rank.
 
     Returns:
         {projection: (A (rank, in), B (out, rank))}.
@@ -233,11 +230,7 @@ def adapters(model: MiniMind) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def merge(model: MiniMind) -> None:
-    """Add the adapters into the weights, in place: an ordinary model again, all of it trainable.
-
-    Args:
-        model: with adapters.
-    """
+    """Merge the adapters into the weights, in place; the result is an ordinary, fully trainable model."""
     for module, attribute, projections in list(_layers(model)):
         layer = getattr(module, attribute)
         if not isinstance(layer, AdaptedLinear):
@@ -247,7 +240,7 @@ def merge(model: MiniMind) -> None:
                 adapter = layer.lora[p.leaf]
                 assert isinstance(adapter, Adapter)
                 rows = layer.weight[p.start : p.stop]
-                # One rounding: in bfloat16 the product alone would lose what the adapters learned.
+                # Round once: rounding the product to bfloat16 first would lose what the adapters learned.
                 rows.copy_(rows.float() + layer.scale * (adapter.B.weight.float() @ adapter.A.weight.float()))
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = layer.weight
@@ -266,21 +259,21 @@ def save_adapters(
     *,
     base: str = "",
 ) -> None:
-    """Write adapters: PEFT's folder, or MiniMind's file where the path ends with `.pth`.
+    """Write adapters as PEFT's folder, or as MiniMind's file if the path ends with `.pth`.
 
     Args:
-        found: of `adapters`.
-        lora: what they are like.
+        found: from `adapters`.
+        lora: their hyperparameters.
         path: folder or .pth file; replaced as a whole.
-        base: path of the model that they belong to, for PEFT's config.
+        base: path of the base model, for PEFT's config.
 
     Raises:
-        ValueError: a folder is there that holds something else.
+        ValueError: the folder holds other files.
     """
     path = Path(path)
     if path.suffix == ".pth":
         check_replaceable(path, a_file=True)
-        # MiniMind knows no alpha, and stores half precision.
+        # MiniMind has no alpha and stores half precision.
         tensors = {f"{name}.lora.A.weight": a.detach().cpu().half() for name, (a, _) in found.items()}
         tensors.update(
             {f"{name}.lora.B.weight": (b.detach().cpu() * lora.scale).half() for name, (_, b) in found.items()}
@@ -319,19 +312,19 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
     """Read adapters from PEFT's folder or MiniMind's .pth.
 
     Args:
-        path: of `save_adapters`, or written by PEFT or MiniMind; the folder of a LoRA run works too.
+        path: written by `save_adapters`, PEFT or MiniMind; a LoRA run's folder works too.
 
     Returns:
-        (adapters by projection, what they are like).
+        (adapters by projection, their hyperparameters).
 
     Raises:
-        ValueError: nothing to read there, or a kind of adapter that is not known here.
+        ValueError: no adapters there, or an unsupported kind.
     """
     path = Path(path)
     if path.is_file():
         try:
             raw = torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # torch.load has many
+        except Exception as error:  # torch.load raises many types
             raise ValueError(f"{path} cannot be read as adapters: {error}") from None
         found = _pairs(raw, _PTH_KEY, path)
         return found, LoRA(_rank(found, path), None, 0.0, _leaves(found, path))
@@ -385,17 +378,17 @@ def _leaves(found: dict[str, tuple[Tensor, Tensor]], path: Path) -> tuple[str, .
 
 @torch.no_grad()
 def load_adapters(model: MiniMind, path: str | Path) -> LoRA:
-    """Put the adapters of a folder or file on a model, in place; all else is frozen.
+    """Load adapters from a folder or file onto a model, in place; the rest is frozen.
 
     Args:
-        model: the base, without adapters.
+        model: the base model, without adapters.
         path: as for `read_adapters`.
 
     Returns:
-        What they are like.
+        Their hyperparameters.
 
     Raises:
-        ValueError: they do not fit this model.
+        ValueError: the adapters do not fit this model.
     """
     found, lora = read_adapters(path)
     shapes = {

@@ -1,10 +1,10 @@
-"""A model and the tokenizer that belongs to it: the one place where the two are matched.
+"""Matching weights with their tokenizer.
 
-Purpose: `tokenizer_of` finds the tokenizer of weights, `check_match` refuses one that is not theirs. Training, the commands
-    and distillation ask here.
-Principle: weights remember the fingerprint of the tokenizer that they were trained with; a folder of another program says
-    it by the tokenizer.json that lies in it.
-Properties: the same ids never silently mean other words.
+Purpose: `tokenizer_of` finds the tokenizer of weights, `check_match` refuses a wrong one. Training, the commands and
+    distillation all use these.
+Principle: our weights record the fingerprint of their tokenizer; for other folders it is that of the tokenizer.json
+    inside.
+Properties: ids never silently change their meaning.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from minimind_fast.weights.checkpoint import check_exists, tokenizer_fingerprint
 
 
 def tokenizer_of(weights: Path | None, given: str | Path | None, option: str, default: Path | None = None) -> Tokenizer:
-    """The tokenizer that was given, else that of the weights, else the default.
+    """The given tokenizer, else that of the weights, else the default.
 
     Args:
         weights: folder or file, or None for a new model.
-        given: folder of a tokenizer, or nothing.
-        option: that it is given with, for errors, such as "--tokenizer_path".
-        default: of a new model.
+        given: a tokenizer's folder, if the user gave one.
+        option: the option for `given`, such as "--tokenizer_path", to name in errors.
+        default: a new model's tokenizer.
 
     Raises:
-        ValueError: none can be found, or what is there is no tokenizer.
+        ValueError: no tokenizer is found, or it cannot be read.
     """
     if given:
         return Tokenizer.load(given)
@@ -43,12 +43,12 @@ def check_match(weights: Path, tokenizer: Tokenizer, advice: str) -> None:
     """Refuse a tokenizer that is not the weights' own.
 
     Args:
-        weights: folder, or a file, which says nothing of its tokenizer.
-        tokenizer: that is to be used with them.
-        advice: closes the error.
+        weights: folder, or a file, which records no tokenizer and matches any.
+        tokenizer: the one to use with them.
+        advice: end of the error message.
 
     Raises:
-        ValueError: its ids would mean other words.
+        ValueError: the fingerprints differ.
     """
     if not (weights / "config.json").is_file():
         return
@@ -63,14 +63,10 @@ def check_match(weights: Path, tokenizer: Tokenizer, advice: str) -> None:
 
 
 def check_size(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with more ids than a model has rows.
-
-    Args:
-        tokenizer: of the model.
-        rows: vocabulary of the model.
+    """Refuse a tokenizer with more ids than the model's embedding has rows.
 
     Raises:
-        ValueError: it has.
+        ValueError: too many ids.
     """
     if tokenizer.vocab_size > rows:
         raise ValueError(

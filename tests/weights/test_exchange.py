@@ -502,8 +502,8 @@ def test_exports_that_are_refused_leave_everything_as_it_was(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.tex").touch()
     for out, reason in [
-        (run / "weights", "one within the other"),
-        (run / "weights" / "hf", "one within the other"),
+        (run / "weights", "lies inside the other"),
+        (run / "weights" / "hf", "lies inside the other"),
         (run, "holds other things than a model"),
         (tmp_path / "own", r"thesis\.tex"),
     ]:

@@ -1,11 +1,10 @@
 """The sample files that ship with the package.
 
 Purpose: a first run without a download: small corpora in MiniMind's formats, and a tokenizer.
-Principle: the texts are written by `generate.py` from a seed, the tokenizer by `train/tokenizer.py` from them and from
-    classical Chinese poems, web and encyclopedia paragraphs; both are committed, so that nothing has to be
-    made before the first step.
-Properties: Chinese and English about half and half; facts are true, sums are right; a test regenerates the texts and
-    compares them byte for byte.
+Principle: `generate.py` writes the texts from a seed; `train/tokenizer.py` trained the tokenizer on them and on classical
+    Chinese poems, web and encyclopedia paragraphs. Both are committed, so a first run needs no preparation.
+Properties: about half Chinese, half English; facts are true and sums are right; a test regenerates the texts and compares
+    them byte for byte.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ FOLDER = Path(__file__).parent
 
 
 def path(name: str) -> Path:
-    """Where a sample lies.
+    """Return the path of a sample.
 
     Args:
         name: such as "pretrain.jsonl" or "tokenizer".
 
     Raises:
-        ValueError: there is none of that name; the message lists those that are there.
+        ValueError: no such sample; the message lists those that exist.
     """
     found = FOLDER / name
     if not found.exists():

@@ -1,9 +1,9 @@
 """Rows of the stages after pretraining, in MiniMind's formats.
 
 Purpose: small data for SFT, LoRA, DPO, reasoning and GRPO.
-Principle: questions and answers of `questions.py`, wrapped as each stage reads them. What a stage is evaluated on is drawn
-    first, and what is drawn for training is drawn again as long as it asks the same.
-Properties: tools and calls are JSON in a string, as in MiniMind3's files; what a tool answers is worked out; no row twice.
+Principle: questions and answers from `questions.py`, in each stage's format. Evaluation rows are drawn first; a training
+    row is redrawn while it asks the same question.
+Properties: tools and calls are JSON in a string, as in MiniMind3's files; tool results are computed; no row twice.
 """
 
 from __future__ import annotations
@@ -27,19 +27,13 @@ def chat(user: str, assistant: str) -> list[Row]:
 
 
 def questions(rows: Iterable[Row]) -> set[str]:
-    """What the users of some rows ask."""
+    """The questions that users ask in the given rows."""
     turns = (turn for row in rows for turn in row.get("conversations", row.get("chosen", [])))
     return {turn["content"] for turn in turns if turn["role"] == "user"}
 
 
 def conversations(rng: Random, count: int, avoid: set[str]) -> list[Row]:
-    """Chats of one to three turns, some with a system message.
-
-    Args:
-        rng: decides everything.
-        count: how many.
-        avoid: questions that are not to be asked.
-    """
+    """Chats of one to three turns, some with a system message, without the questions in `avoid`."""
     seen: dict[str, list] = {}
     while len(seen) < count:
         language = len(seen) % 2
@@ -55,13 +49,7 @@ def conversations(rng: Random, count: int, avoid: set[str]) -> list[Row]:
 
 
 def thoughtful(rng: Random, count: int, avoid: set[str]) -> list[Row]:
-    """Chats whose answers come with their thought, as `reasoning_content`.
-
-    Args:
-        rng: decides everything.
-        count: how many.
-        avoid: questions that are not to be asked.
-    """
+    """Chats whose answers have a thought in `reasoning_content`, without the questions in `avoid`."""
     rows: dict[str, list] = {}
     while len(rows) < count:
         question, thought, total = _sum(rng, english=len(rows) % 2 == 1)
@@ -82,12 +70,7 @@ def _tool(name: str, description: str, arguments: dict[str, str]) -> Row:
 
 
 def tool_calls(rng: Random, count: int) -> list[Row]:
-    """Chats in which the assistant calls a function and uses what it gives.
-
-    Args:
-        rng: decides everything.
-        count: how many.
-    """
+    """Chats in which the assistant calls a function and uses the result."""
     multiply = {"a": "integer", "b": "integer"}
     rows: dict[str, list] = {}
     while len(rows) < count:
@@ -130,13 +113,7 @@ def identity() -> list[Row]:
 
 
 def preferences(rng: Random, count: int, avoid: set[str]) -> list[Row]:
-    """Pairs of answers; the chosen one answers, the rejected one evades.
-
-    Args:
-        rng: decides everything.
-        count: how many.
-        avoid: questions that are not to be asked.
-    """
+    """Pairs of answers, without the questions in `avoid`; the rejected one evades the question."""
     rows: dict[str, Row] = {}
     while len(rows) < count:
         language = len(rows) % 2
@@ -148,7 +125,7 @@ def preferences(rng: Random, count: int, avoid: set[str]) -> list[Row]:
 
 
 def _sum(rng: Random, english: bool) -> tuple[str, str, int]:
-    """A sum as a question, how it is worked out, and what it is; small ones, which a small model can come to know."""
+    """A sum as question, working and result; small enough for a small model to learn."""
     a, b = numbers(rng, SMALL)
     if english:
         return f"What is {a} + {b}?", f"{a} + {b} = {a + b}.", a + b
@@ -156,13 +133,7 @@ def _sum(rng: Random, english: bool) -> tuple[str, str, int]:
 
 
 def reasoning(rng: Random, count: int, avoid: set[str]) -> list[Row]:
-    """Sums whose answers think first.
-
-    Args:
-        rng: decides everything.
-        count: how many.
-        avoid: questions that are not to be asked.
-    """
+    """Sums whose answers think first, without the questions in `avoid`."""
     rows: dict[str, list] = {}
     while len(rows) < count:
         question, thought, total = _sum(rng, english=len(rows) % 2 == 1)
@@ -172,12 +143,12 @@ def reasoning(rng: Random, count: int, avoid: set[str]) -> list[Row]:
 
 
 def prompts(rng: Random, back: bool, avoid: set[str]) -> list[Row]:
-    """Every small sum once in each language, to be answered by the model, with the right answer beside.
+    """Every small sum once in each language as a prompt, with the right answer.
 
     Args:
         rng: decides the order.
-        back: those that are kept back for evaluation, or all others.
-        avoid: questions that are not to be asked.
+        back: True for the sums held out for evaluation, False for all others.
+        avoid: questions to leave out.
 
     Returns:
         Rows in MiniMind's rlaif form (the last turn is empty) with `answer`.

@@ -1,4 +1,4 @@
-"""True things to say, as tables.
+"""Tables of facts.
 
 Purpose: the facts of the sample corpora, in both languages.
 Principle: each row is (English, Chinese) terms; `generate.py` phrases them in several ways.

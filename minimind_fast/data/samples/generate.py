@@ -1,8 +1,8 @@
 """Write the sample files: `python -m minimind_fast.data.samples.generate`.
 
 Purpose: small corpora in MiniMind's formats for each stage, without a download.
-Principle: every document is drawn from a seeded generator: stories from `prose.py`, questions from `questions.py`, rows of
-    the later stages from `chats.py`.
+Principle: a seeded generator draws every document: stories from `prose.py`, questions from `questions.py`, rows for later
+    stages from `chats.py`.
 Properties: deterministic to the byte; no document twice; about half Chinese, half English; under 1.5 MB for pretraining.
 """
 
@@ -24,7 +24,7 @@ PRETRAIN_ROWS, VAL_ROWS, REMARKS = 5200, 120, 104
 
 
 def lesson_en(rng: Random) -> str:
-    """Several questions with answers, as a page of a school book or a talk between two people."""
+    """Several questions with answers, as a textbook page or a conversation."""
     pairs = dict(rng.choice((sum_en, fact_en))(rng) for _ in range(rng.randint(2, 4))).items()
     if rng.random() < 0.5:
         return "\n".join(f"Question: {q}\nAnswer: {a}" for q, a in pairs)
@@ -44,7 +44,7 @@ def lesson_zh(rng: Random) -> str:
 
 
 def notes_en(rng: Random) -> str:
-    """Facts as running text in English, each reason with its question."""
+    """Facts as running text, each reason with its question."""
     facts = [fact_en(rng) for _ in range(rng.randint(3, 5))]
     return " ".join(dict.fromkeys(a if not a.startswith("Because") else f"{q} {a}" for q, a in facts))
 
@@ -56,12 +56,7 @@ def notes_zh(rng: Random) -> str:
 
 
 def documents(rng: Random, count: int) -> list[str]:
-    """Different documents, the languages taking turns.
-
-    Args:
-        rng: decides everything.
-        count: how many, the remarks not counted.
-    """
+    """Distinct documents in alternating languages; `count` excludes the remarks."""
     writers: tuple[list[Callable[[Random], str]], ...] = (
         [story_zh, story_zh, story_zh, lesson_zh, notes_zh],
         [story_en, story_en, story_en, lesson_en, notes_en],
@@ -73,12 +68,7 @@ def documents(rng: Random, count: int) -> list[str]:
 
 
 def remarks(rng: Random, count: int) -> list[str]:
-    """Different small remarks, the languages taking turns.
-
-    Args:
-        rng: decides everything.
-        count: how many.
-    """
+    """Distinct short remarks in alternating languages."""
     seen: dict[str, None] = {}
     while len(seen) < count:
         seen[(remarks_zh, remarks_en)[len(seen) % 2](rng)] = None
@@ -86,11 +76,7 @@ def remarks(rng: Random, count: int) -> list[str]:
 
 
 def write(folder: Path) -> None:
-    """Write every sample file.
-
-    Args:
-        folder: must exist.
-    """
+    """Write every sample file into an existing folder."""
     rng = Random(SEED)
     texts = documents(rng, PRETRAIN_ROWS - REMARKS + VAL_ROWS)
     pretrain = texts[VAL_ROWS:] + remarks(rng, REMARKS)
@@ -101,7 +87,7 @@ def write(folder: Path) -> None:
     kept = chats.questions([*sft_val, *dpo_val, *reason_val])
     sft = chats.conversations(rng, 720, kept) + chats.thoughtful(rng, 48, kept) + chats.tool_calls(rng, 36)
     rng.shuffle(sft)
-    # Other questions among those for the name, or everything would be answered with it.
+    # Mix in other questions, or the model would answer everything with its name.
     identity = chats.identity() + chats.conversations(Random(SEED + 1), 60, kept)
     Random(SEED).shuffle(identity)
     files: dict[str, Iterable[dict[str, Any]]] = {

@@ -1,9 +1,9 @@
-"""Small stories and remarks, from parts that fit together.
+"""Short stories and remarks, assembled from compatible parts.
 
-Purpose: prose for the sample corpora that a small model can begin to learn in two minutes.
-Principle: somebody is somewhere, something happens for a reason, and it has a consequence. Each part is drawn by itself, and
-    what would not go together (snow in summer, sowing in winter) is never drawn together.
-Properties: the same random generator gives the same text; the two languages are made alike.
+Purpose: prose for the sample corpora that a small model can start to learn in two minutes.
+Principle: someone is somewhere, something happens for a reason, and it has a consequence. Parts are drawn independently,
+    except that incompatible ones (snow in summer, sowing in winter) never meet.
+Properties: deterministic for a given generator; both languages work alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEATHER = {
     "clouds": ("Clouds were gathering", "云越来越多"),
     "flowers": ("The air smelled of flowers", "空气里有花香"),
 }
-# When, in both languages, and the weather that can be then.
+# Times in both languages, and the weather that suits each.
 TIMES = {
     "morning": ("One morning", "一天早上", "wind sun rain clear fog clouds"),
     "evening": ("One evening", "一天傍晚", "wind rain clear fog clouds"),
@@ -61,9 +61,9 @@ LESSONS_ZH = [
 ]
 LESSONS_ZH += ["分享的快乐是两份快乐。", "每个错误都能教会我们一点东西。", "帮助别人的人很少孤单。"]
 
-# (what happens, what is done about it, how it ends) in each language, and times and weather that do not suit it.
-# {a} is the hero, {b} another (a name or "his mother"), {B} the same at the beginning of a sentence, {full} the same where
-# the hero was not named yet ("Tom's mother"), {p} a place.
+# (event, response, ending) in each language, and the times and weather that do not suit it.
+# {a}: the hero. {b}: someone else (a name or "his mother"); {B}: at the start of a sentence; {full}: before the hero is
+# named ("Tom's mother"). {p}: a place.
 PLOTS = [
     (
         "{a} found a bird with a broken wing near {p}",
@@ -191,7 +191,7 @@ FOOD = {
 
 
 def _plan(rng: Random) -> tuple[tuple[str, ...], str, str, list[dict[str, str]]]:
-    """A plot, a time and a weather that suit each other, and the slots in both languages."""
+    """A compatible plot, time and weather, and the slots in both languages."""
     plot = rng.choice(PLOTS)
     unsuited = plot[-1].split()
     time = rng.choice([key for key in TIMES if key not in unsuited])
@@ -202,11 +202,7 @@ def _plan(rng: Random) -> tuple[tuple[str, ...], str, str, list[dict[str, str]]]
 
 
 def story_en(rng: Random) -> str:
-    """A story in English.
-
-    Args:
-        rng: decides everything.
-    """
+    """A story in English."""
     plot, time, weather, (slots, _) = _plan(rng)
     hero = rng.choice(NAMES_EN)
     if rng.random() < 0.6:
@@ -231,11 +227,7 @@ def story_en(rng: Random) -> str:
 
 
 def story_zh(rng: Random) -> str:
-    """A story in Chinese.
-
-    Args:
-        rng: decides everything.
-    """
+    """A story in Chinese."""
     plot, time, weather, (_, slots) = _plan(rng)
     hero = rng.choice(NAMES_ZH)
     if rng.random() < 0.6:
@@ -259,7 +251,7 @@ def story_zh(rng: Random) -> str:
     return "".join(sentences)
 
 
-# Sentences around the words that a later stage uses to say who the model is; here they speak of other things.
+# Sentences that use the words of the identity stage in other contexts.
 REMARKS_EN = [
     '"I am hungry," said {a}.',
     '"I am not tired," said {a}, and ran on.',

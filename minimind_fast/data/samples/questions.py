@@ -1,8 +1,8 @@
-"""Questions with their answers: sums that are worked out, and facts.
+"""Questions with answers: sums and facts.
 
-Purpose: what lessons, chats and preferences of the samples are made of, in both languages.
-Principle: a maker draws one (question, answer); facts come from `facts.py`.
-Properties: every answer is right. Sums of `kept_back` are asked nowhere but in the evaluation file of the last stage.
+Purpose: the material of the samples' lessons, chats and preferences, in both languages.
+Principle: each function draws one (question, answer); facts come from `facts.py`.
+Properties: every answer is right. Sums of `kept_back` appear only in the evaluation file of the last stage.
 """
 
 from __future__ import annotations
@@ -29,22 +29,12 @@ GOODS_ZH = [
 
 
 def kept_back(a: int, b: int) -> bool:
-    """Whether a + b is one of the small sums, about one in eight, that no training file shows.
-
-    Args:
-        a: a number of the sum.
-        b: the other one; the order does not matter.
-    """
+    """Whether a + b, in either order, is one of the small sums (about one in eight) held out of training."""
     return max(a, b) <= SMALL and a * b % 7 == 3
 
 
 def numbers(rng: Random, most: int = 50) -> tuple[int, int]:
-    """Two numbers whose sum may be asked; half of the pairs are small, so that these are seen often.
-
-    Args:
-        rng: decides everything.
-        most: the largest.
-    """
+    """Two numbers up to `most` whose sum may be asked; half of the pairs are small, so those recur often."""
     while True:
         top = SMALL if rng.random() < 0.5 else most
         a, b = rng.randint(1, top), rng.randint(1, top)
@@ -53,7 +43,7 @@ def numbers(rng: Random, most: int = 50) -> tuple[int, int]:
 
 
 def sum_en(rng: Random) -> tuple[str, str]:
-    """A question of arithmetic and its answer, worked out."""
+    """An arithmetic question and its answer."""
     kind, (a, b) = rng.choice("++-*/w"), numbers(rng)
     if kind == "+":
         return f"What is {a} + {b}?", f"{a} + {b} = {a + b}."
