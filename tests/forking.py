@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -118,7 +119,7 @@ def become(target: str, argv: list[str], cwd: str, log: str, said: str, before: 
         os.dup2(source, standard)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 it lives as long as the fork
     exec(before, {})
-    sys.argv = [target, *argv]
+    sys.argv = [target, *argv[target == "-c" :]]
     if target == "-c":
         exec(argv[0], {"__name__": "__main__"})
         return 0
@@ -152,7 +153,33 @@ def fork(job: dict[str, Any]) -> int:
     os._exit(code if isinstance(code, int) else code is not None)
 
 
+def run(command: list[str], env: dict[str, str] | None = None, input: str = "", **how: Any) -> Any:
+    """subprocess.run of Python, for a program that is a fork itself, by one more fork.
+
+    Args:
+        command: begins with Python's own path.
+        env: all its environment; without it that of the program.
+        input: its standard input.
+        how: stdout=PIPE keeps what it says, errors too; else it is printed.
+    """
+    first, target, *argv = command
+    assert first == sys.executable, command
+    if target == "-m":
+        target, *argv = argv
+    file, log = tempfile.mkstemp()
+    job = dict(target=target, argv=argv, cwd=os.getcwd(), log=log, said=input, before="", env=env or dict(os.environ))
+    pid = fork(job)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with open(file, encoding="utf-8") as said:
+        text = said.read()
+    os.unlink(log)
+    if how.get("stdout") is None:
+        print(text, end="", flush=True)
+    return subprocess.CompletedProcess(command, code, text)
+
+
 def main() -> None:
+    sys.modules["forking"] = sys.modules["__main__"]  # for a fork that imports it
     for name in PRELOADED:
         importlib.import_module(name)
     for line in sys.stdin:

@@ -101,25 +101,28 @@ def start(
     file_limit_bytes: int = 0,
     fresh: bool = False,
     env: dict[str, str] | None = None,
+    before: str = "",
 ) -> list:
     """Start one process a rank, on a free port; output and errors are captured.
 
     Args:
-        script: in train/, or "-c", with the program as the first argument.
+        script: in train/; a module with dots in its name; or "-c", with the program as the first argument.
         args: command-line arguments.
         ranks: 1 is a plain start, without a launcher's variables.
         cwd: the folder that it runs in.
         file_limit_bytes: as if the disk were full; 0 is none.
         fresh: start Python anew, and not as a fork.
         env: variables besides those that are there.
+        before: Python that a fork executes first.
 
     Returns:
         What `finish` waits for.
     """
-    limit = ""
+    limit = "pass"
     if file_limit_bytes:
         limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({file_limit_bytes}, {file_limit_bytes}))"
-    target = script if script == "-c" else str(ROOT / "train" / script)
+    target = str(ROOT / "train" / script) if script.endswith(".py") else script
+    first = ["-m"] if "." in target and not target.endswith(".py") else []
     port = free_port()
     processes: list = []
     for rank in range(ranks):
@@ -130,10 +133,10 @@ def start(
         words = [str(arg) for arg in args]
         if fresh or torch.cuda.is_available():
             whole = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: exec(limit))
-            processes.append(subprocess.Popen([sys.executable, target, *words], env=own, cwd=cwd, **whole))
+            processes.append(subprocess.Popen([sys.executable, *first, target, *words], env=own, cwd=cwd, **whole))
         else:
             log = Path(tempfile.mkstemp(prefix="said-", dir=_logs())[1])
-            processes.append(forks().start(target, words, cwd or Path.cwd(), log, before=limit, env=own))
+            processes.append(forks().start(target, words, cwd or Path.cwd(), log, before=f"{limit}\n{before}", env=own))
     return processes
 
 
@@ -145,8 +148,8 @@ def _logs() -> str:
     return folder.name
 
 
-def finish(processes: list, expect: int | None = 0, timeout: float = 300) -> str:
-    """Wait for all; the output of rank 0. Fails with the output when a rank ends otherwise than expected."""
+def finish_all(processes: list, expect: int | None = 0, timeout: float = 300) -> list[str]:
+    """Wait for all; the output of each. Fails with the output when one ends otherwise than expected."""
     outputs = []
     try:
         for process in processes:
@@ -157,7 +160,12 @@ def finish(processes: list, expect: int | None = 0, timeout: float = 300) -> str
     if expect is not None:
         for rank, process in enumerate(processes):
             assert process.returncode == expect, f"rank {rank} ended with {process.returncode}:\n{outputs[rank]}"
-    return outputs[0]
+    return outputs
+
+
+def finish(processes: list, expect: int | None = 0, timeout: float = 300) -> str:
+    """Wait for all; the output of rank 0."""
+    return finish_all(processes, expect, timeout)[0]
 
 
 def run(script: str, args: list, ranks: int = 1, expect: int | None = 0, cwd: Path | None = None, **how: Any) -> str:
