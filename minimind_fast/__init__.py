@@ -8,6 +8,7 @@ Properties: importing it starts nothing and needs no GPU.
 from minimind_fast import ops
 from minimind_fast.config import IGNORE_INDEX, ModelConfig
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.infer import generate as _generate  # noqa: F401  gives the model its `generate`
 from minimind_fast.model import MiniMind
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained

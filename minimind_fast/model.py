@@ -14,7 +14,8 @@ Shapes: T tokens, B batch, D hidden, F ffn, H query heads, K kv heads, hd head_d
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -306,6 +307,8 @@ class MiniMind(nn.Module):
         config: the model's shape; weights are drawn from N(0, 0.02), norms start at 1.
     """
 
+    generator: ClassVar[Callable[..., Any] | None] = None  # set by `infer.generate`, which stands above
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -387,7 +390,7 @@ class MiniMind(nn.Module):
             return Documents.of(cu_seqlens, input_ids.numel(), dtype, max_seqlen)
         raise ValueError(f"input_ids must be (B, T), or (T,) with cu_seqlens; got {tuple(input_ids.shape)}")
 
-    def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Continue each row; see `minimind_fast.infer.generate.generate` for the options.
 
         Args:
@@ -397,9 +400,8 @@ class MiniMind(nn.Module):
         Returns:
             (B, T + new) int64.
         """
-        from minimind_fast.infer.generate import generate  # generate imports the model
-
-        return generate(self, input_ids, **kwargs)
+        assert MiniMind.generator is not None, "set by minimind_fast.infer.generate"
+        return MiniMind.generator(self, input_ids, **kwargs)
 
     def num_parameters(self, active: bool = False, trained: bool = False) -> int:
         """Number of parameters, a tied head counted once.
@@ -438,5 +440,5 @@ class MiniMind(nn.Module):
 
 
 def _size(p: Tensor) -> int:
-    """Elements of the whole parameter, even if ZeRO-3 keeps only a shard of it here."""
-    return getattr(p, "ds_numel", p.numel())
+    """Elements of the whole parameter; the engine notes them where only a shard stays on this rank."""
+    return getattr(p, "whole_numel", p.numel())

@@ -3,9 +3,15 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import settings
+# Before PyTorch is imported, here and in processes that tests start: workers share the cores, and threads that wait for
+# each other go to sleep. Two spinning threads for each of two workers take ten times as long on two cores.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 # Processes that tests start run this checkout's package too, whatever the environment was installed from.

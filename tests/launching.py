@@ -1,17 +1,25 @@
-"""Start a training script as a user would, in processes of its own."""
+"""Start a training script as a user would, in processes of its own.
 
+Without a GPU they are forks of one process that has imported everything (`forking`), which saves seconds a start.
+"""
+
+import atexit
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import random
-import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from forking import Forks
 
 from minimind_fast.training.config import TrainConfig
 
@@ -69,39 +77,79 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+_forks: list[Forks] = []  # of this process, once it has asked for one
+
+
+def environment() -> dict[str, str]:
+    """What a user's shell would hand on: nothing of what tests set for themselves."""
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINIMIND_KERNELS")}
+
+
+def forks() -> Forks:
+    """The process that forks, started once."""
+    if not _forks:
+        _forks.append(Forks(environment() | {"DS_ACCELERATOR": "cpu"}))
+        atexit.register(_forks[0].close)
+    return _forks[0]
+
+
 def start(
-    script: str, args: list, ranks: int = 1, cwd: Path | None = None, file_limit_bytes: int = 0
-) -> list[subprocess.Popen]:
-    """One process a rank, on a free port; output and errors are captured. `file_limit_bytes`: as if the disk were full."""
+    script: str,
+    args: list,
+    ranks: int = 1,
+    cwd: Path | None = None,
+    file_limit_bytes: int = 0,
+    fresh: bool = False,
+    env: dict[str, str] | None = None,
+    before: str = "",
+) -> list:
+    """Start one process a rank, on a free port; output and errors are captured.
 
-    def limit() -> None:
-        if file_limit_bytes:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, file_limit_bytes))
+    Args:
+        script: in train/; a module with dots in its name; or "-c", with the program as the first argument.
+        args: command-line arguments.
+        ranks: 1 is a plain start, without a launcher's variables.
+        cwd: the folder that it runs in.
+        file_limit_bytes: as if the disk were full; 0 is none.
+        fresh: start Python anew, and not as a fork.
+        env: variables besides those that are there.
+        before: Python that a fork executes first.
 
+    Returns:
+        What `finish` waits for.
+    """
+    limit = "pass"
+    if file_limit_bytes:
+        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({file_limit_bytes}, {file_limit_bytes}))"
+    target = str(ROOT / "train" / script) if script.endswith(".py") else script
+    first = ["-m"] if "." in target and not target.endswith(".py") else []
     port = free_port()
-    processes = []
+    processes: list = []
     for rank in range(ranks):
-        env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINIMIND_KERNELS")}
+        own = environment() | (env or {})
         if ranks > 1:
-            env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        command = [sys.executable, str(ROOT / "train" / script), *map(str, args)]
-        processes.append(
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=env,
-                cwd=cwd,
-                preexec_fn=limit,
-            )
-        )
+            own.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+            own.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        words = [str(arg) for arg in args]
+        if fresh or torch.cuda.is_available():
+            whole = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: exec(limit))
+            processes.append(subprocess.Popen([sys.executable, *first, target, *words], env=own, cwd=cwd, **whole))
+        else:
+            log = Path(tempfile.mkstemp(prefix="said-", dir=_logs())[1])
+            processes.append(forks().start(target, words, cwd or Path.cwd(), log, before=f"{limit}\n{before}", env=own))
     return processes
 
 
-def finish(processes: list[subprocess.Popen], expect: int | None = 0, timeout: float = 300) -> str:
-    """Wait for all; the output of rank 0. Fails with the output when a rank ends otherwise than expected."""
+@functools.cache
+def _logs() -> str:
+    """A folder for what forks write, gone with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="minimind-tests-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+def finish_all(processes: list, expect: int | None = 0, timeout: float = 300) -> list[str]:
+    """Wait for all; the output of each. Fails with the output when one ends otherwise than expected."""
     outputs = []
     try:
         for process in processes:
@@ -112,12 +160,17 @@ def finish(processes: list[subprocess.Popen], expect: int | None = 0, timeout: f
     if expect is not None:
         for rank, process in enumerate(processes):
             assert process.returncode == expect, f"rank {rank} ended with {process.returncode}:\n{outputs[rank]}"
-    return outputs[0]
+    return outputs
 
 
-def run(script: str, args: list[str], ranks: int = 1, expect: int | None = 0, cwd: Path | None = None) -> str:
+def finish(processes: list, expect: int | None = 0, timeout: float = 300) -> str:
+    """Wait for all; the output of rank 0."""
+    return finish_all(processes, expect, timeout)[0]
+
+
+def run(script: str, args: list, ranks: int = 1, expect: int | None = 0, cwd: Path | None = None, **how: Any) -> str:
     """Start, wait, and give the output of rank 0."""
-    return finish(start(script, args, ranks, cwd), expect)
+    return finish(start(script, args, ranks, cwd, **how), expect)
 
 
 def read_log(folder: Path) -> dict[int, dict]:
@@ -129,7 +182,7 @@ def read_log(folder: Path) -> dict[int, dict]:
     return rows
 
 
-def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen], timeout: float = 120) -> None:
+def wait_for_step(folder: Path, step: int, processes: list, timeout: float = 120) -> None:
     """Return when the run's log has reached a step."""
     begin = time.monotonic()
     while time.monotonic() - begin < timeout:

@@ -364,3 +364,6 @@ def overlap(text: str, stops: Sequence[str]) -> int:
         if any(s.startswith(text[-n:]) for s in stops):
             return n
     return 0
+
+
+MiniMind.generator = staticmethod(generate)  # for `model.generate`; the model cannot import what stands above it

@@ -5,15 +5,18 @@ Principle: a CPU multiplies 16-bit numbers fast only with instructions for them:
     counterparts. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 95 times as long as in float32;
     AVX512 without those was not measured and gets float32. An NVIDIA card before Ampere (T4, RTX 20) has tensor cores for
     float16, not for bfloat16.
-Properties: decided by CPU flags, not by timing: the same machine always decides alike. Float32 holds 16-bit weights
-    exactly, so it is correct everywhere.
+Properties: decided by CPU flags, not by timing: the same machine always decides alike. Instructions that
+    ONEDNN_MAX_CPU_ISA forbids do not count. Float32 holds 16-bit weights exactly, so it is correct everywhere.
 
 Measured on two Zen 1 cores (AVX2), torch 2.13: 1024^3 in float32 70 GFLOP/s, in bfloat16 0.73
     (benchmarks/results/cpu_pretrain_zen1.json); with a transposed weight, as in `linear`, 68, 10, and in float16 12.
+
+Source: https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html, what each limit allows.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +27,9 @@ _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
+# Limits of oneDNN, on x86, under which it multiplies neither; and bfloat16, but not float16.
+_NEITHER = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+_TOO_LOW = {torch.bfloat16: _NEITHER, torch.float16: _NEITHER | {"AVX512_CORE_BF16"}}
 
 
 def _flags() -> Mapping[str, Any]:
@@ -42,6 +48,9 @@ def multiplies(dtype: torch.dtype, device_type: str = "cpu") -> bool:
     if device_type != "cpu" or dtype not in _INSTRUCTIONS:
         return True
     flags = _flags()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""  # the older name
+    if limit.upper() in _TOO_LOW[dtype] and flags.get("architecture") != "aarch64":
+        return False
     return torch.backends.mkldnn.is_available() and any(flags.get(name) for name in _INSTRUCTIONS[dtype])
 
 

@@ -107,6 +107,8 @@ class Engine:
             # DeepSpeed steps once inside initialize() at stage 0 in bf16; lr=0 makes that a no-op.
             optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
             trained = [p for group in groups for p in group["params"]]
+            for p in model.parameters():
+                p.whole_numel = p.numel()  # type: ignore[attr-defined]  stage 3 leaves a shard of it
             exact = [p.detach().to("cpu", copy=True) for p in trained] if dtype != "float32" else []
             self._ds: Any
             self._ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=made)

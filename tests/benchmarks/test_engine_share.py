@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import run
 
 from benchmarks.record import ROOT
 from benchmarks.studies import engine_share
@@ -19,10 +18,8 @@ def folder(tmp_path_factory):
     """Results of two steps of two micro-batches each, timed and clocked."""
     out = tmp_path_factory.mktemp("share")
     options = "--preset tiny --dtype float32 --tokens 64 --world 1 --accumulation 2 --warm 1 --turns 1 --clocked 1"
-    command = [sys.executable, "-m", "benchmarks.studies.engine_share", *options.split(), "--threads", "1"]
-    command += ["--out", str(out), "--loops", *ENGINES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    how = [*options.split(), "--threads", "1", "--out", out, "--loops", *ENGINES]
+    run("benchmarks.studies.engine_share", how, cwd=ROOT)
     return out
 
 

@@ -1,11 +1,10 @@
 """The ladder of levers: a rung is what it is called, joined rows are the packs' own tokens, and the table compares."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from launching import run
 
 from benchmarks.record import ROOT
 from benchmarks.studies import train_step
@@ -57,9 +56,7 @@ def test_joined_rows_are_the_packs_tokens(tmp_path):
 
 def test_three_rungs_are_timed_compared_and_written(tmp_path):
     options = "--preset tiny --pack_tokens 1024 --warm 1 --steps 2 --turns 1 --threads 1 --rungs eager joined ours"
-    command = [sys.executable, "-m", "benchmarks.studies.train_step", *options.split(), "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run("benchmarks.studies.train_step", [*options.split(), "--out", tmp_path], cwd=ROOT)
     found = json.loads((tmp_path / "train_step_cpu.json").read_text())
     eager, joined, ours = found["rungs"]
     assert [rung["key"] for rung in found["rungs"]] == ["eager", "joined", "ours"]

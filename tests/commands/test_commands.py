@@ -170,7 +170,7 @@ class Reader:
 
     def run(self, target: str, argv: list[str], said: str = "", before: str = "") -> str:
         """Run a script or a tool to its good end -> what it said."""
-        code = self.forks.wait(self.forks.start(target, argv, self.folder, self.log, said, before))
+        code = self.forks.start(target, argv, self.folder, self.log, said, before).wait()
         text = self.log.read_text(encoding="utf-8", errors="replace")
         assert code == 0, f"exit code {code}: {shlex.join([target, *argv])}\n{text[-3000:]}"
         assert "Traceback" not in text, text
@@ -242,7 +242,7 @@ class Reader:
     def serve(self, argv: list[str], curl: list[str] | None = None) -> None:
         """The server, on a free port, up to its page; or a request to it, by curl's options, up to an answer."""
         port = str(free_port())
-        pid = self.forks.start(
+        process = self.forks.start(
             "minimind-fast", [*argv[1:], "--port", port, "--max_new_tokens", "4"], self.folder, self.log
         )
         try:
@@ -264,8 +264,8 @@ class Reader:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 assert json.load(answer)["choices"][0]["message"]["role"] == "assistant"
         finally:
-            os.kill(pid, signal.SIGINT)
-            code = self.forks.wait(pid)
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
             said = self.log.read_text(encoding="utf-8")
         assert code in (0, 130) and "Traceback" not in said, said
 

@@ -31,8 +31,6 @@ MAY_IMPORT = {
     "cli": {""},  # for the version; commands are loaded by name
     "": {"training"} | BELOW_TRAINING,  # the front door: `import minimind_fast as mm`
 }
-# model.generate(...) is the package's public face of infer; the import stands inside that method.
-FACES = {("minimind_fast.model", "minimind_fast.infer.generate")}
 MOST_LINES, MOST_MODULES = 450, 13
 WEB = {"fastapi", "starlette", "uvicorn"}
 
@@ -128,19 +126,13 @@ def test_every_room_has_its_place_and_no_two_may_import_each_other():
 @every_module
 def test_imports_go_downwards(name):
     allowed = MAY_IMPORT[room(name)] | {room(name)}
-    wrong = {target for target in ours(name) if room(target) not in allowed and (name, target) not in FACES}
+    wrong = {target for target in ours(name) if room(target) not in allowed}
     assert not wrong, f"{name} imports {sorted(wrong)}"
 
 
 def test_imports_go_in_no_circle():
-    graph = {name: {target for target in ours(name) if (name, target) not in FACES} for name in modules()}
+    graph = {name: ours(name) for name in modules()}
     assert not cycle(graph), "these import each other, or what does"
-
-
-def test_a_face_is_imported_inside_a_function():
-    for name, target in FACES:
-        assert target in ours(name)
-        assert not any(n.startswith(target) for n in imported(tree(modules()[name]), top_level_only=True))
 
 
 @every_file

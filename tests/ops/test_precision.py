@@ -26,7 +26,14 @@ GRAVITON = {"architecture": "aarch64", "bf16": True, "fp16_arith": True}
 
 
 @pytest.fixture
-def cpu(monkeypatch):
+def unlimited(monkeypatch):
+    """Nothing keeps oneDNN from what the CPU has."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def cpu(monkeypatch, unlimited):
     """Pretend to be a CPU with these flags, with or without oneDNN."""
 
     def be(flags, onednn=True):
@@ -60,7 +67,30 @@ def test_auto_is_what_the_cpu_multiplies(cpu, flags, onednn, training, bf16, fp1
         assert precision.choose(asked) == asked
 
 
-def test_an_older_pytorch_is_asked_by_its_own_names(monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "bf16", "fp16"),
+    [
+        ("AVX2", False, False),
+        ("avx2_vnni", False, False),
+        ("AVX512_CORE", False, False),
+        ("AVX512_CORE_BF16", True, False),
+        ("AVX512_CORE_AMX", True, True),
+        ("DEFAULT", True, True),
+        ("", True, True),
+    ],
+)
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_what_onednn_may_not_use_is_not_there(cpu, monkeypatch, name, limit, bf16, fp16):
+    cpu(SAPPHIRE_RAPIDS)
+    monkeypatch.setenv(name, limit)
+    assert precision.multiplies(torch.bfloat16) == bf16 and precision.multiplies(torch.float16) == fp16
+    assert precision.choose("auto") == ("bfloat16" if bf16 else "float32")
+    assert precision.multiplies(torch.float32) and precision.multiplies(torch.bfloat16, "cuda")
+    cpu(GRAVITON)  # the limit is one of x86
+    assert precision.multiplies(torch.bfloat16) and precision.multiplies(torch.float16)
+
+
+def test_an_older_pytorch_is_asked_by_its_own_names(monkeypatch, unlimited):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)

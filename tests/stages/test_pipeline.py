@@ -3,13 +3,11 @@
 import importlib.util
 import json
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launching import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("pipeline", ROOT / "train" / "pipeline.py")
 assert spec is not None and spec.loader is not None
 pipeline = importlib.util.module_from_spec(spec)
@@ -17,13 +15,12 @@ sys.modules["pipeline"] = pipeline
 spec.loader.exec_module(pipeline)
 
 
+# Each stage starts as a fork, with the command that the pipeline made for it.
+FORKED = "import subprocess, torch, forking; subprocess.run = forking.run; torch.set_num_threads(1)"
+
+
 def value(command, option):
     return command[command.index(option) + 1]
-
-
-def run(*args):
-    command = [sys.executable, str(ROOT / "train" / "pipeline.py"), "--launcher", "python", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
 def test_each_stage_begins_with_a_run_that_was_made_before_and_none_is_forgotten():
@@ -35,7 +32,7 @@ def test_each_stage_begins_with_a_run_that_was_made_before_and_none_is_forgotten
         assert stage.name != "distill" or value(command, "--teacher_path") in made
         made.add(stage.name)
     scripts = {path.stem for path in (ROOT / "train").glob("*.py")}
-    assert made - {"none"} == scripts - {"tokenizer", "pipeline"}
+    assert made - {"none"} == scripts - {"__init__", "tokenizer", "pipeline"}
     assert sum(stage.share for stage in pipeline.STAGES) == pytest.approx(1)
 
 
@@ -91,26 +88,23 @@ def test_the_table_shows_first_and_last_of_the_best_measure(tmp_path):
 
 
 def test_a_stage_that_fails_ends_the_pipeline_with_its_name(tmp_path):
-    done = run("--data_path", tmp_path / "nothing.jsonl", "--save_dir", tmp_path)
-    assert done.returncode == 1 and "the stage tokenizer ended with exit code 1" in done.stderr
-    assert "Traceback" not in done.stderr and "=== pretrain" not in done.stdout
+    args = ["--launcher", "python", "--data_path", tmp_path / "nothing.jsonl", "--save_dir", tmp_path]
+    said = run("pipeline.py", args, expect=1, fresh=True)
+    assert "the stage tokenizer ended with exit code 1" in said
+    assert "Traceback" not in said and "=== pretrain" not in said
 
 
 def test_the_whole_chain_with_two_steps_a_stage(tmp_path):
     common = "--num_threads 1 --sample_tokens 0 --log_interval 1 --max_seq_len 64 --batch_size 4"
     shape = "--hidden_size 64 --num_hidden_layers 2 --accumulation_steps 1"
-    args = ["--save_dir", tmp_path, "--max_steps", 2, f"--args={common} --cache_dir {shlex.quote(str(tmp_path))}"]
-    done = run(
-        *args,
-        f"--pretrain_args={shape}",
-        "--grpo_args=--num_generations 2 --max_gen_len 4",
-        "--tokenizer_args=--vocab_size 700",
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    table = done.stdout.split("stage     begins with")[1].splitlines()
+    args = ["--launcher", "python", "--save_dir", tmp_path, "--max_steps", 2]
+    args += [f"--args={common} --cache_dir {shlex.quote(str(tmp_path))}", f"--pretrain_args={shape}"]
+    args += ["--grpo_args=--num_generations 2 --max_gen_len 4", "--tokenizer_args=--vocab_size 700"]
+    said = run("pipeline.py", args, before=FORKED)
+    table = said.split("stage     begins with")[1].splitlines()
     named = [line.split()[0] for line in table[2 : 2 + len(pipeline.STAGES)]]
     assert named == [stage.name for stage in pipeline.STAGES]
     for stage in pipeline.STAGES:
         rows = [json.loads(line) for line in (tmp_path / stage.name / "log.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == 2 and (tmp_path / stage.name / "weights" / "tokenizer.json").is_file()
-    assert "asked:\n  What is 2 + 3? →" in done.stdout and "sums never shown, right" in done.stdout
+    assert "asked:\n  What is 2 + 3? →" in said and "sums never shown, right" in said

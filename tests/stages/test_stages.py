@@ -207,6 +207,7 @@ def one_rank(lora_args, tmp_path_factory):
 def test_what_is_left_to_multiply_the_heads_gradients_by_is_a_power_of_two(weighted):
     class Spy(torch.nn.Module):
         module = mm.MiniMind(mm.ModelConfig.preset("tiny"))
+        config = module.config
 
         def forward(self, _ids, targets, grad_weights, **_):
             self.promised, self.logprobs = grad_weights, torch.randn(targets.shape, requires_grad=True)

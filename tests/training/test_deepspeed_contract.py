@@ -40,7 +40,7 @@ for stage, dtype in ((0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bflo
         "enable_backward_allreduce": getattr(inner, "enable_backward_allreduce", None),
         "gradient_clipping": getattr(inner._config, "gradient_clipping", None),
         "ds_tensor": hasattr(parameter, "ds_tensor"),
-        "ds_numel": hasattr(parameter, "ds_numel"),
+        "whole": parameter.whole_numel == parameter.ds_numel if stage == 3 else parameter.whole_numel == parameter.numel(),
         "counters": sorted({float(s["step"]) for s in engine_optimizer.state.values()})
         if (engine_optimizer := getattr(optimizer, "optimizer", optimizer)) and engine_optimizer.state else [],
     }
@@ -74,8 +74,12 @@ def test_optimizer_fp16_groups_and_fp32_groups_pair_weights_and_masters_at_stage
     assert found["0 bfloat16"]["fp16_groups"]
 
 
-def test_parameter_ds_tensor_and_ds_numel_are_there_at_stage_3(found):
-    assert [(found[e]["ds_tensor"], found[e]["ds_numel"]) for e in ENGINES] == [(False, False)] * 4 + [(True, True)]
+def test_parameter_ds_tensor_is_there_at_stage_3(found):
+    assert [found[e]["ds_tensor"] for e in ENGINES] == [False] * 4 + [True]
+
+
+def test_parameters_are_the_same_objects_after_partitioning_and_remember_their_size(found):
+    assert all(found[e]["whole"] for e in ENGINES)
 
 
 def test_engine_micro_steps_is_a_counter(found):

@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from launching import free_port
+from launching import finish_all, run, start
 
 import minimind_fast as mm
 from minimind_fast.training import losses
@@ -19,8 +16,6 @@ from minimind_fast.training.run import Stage, resolve
 from minimind_fast.training.trainer import learning_rate
 from minimind_fast.training.words import memory_advice
 from minimind_fast.training.zero import deepspeed_config
-
-PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
@@ -158,10 +153,8 @@ STAGES += [(1, "float16"), (2, "float16"), (3, "float16")]
 
 @pytest.fixture(scope="module")
 def under_engine():
-    command = [sys.executable, "-W", "ignore", "-c", UNDER_ENGINE, json.dumps(STAGES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said = run("-c", [UNDER_ENGINE, json.dumps(STAGES)])
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     return dict(zip(STAGES, found, strict=True))
 
 
@@ -229,26 +222,9 @@ ranks.leave()
 """
 
 
-def in_a_world(script, ranks):
-    """Run the script in one process a rank -> what each wrote."""
-    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    world["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    processes = []
-    for rank in range(ranks):
-        env = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen(command, env=env, text=True, **PIPES))
-    written = []
-    for process in processes:
-        out, errors = process.communicate(timeout=280)
-        assert process.returncode == 0, errors[-3000:]
-        written.append(out)
-    return written
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_masters_are_the_weights_before_their_rounding(ranks):
-    for out in in_a_world(MASTERS, ranks):
+    for out in finish_all(start("-c", [MASTERS], ranks)):
         found = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
         assert found == [[stage, 0.0, True] for stage in range(4)]
 
@@ -270,7 +246,8 @@ ranks.leave()
 
 
 def test_a_rank_leaves_without_an_abort_and_with_its_output_written():
-    assert in_a_world(LEAVES, 2) == ["all is written\n"] * 2
+    for out in finish_all(start("-c", [LEAVES], ranks=2, fresh=True)):
+        assert out.endswith("all is written\n")
 
 
 # A bug of ours, not a user's mistake.
@@ -286,8 +263,8 @@ setup.start(main)
 
 
 def test_a_fault_shows_its_traceback_and_exit_code_1():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FAILS], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 1 and "in main" in done.stderr and "KeyError: 'a fault'" in done.stderr
+    said = run("-c", [FAILS], expect=1)
+    assert "in main" in said and "KeyError: 'a fault'" in said
 
 
 def test_no_timer_waits_for_the_gpu(under_engine):

@@ -47,6 +47,7 @@ def run_all(folder: Path, models: str, runs: list[str]) -> None:
 def start(arguments: list[str], on_gpu: bool) -> subprocess.Popen:
     """Start through the launcher, as a user would; the environment decides whether there is a GPU."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINIMIND_KERNELS")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     if not on_gpu:
         env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     launch = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "1"]

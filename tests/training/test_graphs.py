@@ -1,15 +1,13 @@
 """--cuda_graphs: replays agree with eager passes. Without a GPU, rerunning stands in for replaying."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import run as run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind_fast as mm
@@ -322,6 +320,7 @@ def test_a_mixture_needs_both_its_kernels(monkeypatch):
 # replayed, on packs without filler; are the weights bitwise equal?
 UNDER_ENGINE = """
 import json, sys
+sys.path.insert(0, sys.argv[2])
 import pytest, torch
 from minimind_fast.data.batches import Batch
 from minimind_fast.ops.attention import use
@@ -358,12 +357,8 @@ STAGES = [(0, "float32"), (1, "float32"), (2, "float32"), (0, "bfloat16"), (1, "
 
 
 def test_under_deepspeed_a_run_of_replays_ends_with_the_same_weights():
-    command = [sys.executable, "-W", "ignore", "-c", UNDER_ENGINE, json.dumps(STAGES)]
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    said = run_script("-c", [UNDER_ENGINE, json.dumps(STAGES), Path(__file__).parent])
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
     assert [f[:2] for f in found] == [[True, 2]] * len(STAGES), found
 
 

@@ -228,6 +228,7 @@ def test_two_ranks_under_the_launchers(corpus, tmp_path, launcher):
 
 
 def test_defaults_train_on_the_shipped_sample(tmp_path):
-    out = run("pretrain.py", ["--save_dir", tmp_path, "--max_steps", 3, "--log_interval", 1, "--sample_tokens", 5])
+    args = ["--save_dir", tmp_path, "--max_steps", 3, "--log_interval", 1, "--sample_tokens", 5]
+    out = run("pretrain.py", [*args, "--batch_size", 2, "--num_threads", 1], fresh=True)
     for words in ("tiny: 5.0M parameters", "Validation loss", "The model continues", "weights", "Next: "):
         assert words in out

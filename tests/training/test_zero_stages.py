@@ -70,7 +70,7 @@ def runs(tmp_path_factory):
             pairs.append({"chosen": [question, good], "rejected": [question, bad]})
     for name, rows in (("chats", chats), ("pairs", pairs), ("val_chats", chats[:3]), ("val_pairs", pairs[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    script = "../tests/test_zero_stages.py"
+    script = str(Path(__file__))
     one = start(script, [folder, "0", 4])
     two = start(script, [folder, "0123", 2], ranks=2)
     finish(one)
