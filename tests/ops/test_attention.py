@@ -144,7 +144,7 @@ def test_unknown_and_impossible_backends_are_errors():
     assert resolve("auto", "cpu") == ("sdpa", "no GPU")
     with pytest.raises(ValueError, match="unknown attention backend 'flash'.*sdpa"):
         use("flash")
-    with use("flash_attn"), pytest.raises(ValueError, match="--attention flash_attn needs a GPU"):
+    with use("flash_attn"), pytest.raises(ValueError, match="--attention flash_attn needs an Ampere or newer GPU"):
         chosen("cpu", torch.bfloat16)
 
 
