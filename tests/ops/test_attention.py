@@ -139,12 +139,12 @@ def test_no_tokens():
 def test_unknown_and_impossible_backends_are_errors():
     with pytest.raises(ValueError, match="unknown attention backend 'flash'.*sdpa"):
         resolve("flash", "cpu")
-    with pytest.raises(ValueError, match="needs a GPU"):
+    with pytest.raises(ValueError, match="needs an Ampere or newer GPU"):
         resolve("flash_attn", "cpu")
     assert resolve("auto", "cpu") == ("sdpa", "no GPU")
     with pytest.raises(ValueError, match="unknown attention backend 'flash'.*sdpa"):
         use("flash")
-    with use("flash_attn"), pytest.raises(ValueError, match="--attention flash_attn needs a GPU"):
+    with use("flash_attn"), pytest.raises(ValueError, match="--attention flash_attn needs an Ampere or newer GPU"):
         chosen("cpu", torch.bfloat16)
 
 
