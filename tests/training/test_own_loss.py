@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "en" / "train_pretrain.md"
 def mine(tmp_path):
     """The docs' example, as a file."""
     file = tmp_path / "mine.py"
-    (example,) = fenced(PAGE.read_text(encoding="utf-8"), "python")
+    (example,) = (b for b in fenced(PAGE.read_text(encoding="utf-8"), "python") if "def focal" in b)
     file.write_text(example, encoding="utf-8")
     return file
 

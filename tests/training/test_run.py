@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from launching import load_script
+from launching import ROOT, load_script
+from pages import fenced
 
 from minimind_fast.data import samples
 from minimind_fast.ops import precision
@@ -96,3 +99,26 @@ def test_every_stage_suits_its_sample_with_options_that_it_has(name):
     known = {f.name for c in vars(script).values() if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)}
     assert set(script.STAGE.suits) <= known and samples.path(script.STAGE.sample).is_file()
     assert isinstance(script.STAGE, Stage) and issubclass(Run, object) and script.STAGE.name == name
+
+
+FROM_PYTHON = """
+import sys
+from pathlib import Path
+from minimind_fast.training import config
+
+small = dict(hidden_size=64, num_hidden_layers=1, max_steps=2, save_dir=sys.argv[2], num_threads=1, max_seq_len=64)
+options = config.TrainConfig
+config.TrainConfig = lambda **given: options(**{**given, **small, "preset": "tiny"})
+exec(Path(sys.argv[1]).read_text())
+assert trainer.step == 2 and run.config.batch_size == 4 and (run.weights / "config.json").is_file()
+"""
+
+
+def test_the_docs_python_trains(tmp_path):
+    page = (ROOT / "docs" / "en" / "train_pretrain.md").read_text(encoding="utf-8")
+    (example,) = (block for block in fenced(page, "python") if "setup.begin" in block)
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", "-c", FROM_PYTHON, str(tmp_path / "example.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "given default" in done.stdout
