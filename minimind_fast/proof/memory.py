@@ -42,8 +42,8 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return self.item
-        if func is torch.ops.aten.allclose.default:  # promises count as kept
+            return False if args[0].dtype == torch.bool else self.item  # such as "was a promise broken?"
+        if func is torch.ops.aten.allclose.default:
             return True
         if func is torch.ops.aten.bincount.default:  # its shape depends on data
             return torch.empty((kwargs or {}).get("minlength", args[-1]), dtype=torch.int64)

@@ -75,6 +75,7 @@ LAST = ["from_minimind"]  # fine-tunes a model of another shape
 SIZES: dict[str, Any] = dict(max_steps=2, batch_size=4, max_seq_len=64, accumulation_steps=1, log_interval=1)
 SIZES |= dict(num_threads=1, sample_tokens=2, cache_dir="cache")
 SHAPE = dict(hidden_size=64, num_hidden_layers=2)
+OWN = ("grpo", "pretrain")  # pages with functions for mine.py: a reward, a loss
 PLACE_OF_RESULT = {"export": 2, "import": 2, "lora merge": 4, "lora convert": 3}  # among the words of a tool
 NARROW = f"from minimind_fast.config import PRESETS\nfor preset in PRESETS.values(): preset.update({SHAPE})\n"
 FEW_CASES = "from minimind_fast.proof.cases import CASES\nCASES.update({op: some[-2:] for op, some in CASES.items()})\n"
@@ -130,7 +131,8 @@ def folder(tmp_path_factory) -> Path:
     (made / "shared").mkdir()
     shutil.copyfile(made / "my.jsonl", made / "shared" / "my.jsonl")
     (made / "ds.json").write_text(fenced((DOCS / "en" / "deepspeed.md").read_text(encoding="utf-8"), "json")[0])
-    (made / "mine.py").write_text(fenced((DOCS / "en" / "train_grpo.md").read_text(encoding="utf-8"), "python")[0])
+    own = [fenced((DOCS / "en" / f"train_{name}.md").read_text(encoding="utf-8"), "python")[0] for name in OWN]
+    (made / "mine.py").write_text("\n".join(own))
     tokenizer = Tokenizer.load(samples.path("tokenizer"))
     for name, preset, form in (("big_model", "minimind3", "minimind"), ("pretrain_512.pth", "minimind2-small", "pth")):
         model = mm.MiniMind(mm.ModelConfig.preset(preset, **SHAPE))

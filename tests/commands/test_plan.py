@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from halves import HALF
 
 from minimind_fast.cli import main as cli
 from minimind_fast.commands import plan
@@ -64,10 +65,10 @@ print(json.dumps([peak(*case) for case in json.loads(sys.argv[1])]))
 CUT = {"num_hidden_layers": 3, "vocab_size": 3200}
 CASES = [
     # The parameters' part rules, the batch's part rules, plain float32, everything partitioned.
-    ("minimind2-small", {}, 1, "bfloat16", 128, 64),
-    ("minimind2-small", CUT, 1, "bfloat16", 2048, 256),
+    ("minimind2-small", {}, 1, HALF, 128, 64),
+    ("minimind2-small", CUT, 1, HALF, 2048, 256),
     ("minimind3", CUT, 0, "float32", 1024, 128),
-    ("minimind2-small", {}, 3, "bfloat16", 128, 64),
+    ("minimind2-small", {}, 3, HALF, 128, 64),
 ]
 
 

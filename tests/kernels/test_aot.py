@@ -34,12 +34,12 @@ def check_table(found: dict, targets: set[str], presets: set[str], names: set[st
         assert 16 <= row["registers"] <= 512 and row["bytes_moved"] > 0
 
 
-def test_the_newest_model_on_two_architectures(tmp_path):
-    """The subset for every run of the suite: the largest and the smallest shared memory."""
+def test_the_newest_model_on_hopper(tmp_path):
+    """A subset for each run of the suite: the largest shared memory here, the smallest below."""
     names = {"rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_kl"}
-    argv = ("--targets", "sm_90,sm_86", "--presets", "minimind3", "--ops", ",".join(sorted(names)))
+    argv = ("--targets", "sm_90", "--presets", "minimind3", "--ops", ",".join(sorted(names)))
     found = compile_all(tmp_path, *argv, timeout_s=280)
-    check_table(found, {"sm_90", "sm_86"}, {"minimind3"}, names)
+    check_table(found, {"sm_90"}, {"minimind3"}, names)
     # The floors of the fused norm and of SwiGLU by hand: 4 D and 3 F values of 2 bytes a token.
     floors = {(row["op"], row["direction"]): row["floor_bytes"] for row in found["ops"]}
     assert floors["rms_norm", "forward"] == 65536 * 4 * 768 * 2

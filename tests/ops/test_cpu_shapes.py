@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+from halves import needs_bf16
 from stand_ins import Engine
 
 import minimind_fast as mm
@@ -134,6 +135,7 @@ def used_mib():
     return (info.field4 + info.field7) / 2**20  # mapped blocks, and the heap's
 
 
+@needs_bf16
 def test_grpo_takes_no_more_memory_from_step_to_step():
     """The number of tokens differs from step to step; oneDNN kept 0.5 MiB for each new matmul shape: 10 MiB a step."""
     model = make("minimind3").train()

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from halves import needs_bf16
 from launching import read_log, run
 from stand_ins import Engine
 
@@ -261,6 +262,7 @@ def test_lora_on_two_ranks_trains_the_same_adapters(lora_args, one_rank, tmp_pat
         assert "the frozen weights (none) are not those that this run began with" in out
 
 
+@needs_bf16
 def test_a_resume_in_bf16_restores_the_adapters_masters(lora_args, tmp_path):
     """The default on one rank; the frozen base is not in the checkpoint."""
     args = [*lora_args, "--dtype", "bfloat16", "--save_dir", tmp_path, "--lora_dropout", 0.1, "--max_steps", 4]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from halves import HALF
 from launching import ROOT, TINY, finish, free_port, read_log, run, start, wait_for_step, write_corpus
 
 import minimind_fast as mm
@@ -29,7 +30,7 @@ def losses(folder, first=1):
 
 
 # (ZeRO stage, ranks, dtype)
-RESUME = [(0, 1, "float32"), (1, 1, "bfloat16"), (2, 2, "bfloat16"), (3, 2, "float32"), (0, 2, "bfloat16")]
+RESUME = [(0, 1, "float32"), (1, 1, HALF), (2, 2, HALF), (3, 2, "float32"), (0, 2, HALF)]
 
 
 @pytest.mark.parametrize(("stage", "ranks", "dtype"), RESUME)
@@ -131,7 +132,7 @@ def test_kill_during_a_save_leaves_the_older_checkpoint(corpus, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(corpus, tmp_path):
-    for dtype in ("float32", "bfloat16"):
+    for dtype in sorted({"float32", HALF}):
         args = [*TINY, *corpus, "--save_dir", tmp_path / dtype, "--learning_rate", 1e30, "--grad_clip", 0]
         out = run("pretrain.py", [*args, "--dtype", dtype, "--max_nonfinite_steps", 3, "--max_steps", 50], expect=1)
         assert "the step was skipped (1 in a row)" in out

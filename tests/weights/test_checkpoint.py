@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import finish, start
 from safetensors.torch import load_file, save_file
 
 import minimind_fast as mm
@@ -407,8 +406,7 @@ mm.save_pretrained(model, sys.argv[1])
 def test_a_killed_save_leaves_the_old_folder_whole(moment, tmp_path):
     model = tiny("dense2")
     mm.save_pretrained(model, tmp_path / "m")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "m"), moment], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    finish(start("-c", [KILLED, tmp_path / "m", moment]), expect=-signal.SIGKILL)
     if moment == "writing":
         assert same_weights(mm.load_pretrained(tmp_path / "m"), model)
     else:  # neither is in its place; the error says where the old one is
