@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, the most valuable first, in two calls of under ten minutes each on a bare offline machine
+# Everything that needs a GPU, most important first, in two calls of under ten minutes each on a bare offline machine
 # (Python 3.12, torch 2.11, triton 3.6, no network). First: tests, the proof, kernel groups, steps, training beside the eager
-# loop, the rest of the suite, the report. Second: loss curves with kernels on and off, a real run to a chat, what the engine
-# costs, training under ZeRO 0-3, generation.
+# loop, the rest of the suite, the report. Second: loss curves with kernels on and off, a real run to a chat, the engine's
+# cost, training under ZeRO 0-3, generation.
 #
 # usage: [WHEELS=FOLDER] [CORPUS=FOLDER] [OUT=FOLDER] [ARCHIVE=FILE] [PARTS="tests verify ..."] benchmarks/gpu.sh [--second] [--dry-run]
 #   WHEELS   wheels to install first (default: benchmarks/wheels), and
 #   CORPUS   real text (default: benchmarks/corpus): both made by benchmarks/pack_for_gpu.py
 #   OUT      where results go (default: benchmarks/results; in a dry run a temporary folder): gpu.log and gpu_parts.tsv
 #            (gpu_second.log, ... of the second call), each part's files, the report
-#   ARCHIVE  also keep all of OUT in this one .tar.gz, written anew after each part: for a machine that gives few files back
-#   PARTS    which parts, by name (default: all of the call)
-#   --dry-run  all parts on this machine's CPU with small shapes: proves the button, measures nothing
+#   ARCHIVE  also pack all of OUT into this .tar.gz, rewritten after each part: for machines that return few files
+#   PARTS    parts to run, by name (default: all parts of the call)
+#   --dry-run  all parts on this machine's CPU with small shapes: tests this script, measures nothing
 #
-# Each part has a budget in seconds and writes its results before the next begins, so that what was measured stays
-# measured. A part that fails does not stop the others; the exit code is 1 if any failed.
+# Each part has a budget in seconds and writes its results before the next begins, so nothing measured is lost. A part that
+# fails does not stop the others; the exit code is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +28,7 @@ for argument in "$@"; do
 done
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-[[ $dry == 0 || -n ${OUT:-} ]] || out=$(mktemp -d) # numbers that mean nothing stay out of the results
+[[ $dry == 0 || -n ${OUT:-} ]] || out=$(mktemp -d) # keep meaningless numbers out of the results
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/$name.log parts=$out/${name}_parts.tsv
@@ -37,7 +37,7 @@ printf 'part\tresult\tseconds\n' > "$parts"
 export PYTHONUNBUFFERED=1
 say() { echo "$*" | tee -a "$log"; }
 
-# Wheels that travelled go into a folder of their own. The package is found here, in the root.
+# The packed wheels are installed into their own folder. The package itself is found here, in the root.
 wheels=${WHEELS:-benchmarks/wheels} corpus=${CORPUS:-benchmarks/corpus}
 pack="python -m benchmarks.pack_for_gpu, where there is a network, makes benchmarks/wheels and benchmarks/corpus: carry both here"
 if ! "$python" -c 'import deepspeed' 2> /dev/null; then
@@ -71,7 +71,7 @@ if [[ $dry == 0 ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda
 fi
 
 failed=0 aside=$(mktemp)
-# part NAME BUDGET_S COMMAND...: run one part within its budget and note how it went.
+# part NAME BUDGET_S COMMAND...: run one part within its budget and record the outcome.
 part() {
   local name=$1 budget=$2 code started=$SECONDS
   shift 2
@@ -87,8 +87,8 @@ part() {
   printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - started))" >> "$parts"
   [[ -z ${ARCHIVE:-} ]] || { tar -czf "$aside" --exclude='*.tar.gz' -C "$out" . && cp "$aside" "$ARCHIVE"; }
 }
-# suite NAME BUDGET_S OPTIONS...: a part of the benchmark suite. It begins no row after five sixths of the budget, and an
-# interrupt at its end still lets pytest write what was measured.
+# suite NAME BUDGET_S OPTIONS...: a part of the benchmark suite. It starts no row after five sixths of the budget; the
+# interrupt at its end still lets pytest write its results.
 suite() {
   local name=$1 budget=$2
   shift 2
@@ -99,11 +99,11 @@ suite() {
 if [[ $dry == 1 ]]; then
   export CUDA_VISIBLE_DEVICES=
 fi
-# Compiling kernels is most of the tests' time, and a machine with a GPU has cores to spare. Each of these processes may hold
+# Compiling kernels takes most of the tests' time, and a GPU machine has cores to spare. Each of these processes may use
 # some 15 GB of the card: float64 truth at large vocabularies.
 several=()
 [[ $dry == 1 ]] || ! "$python" -c 'import xdist' 2> /dev/null || several=(-n 4 --dist worksteal)
-text=() # the sample, where no text travelled
+text=() # default: the shipped sample
 [[ ! -f $corpus/pretrain.jsonl ]] || text=(--data_path "$corpus/pretrain.jsonl" --tokenizer_path "$corpus/tokenizer")
 if [[ $second == 1 && $dry == 1 ]]; then
   part loss_curves 400 "$python" -m benchmarks.studies.loss_curves --dry_run --corpus "$corpus" --out "$out"
@@ -127,7 +127,7 @@ elif [[ $dry == 1 ]]; then
   suite rest 240 benchmarks/suite/test_loading.py benchmarks/suite/test_decoding.py benchmarks/suite/test_weight_gradients.py
 else
   part tests 115 "$python" -m pytest -m gpu "${several[@]}" -p no:cacheprovider --maxfail=30 --continue-on-collection-errors \
-    --ignore tests/training/test_gpu_training.py --deselect tests/proof/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # the next part is that
+    --ignore tests/training/test_gpu_training.py --deselect tests/proof/test_verify.py::test_every_kernel_in_every_dtype_on_the_gpu # these are the next part
   part verify 85 "$python" -m minimind_fast.commands.verify --device cuda --json "$out/verify.json"
   [[ ! -f $out/verify.json ]] || part verify_report 10 "$python" -m benchmarks.report verify "$out/verify.json"
   suite kernels 90 benchmarks/suite/test_kernels.py

@@ -76,11 +76,11 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("path", metavar="PATH", help="folder with a model, a run's folder, or MiniMind's .pth")
     add("out", metavar="OUT", help="folder to write (a file for --format pth)")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights (default: auto, as stored)")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the weights (default: auto, as stored)")
     add("--max_shard_size", metavar="SIZE", help="split larger weights into files of this size, such as 500MB")
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
     add("--preset", help="shape of a .pth file, such as minimind2-small")
-    add("--overwrite", action="store_true", help="replace a model that is there already")
+    add("--overwrite", action="store_true", help="replace an existing model")
     parser.set_defaults(device="cpu", threads=0, lora=None)
     return parser
 
@@ -121,7 +121,7 @@ def _check_places(source: Path, out: Path, a_file: bool, overwrite: bool) -> Non
     if here == there or there in here.parents or here in there.parents:
         raise ValueError(f"one of {out} and {source} lies inside the other; name another place to write to")
     if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise ValueError(f"{out} is there already; add --overwrite to replace it")
+        raise ValueError(f"{out} already exists; add --overwrite to replace it")
 
 
 def main_lora(argv: list[str]) -> int:
@@ -146,16 +146,16 @@ def main_lora(argv: list[str]) -> int:
     add("out", metavar="OUT", help="folder to write")
     add("--preset", help="shape of a .pth file, such as minimind2-small")
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
-    text = "of the merged weights; half precision rounds small changes away (default: float32)"
+    text = "dtype of the merged weights; half precision rounds small changes away (default: float32)"
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=text)
     add = commands.add_parser("convert", help="PEFT's folder to MiniMind's .pth, or back").add_argument
     add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
     add("out", metavar="OUT", help="a .pth file or a folder to write")
     for command in commands.choices.values():
-        command.add_argument("--overwrite", action="store_true", help="replace what is there already")
+        command.add_argument("--overwrite", action="store_true", help="replace existing output")
     args = parser.parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
-        raise ValueError(f"{args.out} is there already; add --overwrite to replace it")
+        raise ValueError(f"{args.out} already exists; add --overwrite to replace it")
     if args.command == "convert":
         found, lora = read_adapters(args.adapter)
         save_adapters(found, lora, args.out)

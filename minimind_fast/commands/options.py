@@ -121,13 +121,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, temperature: float, to
         temperature, top_p: their defaults.
     """
     add = parser.add_argument
-    add("--max_new_tokens", type=int, default=512, help="at most, for each answer (default: 512)")
+    add("--max_new_tokens", type=int, default=512, help="most tokens per answer (default: 512)")
     add("--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature})")
     add("--top_p", type=float, default=top_p, help=f"probability to keep (default: {top_p})")
     add("--top_k", type=int, default=0, help="tokens to keep; 0 for all (default: 0)")
     add("--min_p", type=float, default=0.0, help="share of the likeliest token's probability to keep (default: 0)")
     add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition (default: 1)")
-    add("--seed", type=int, help="the same draw every time (default: a new one)")
+    add("--seed", type=int, help="makes sampling repeatable (default: a random seed)")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -341,12 +341,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--card", default="", choices=["", "here", *CARDS], help="device (default: this machine's GPU, or H200)"
     )
-    p.add_argument("--batch_size", type=int, default=32, help="rows of max_seq_len in a micro-batch of a rank")
-    p.add_argument("--max_seq_len", type=int, default=512, help="and their length in tokens")
+    p.add_argument("--batch_size", type=int, default=32, help="rows of max_seq_len in a rank's micro-batch")
+    p.add_argument("--max_seq_len", type=int, default=512, help="length of a row in tokens")
     p.add_argument("--document", type=int, default=0, help="tokens of a document (default: max_seq_len)")
     p.add_argument("--accumulation_steps", type=int, default=1, help="micro-batches in an optimizer step")
     p.add_argument("--dtype", default="auto", choices=["auto", *sorted(ITEM_BYTES)], help="as in training")
-    p.add_argument("--zero_stage", type=int, default=1, choices=range(4), help="of the times; memory is told of each")
+    p.add_argument(
+        "--zero_stage", type=int, default=1, choices=range(4), help="stage of the times; memory is shown for each"
+    )
     p.add_argument("--gradient_checkpointing", action="store_true", help="recompute each block")
     p.add_argument("--gpus_per_node", type=int, default=8)
     p.add_argument(
@@ -354,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--corpus_tokens", type=float, default=0.0, metavar="N", help="e.g. 1e9: hours for such a corpus")
     p.add_argument("--epochs", type=float, default=1.0, help="passes over the corpus")
-    p.add_argument("--price", type=float, default=0.0, help="of one GPU for an hour, in your currency")
+    p.add_argument("--price", type=float, default=0.0, help="price of a GPU hour, in your currency")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder with committed measurements")
     p.add_argument("--json", metavar="FILE", default="", help="also write every number to this file")
     args = p.parse_args(argv)

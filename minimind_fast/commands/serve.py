@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
         _note(f"http://{shown}:{port}  a chat page; OpenAI's API under http://{shown}:{port}/v1")
         _note(f"{service.name}: {args.max_batch} requests at once, {context} tokens each, cache {size_mib:.0f} MiB")
         if not local and not key:
-            _note("warning: anybody who reaches this address can use the model; --api-key asks for a key")
+            _note("warning: anyone who can reach this address can use the model; set a key with --api-key")
         config = uvicorn.Config(
             make_app(service),
             log_level="warning",

@@ -211,7 +211,7 @@ def _show(value: Any) -> str:
 
 def _common(f: Fields, defaults: Defaults) -> dict[str, Any]:
     """Fields of both endpoints, except logprobs and the token limit's second name."""
-    f.only("n", [1], "this server gives one answer a request; send n requests at once instead")
+    f.only("n", [1], "this server gives one answer per request; send n requests at once instead")
     for name in ("frequency_penalty", "presence_penalty"):
         f.only(name, [0, 0.0], "only 0 is supported; use repetition_penalty")
     f.only("logit_bias", [{}], "is not supported")
