@@ -180,8 +180,8 @@ def test_custom_ops_and_compile():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"student_hidden": torch.zeros(6, 9)}, "of the student"),
-        ({"teacher_weight": torch.zeros(40, 5)}, "of the teacher"),
+        ({"student_hidden": torch.zeros(6, 9)}, "from the student"),
+        ({"teacher_weight": torch.zeros(40, 5)}, "from the teacher"),
         ({"teacher_weight": torch.zeros(29, 4)}, "smaller than the student's"),
         ({"teacher_hidden": torch.zeros(6, 4, dtype=torch.float16)}, "one floating-point dtype"),
         ({"teacher_hidden": torch.zeros(5, 4)}, "the same tokens"),
