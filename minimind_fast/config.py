@@ -49,6 +49,9 @@ class ModelConfig:
     `generation` (2 or 3) sets the defaults in which they differ: q/k norm, RMSNorm's cast order, ffn width, eps, the form
     of the aux loss. Each can still be set separately. A None is filled in on construction.
 
+    `straight_through_router` matters in training only, and only where one normalised expert is chosen: the weight stays 1,
+    its gradient is that of the score's logarithm, so the router learns from the language-model loss.
+
     Raises:
         ValueError: an invalid combination, with what to change.
     """
@@ -80,6 +83,7 @@ class ModelConfig:
     moe_intermediate_size: int | None = None
     scoring_func: str = "softmax"
     norm_topk_prob: bool = True
+    straight_through_router: bool = False
     router_aux_loss_coef: float | None = None
     aux_loss_per_sequence: bool | None = None
 
@@ -134,9 +138,21 @@ class ModelConfig:
             raise ValueError(f"rope_scaling type {kind!r} is not known; MiniMind has only 'yarn'")
 
     @property
+    def normalizes_weights(self) -> bool:
+        """Whether the chosen scores are divided by their sum. MiniMind2 does so only where several are chosen."""
+        return self.norm_topk_prob and (self.generation == 3 or self.num_experts_per_tok != 1)
+
+    @property
     def router_gets_lm_gradient(self) -> bool:
-        """False for normalised top-1 routing, whose weight is the constant 1."""
-        return not (self.use_moe and self.num_experts_per_tok == 1 and self.norm_topk_prob)
+        """False for normalised top-1 routing, whose weight is the constant 1, unless its gradient is passed through."""
+        constant = self.use_moe and self.num_experts_per_tok == 1 and self.normalizes_weights
+        return not constant or self.straight_through_router
+
+    @property
+    def balance_factor(self) -> float:
+        """What the balancing loss is multiplied by: MiniMind3 and Qwen3-MoE count a token once per chosen expert."""
+        assert self.router_aux_loss_coef is not None and self.num_experts_per_tok is not None
+        return self.router_aux_loss_coef * (self.num_experts_per_tok if self.generation == 3 else 1)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
