@@ -26,10 +26,10 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.model import MiniMind
 from minimind_fast.weights.files import check_replaceable, old_prefix, written_aside
 from minimind_fast.weights.hf import ARCHITECTURES, from_hf_config, generation_config, to_hf_config
+from minimind_fast.weights.pth import EMBEDDING, HEAD, shape_of, weights_in
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that some releases store and we recompute.
 _BUFFERS = re.compile(r"(freqs_cos|freqs_sin|rotary_emb\.inv_freq|\.mask)$")
 FORMATS = ("minimind", "pth", *ARCHITECTURES)
@@ -302,6 +302,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for file in files:
         try:
             read = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+            read = weights_in(read) if path.is_file() else read
         except Exception as error:  # each reader has its own types; the user needs the file's name
             raise ValueError(f"{file} cannot be read as weights: {error}") from None
         if not isinstance(read, dict) or not all(isinstance(t, Tensor) for t in read.values()):
@@ -327,14 +328,16 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
+    told: dict[str, Any] | None = None,
 ) -> MiniMind:
-    """Open a model from a folder, or from MiniMind's own `.pth` with its config.
+    """Open a model from a folder, or from MiniMind's own `.pth`.
 
     Args:
         path: folder with config.json and weights (model_type minimind, llama, qwen3 or qwen3_moe), or a .pth file.
         device: device of the parameters.
         dtype: dtype of the parameters; None: as stored (a .pth: float32).
-        config: required for a .pth, which does not record the model's shape.
+        config: the whole config, instead of what the folder or the tensors of a .pth say.
+        told: single fields that win over these, such as {"num_attention_heads": 4}.
 
     Returns:
         The model, in evaluation mode.
@@ -344,10 +347,13 @@ def load_pretrained(
     """
     path = resolve_folder(path)
     check_exists(path)
-    if path.is_file() and config is None:
-        raise ValueError(f"{path} holds weights only; pass config=ModelConfig(...) that says the model's shape")
-    config = config or load_config(path)
+    if config is None and not path.is_file():
+        config = load_config(path)
     disk = read_weights(path)
+    if config is None:
+        config = shape_of(disk, str(path), **told or {})
+    elif told:
+        config = replace(config, **told)
     stored = next((t.dtype for t in disk.values() if t.is_floating_point()), torch.float32)
     with torch.random.fork_rng(devices=[]):  # discarded initial weights must not advance the caller's generator
         model = MiniMind(config)
