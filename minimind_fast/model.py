@@ -146,12 +146,12 @@ class Router(nn.Module):
         super().__init__()
         assert config.num_experts_per_tok is not None
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.top_k, self.normalize = config.num_experts_per_tok, config.normalizes_weights
-        self.straight_through = self.normalize and self.top_k == 1 and config.straight_through_router
+        self.top_k = config.num_experts_per_tok
+        self.straight_through = config.straight_through_router and config.normalizes_weights and self.top_k == 1
+        self.normalize = config.normalizes_weights and not self.straight_through
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None) -> ops.Routing:
-        normalize = self.normalize and not self.straight_through
-        routing = ops.moe_route(x, self.weight, self.top_k, normalize, cu_seqlens, valid)
+        routing = ops.moe_route(x, self.weight, self.top_k, self.normalize, cu_seqlens, valid)
         if self.straight_through:  # the value is 1, the gradient d log s
             routing = routing._replace(weights=routing.weights / routing.weights.detach())
         return routing
@@ -313,6 +313,8 @@ class MiniMind(nn.Module):
     """
 
     generator: ClassVar[Callable[..., Any] | None] = None  # set by `infer.generate`, which stands above
+    base_fingerprint: str = ""  # these two are kept by `weights.lora`
+    merged_adapters: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

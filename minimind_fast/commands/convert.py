@@ -14,9 +14,17 @@ from pathlib import Path
 
 import torch
 
-from minimind_fast.commands.options import add_lora_option, add_shape_options, open_stored, told_shape, with_adapters
+from minimind_fast.commands.options import (
+    add_base_option,
+    add_lora_option,
+    add_shape_options,
+    open_stored,
+    told_shape,
+    with_adapters,
+)
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
+from minimind_fast.weights.adapter_files import read_adapters, recorded_base, save_adapters
 from minimind_fast.weights.checkpoint import (
     FORMATS,
     check_replaceable,
@@ -25,7 +33,6 @@ from minimind_fast.weights.checkpoint import (
     save_pretrained,
 )
 from minimind_fast.weights.hf import ARCHITECTURES, fitting_format, obstacles
-from minimind_fast.weights.lora import read_adapters, save_adapters
 from minimind_fast.weights.pth import read_differently
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,7 +121,7 @@ def _open(args: argparse.Namespace, source: Path) -> tuple[MiniMind, Tokenizer |
     if args.tokenizer or (source / "tokenizer.json").is_file():
         return open_stored(argparse.Namespace(**{**vars(args), "dtype": "auto"}))
     model = load_pretrained(source, **told_shape(args, source))
-    return with_adapters(model, args.lora), None
+    return with_adapters(model, args.lora, getattr(args, "any_base", False)), None
 
 
 def _check_reader(model: MiniMind, edited: bool) -> None:
@@ -167,6 +174,9 @@ def main_lora(argv: list[str]) -> int:
     add = commands.add_parser("convert", help="PEFT's folder to MiniMind's .pth, or back").add_argument
     add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
     add("out", metavar="OUT", help="a .pth file or a folder to write")
+    text = "refuse what MiniMind's own loader would pass over: adapters of projections that are not square"
+    add("--for_minimind", action="store_true", help=text)
+    add_base_option(commands.choices["merge"])
     for command in commands.choices.values():
         command.add_argument("--overwrite", action="store_true", help="replace what is there already")
     args = parser.parse_args(argv)
@@ -174,7 +184,9 @@ def main_lora(argv: list[str]) -> int:
         raise ValueError(f"{args.out} is there already; add --overwrite to replace it")
     if args.command == "convert":
         found, lora = read_adapters(args.adapter)
-        save_adapters(found, lora, args.out)
+        base, fingerprint = recorded_base(args.adapter)
+        about = dict(base=base, fingerprint=fingerprint, square_only=args.for_minimind)
+        save_adapters(found, lora, args.out, **about)
         print(f"{args.out}: {len(found)} adapters of rank {lora.rank} on {', '.join(lora.targets)}")
         if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
             print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minimind_fast.config import YARN
+from minimind_fast.config import YARN, ends_at
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.model import MiniMind
@@ -90,14 +90,22 @@ def add_lora_option(parser: argparse.ArgumentParser) -> None:
     """Add --lora."""
     text = "adapters to merge first: PEFT folder, MiniMind .pth, or the folder of a LoRA run; in float32 unless --dtype says"
     parser.add_argument("--lora", metavar="ADAPTER", help=text)
+    add_base_option(parser)
 
 
-def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    """Add --any_base."""
+    text = "load adapters onto weights that they were not trained on, or once more onto a model that has them"
+    parser.add_argument("--any_base", action="store_true", help=text)
+
+
+def with_adapters(model: MiniMind, adapters: str | None, any_base: bool = False) -> MiniMind:
     """Merge adapters into a model.
 
     Args:
         model: the base model.
         adapters: value of --lora, or None.
+        any_base: value of --any_base.
 
     Returns:
         The model in float32, since half precision rounds small changes away; without adapters, unchanged.
@@ -106,7 +114,7 @@ def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
         ValueError: the adapters cannot be read, or do not fit.
     """
     if adapters:
-        load_adapters(model.float(), adapters)
+        load_adapters(model.float(), adapters, any_base)
         merge(model)
     return model
 
@@ -155,9 +163,11 @@ def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
     tokenizer = tokenizer_of(folder, args.tokenizer, "--tokenizer")
     check_match(folder, tokenizer, "leave --tokenizer out or name the right one")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = with_adapters(load_pretrained(folder, dtype=None if args.lora else dtype, **shape), args.lora)
+    model = load_pretrained(folder, dtype=None if args.lora else dtype, **shape)
+    model = with_adapters(model, args.lora, getattr(args, "any_base", False))
     model = model.to(device=device, dtype=dtype).eval()
     check_size(tokenizer, model.config.vocab_size)
+    model.config = ends_at(model.config, tokenizer.eos_id)
     return model, tokenizer
 
 

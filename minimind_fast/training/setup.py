@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import minimind_fast
 from minimind_fast import ops, plugins
-from minimind_fast.config import IGNORE_INDEX, ModelConfig
+from minimind_fast.config import IGNORE_INDEX, ModelConfig, ends_at
 from minimind_fast.data import samples
 from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.cache import Encoder, build_cache
@@ -138,6 +138,7 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     else:
         model = MiniMind(preset_config(config, tokenizer))
     check_size(tokenizer, model.config.vocab_size)
+    model.config = ends_at(model.config, tokenizer.eos_id)
     return model
 
 
