@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+NO_TOKEN = -1  # a special id that the model does not have, null in files
 IGNORE_INDEX = -100  # a target that does not count, as in PyTorch and Transformers
 
 # Keys that Transformers and MiniMind write but that have no effect here.
@@ -38,6 +39,43 @@ YARN = {
 }
 
 
+def token_ids(raw: dict[str, Any]) -> dict[str, Any]:
+    """The special ids in a JSON config, null or several as they may be, as fields of a ModelConfig.
+
+    Args:
+        raw: the parsed JSON; ids that it does not name are left out.
+    """
+    out: dict[str, Any] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if name in raw:
+            value = raw[name]
+            several = [i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int)]
+            out[name] = several[0] if several else NO_TOKEN
+            if name == "eos_token_id":
+                out["more_eos_token_ids"] = tuple(several[1:])
+    if out.get("pad_token_id") == NO_TOKEN:  # shorter rows need some padding id
+        out["pad_token_id"] = max(out.get("eos_token_id", 0), 0)
+    return out
+
+
+def ids_on_disk(config: ModelConfig) -> dict[str, Any]:
+    """The special ids as JSON holds them: null for none, a list for several ends."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    out: dict[str, Any] = {name: i if (i := getattr(config, name)) >= 0 else None for name in names}
+    if config.more_eos_token_ids:
+        out["eos_token_id"] = [config.eos_token_id, *config.more_eos_token_ids]
+    return out
+
+
+def ends_at(config: ModelConfig, token: int) -> ModelConfig:
+    """The config with one more id that ends an answer: a tokenizer's end may be another than the model's."""
+    if token in config.stop_ids or token < 0:
+        return config
+    if config.eos_token_id < 0:
+        return dataclasses.replace(config, eos_token_id=token)
+    return dataclasses.replace(config, more_eos_token_ids=(*config.more_eos_token_ids, token))
+
+
 def _round_up(x: float, to: int) -> int:
     return to * math.ceil(x / to)
 
@@ -48,6 +86,12 @@ class ModelConfig:
 
     `generation` (2 or 3) sets the defaults in which they differ: q/k norm, RMSNorm's cast order, ffn width, eps, the form
     of the aux loss. Each can still be set separately. A None is filled in on construction.
+
+    A special id of NO_TOKEN (null in files) is one that the model does not have. `stop_ids` are all that end an answer:
+    `eos_token_id` and `more_eos_token_ids`; files hold them as one list.
+
+    `straight_through_router` matters in training only, and only where one normalised expert is chosen: the weight stays 1,
+    its gradient is that of the score's logarithm, so the router learns from the language-model loss.
 
     Raises:
         ValueError: an invalid combination, with what to change.
@@ -73,6 +117,7 @@ class ModelConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0
+    more_eos_token_ids: tuple[int, ...] = ()
     use_moe: bool = False
     num_experts: int = 4
     num_experts_per_tok: int | None = None
@@ -80,6 +125,7 @@ class ModelConfig:
     moe_intermediate_size: int | None = None
     scoring_func: str = "softmax"
     norm_topk_prob: bool = True
+    straight_through_router: bool = False
     router_aux_loss_coef: float | None = None
     aux_loss_per_sequence: bool | None = None
 
@@ -134,9 +180,26 @@ class ModelConfig:
             raise ValueError(f"rope_scaling type {kind!r} is not known; MiniMind has only 'yarn'")
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        return frozenset(i for i in (self.eos_token_id, *self.more_eos_token_ids) if i >= 0)
+
+    @property
+    def normalizes_weights(self) -> bool:
+        """Whether the chosen scores are divided by their sum. MiniMind2 does so only where several are chosen."""
+        return self.norm_topk_prob and (self.generation == 3 or self.num_experts_per_tok != 1)
+
+    @property
     def router_gets_lm_gradient(self) -> bool:
-        """False for normalised top-1 routing, whose weight is the constant 1."""
-        return not (self.use_moe and self.num_experts_per_tok == 1 and self.norm_topk_prob)
+        """False for normalised top-1 routing, whose weight is the constant 1, unless its gradient is passed through."""
+        constant = self.use_moe and self.num_experts_per_tok == 1 and self.normalizes_weights
+        return not constant or self.straight_through_router
+
+    @property
+    def balance_factor(self) -> float:
+        """What the balancing loss is multiplied by: MiniMind3 and Qwen3-MoE count a token once per chosen expert."""
+        assert self.router_aux_loss_coef is not None and self.num_experts_per_tok is not None
+        return self.router_aux_loss_coef * (self.num_experts_per_tok if self.generation == 3 else 1)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
@@ -166,7 +229,7 @@ class ModelConfig:
         Raises:
             ValueError: an unknown key or an invalid value.
         """
-        raw = dict(raw)
+        raw = {**raw, **token_ids(raw)}
         yarn = raw.pop("inference_rope_scaling", None)
         known = {f.name for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
@@ -191,6 +254,8 @@ class ModelConfig:
         """This generation's `config.json`, which MiniMind and `from_dict` can read."""
         out = dataclasses.asdict(self)
         generation = out.pop("generation")
+        out.update(ids_on_disk(self))
+        del out["more_eos_token_ids"]
         if generation == 2:
             for theirs, ours in _ALIASES.items():
                 out[theirs] = out.pop(ours)

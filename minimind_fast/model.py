@@ -146,10 +146,15 @@ class Router(nn.Module):
         super().__init__()
         assert config.num_experts_per_tok is not None
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.top_k = config.num_experts_per_tok
+        self.straight_through = config.straight_through_router and config.normalizes_weights and self.top_k == 1
+        self.normalize = config.normalizes_weights and not self.straight_through
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None) -> ops.Routing:
-        return ops.moe_route(x, self.weight, self.top_k, self.normalize, cu_seqlens, valid)
+        routing = ops.moe_route(x, self.weight, self.top_k, self.normalize, cu_seqlens, valid)
+        if self.straight_through:  # the value is 1, the gradient d log s
+            routing = routing._replace(weights=routing.weights / routing.weights.detach())
+        return routing
 
 
 class Experts(nn.Module):
@@ -175,7 +180,7 @@ class MoE(nn.Module):
         width = config.moe_intermediate_size
         assert width is not None and config.num_shared_experts is not None
         self.shared = MLP(config, width * config.num_shared_experts) if config.num_shared_experts else None
-        self.per_sequence, self.coefficient = config.aux_loss_per_sequence, config.router_aux_loss_coef
+        self.per_sequence, self.coefficient = config.aux_loss_per_sequence, config.balance_factor
         self.dropout = config.dropout
         self.last_counts: Tensor | None = None  # (E,) slots per expert in the last pass
         self.last_scores: Tensor | None = None  # (T, E) the router's softmax in the last pass
@@ -308,6 +313,8 @@ class MiniMind(nn.Module):
     """
 
     generator: ClassVar[Callable[..., Any] | None] = None  # set by `infer.generate`, which stands above
+    base_fingerprint: str = ""  # these two are kept by `weights.lora`
+    merged_adapters: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

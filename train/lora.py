@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         run,
         ChatEncoder,
         adapt=lambda model: lora.apply(model, spec),
-        save_weights=lambda model, _: lora.save_adapters(lora.adapters(model), spec, adapter, base=config.from_weight),
+        save_weights=lambda model, _: lora.save_adapters(
+            lora.adapters(model), spec, adapter, base=config.from_weight, fingerprint=model.base_fingerprint
+        ),
     )
     if config.merge and trainer.rank == 0:
         write_merged(run, trainer.tokenizer)

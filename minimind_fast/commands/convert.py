@@ -14,10 +14,17 @@ from pathlib import Path
 
 import torch
 
-from minimind_fast.commands.options import add_lora_option, open_stored, with_adapters
-from minimind_fast.config import ModelConfig
+from minimind_fast.commands.options import (
+    add_base_option,
+    add_lora_option,
+    add_shape_options,
+    open_stored,
+    told_shape,
+    with_adapters,
+)
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
+from minimind_fast.weights.adapter_files import read_adapters, recorded_base, save_adapters
 from minimind_fast.weights.checkpoint import (
     FORMATS,
     check_replaceable,
@@ -26,7 +33,7 @@ from minimind_fast.weights.checkpoint import (
     save_pretrained,
 )
 from minimind_fast.weights.hf import ARCHITECTURES, fitting_format, obstacles
-from minimind_fast.weights.lora import read_adapters, save_adapters
+from minimind_fast.weights.pth import read_differently
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,6 +57,8 @@ def main_export(argv: list[str]) -> int:
         choices=("auto", *FORMATS),
         help="auto: the Hugging Face format that holds this model (llama, qwen3 or qwen3_moe) (default: auto)",
     )
+    text = "write a .pth though MiniMind's own config would compute something else; its MiniMindConfig is edited then"
+    parser.add_argument("--edited_config", action="store_true", help=text)
     add_lora_option(parser)
     return _convert(parser.parse_args(argv))
 
@@ -67,7 +76,7 @@ def main_import(argv: list[str]) -> int:
         ValueError: something cannot be read, represented or written.
     """
     parser = _parser("import", "Bring a Llama, Qwen3 or Qwen3-MoE folder or a MiniMind .pth into a MiniMind folder.")
-    parser.set_defaults(format="minimind")
+    parser.set_defaults(format="minimind", edited_config=False)
     return _convert(parser.parse_args(argv))
 
 
@@ -79,8 +88,8 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the weights (default: auto, as stored)")
     add("--max_shard_size", metavar="SIZE", help="split larger weights into files of this size, such as 500MB")
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
-    add("--preset", help="shape of a .pth file, such as minimind2-small")
     add("--overwrite", action="store_true", help="replace an existing model")
+    add_shape_options(parser)
     parser.set_defaults(device="cpu", threads=0, lora=None)
     return parser
 
@@ -95,6 +104,8 @@ def _convert(args: argparse.Namespace) -> int:
         if format is None:
             reasons = "; ".join(f"{name}: {', '.join(obstacles(model.config, name))}" for name in ARCHITECTURES)
             raise ValueError(f"no other format holds this model ({reasons}); --format minimind and pth do")
+    if format == "pth":
+        _check_reader(model, args.edited_config)
     if format in ARCHITECTURES and model.config.dropout:
         print(f"note: dropout {model.config.dropout} becomes attention_dropout; answers do not change", file=sys.stderr)
     dtype = DTYPES.get(args.dtype) or model.lm_head.weight.dtype
@@ -109,10 +120,22 @@ def _open(args: argparse.Namespace, source: Path) -> tuple[MiniMind, Tokenizer |
     """The model in its stored dtype (the writer casts, and sees what would be lost), and its tokenizer if any."""
     if args.tokenizer or (source / "tokenizer.json").is_file():
         return open_stored(argparse.Namespace(**{**vars(args), "dtype": "auto"}))
-    if source.is_file() and not args.preset:
-        raise ValueError(f"{source} does not say its model's shape: add --preset minimind2-small (or another)")
-    model = load_pretrained(source, config=ModelConfig.preset(args.preset) if args.preset else None)
-    return with_adapters(model, args.lora), None
+    model = load_pretrained(source, **told_shape(args, source))
+    return with_adapters(model, args.lora, getattr(args, "any_base", False)), None
+
+
+def _check_reader(model: MiniMind, edited: bool) -> None:
+    """Refuse a .pth that MiniMind would open as another model without a word."""
+    fields = read_differently(model.config)
+    if not fields:
+        return
+    need = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    if not edited:
+        raise ValueError(
+            f"a .pth has no config, and MiniMind's own would make another model of this one: it needs {need}; write a "
+            "folder (--format minimind), or edit its MiniMindConfig and add --edited_config"
+        )
+    print(f"note: MiniMind reads this as it is only with MiniMindConfig(..., {need})", file=sys.stderr)
 
 
 def _check_places(source: Path, out: Path, a_file: bool, overwrite: bool) -> None:
@@ -144,13 +167,16 @@ def main_lora(argv: list[str]) -> int:
     add("path", metavar="BASE", help="folder of the model that the adapters were trained on, or its .pth")
     add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
     add("out", metavar="OUT", help="folder to write")
-    add("--preset", help="shape of a .pth file, such as minimind2-small")
+    add_shape_options(commands.choices["merge"])
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
     text = "dtype of the merged weights; half precision rounds small changes away (default: float32)"
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help=text)
     add = commands.add_parser("convert", help="PEFT's folder to MiniMind's .pth, or back").add_argument
     add("adapter", metavar="ADAPTER", help="PEFT folder, MiniMind .pth, or the folder of a LoRA run")
     add("out", metavar="OUT", help="a .pth file or a folder to write")
+    text = "refuse what MiniMind's own loader would pass over: adapters of projections that are not square"
+    add("--for_minimind", action="store_true", help=text)
+    add_base_option(commands.choices["merge"])
     for command in commands.choices.values():
         command.add_argument("--overwrite", action="store_true", help="replace existing output")
     args = parser.parse_args(argv)
@@ -158,7 +184,9 @@ def main_lora(argv: list[str]) -> int:
         raise ValueError(f"{args.out} already exists; add --overwrite to replace it")
     if args.command == "convert":
         found, lora = read_adapters(args.adapter)
-        save_adapters(found, lora, args.out)
+        base, fingerprint = recorded_base(args.adapter)
+        about = dict(base=base, fingerprint=fingerprint, square_only=args.for_minimind)
+        save_adapters(found, lora, args.out, **about)
         print(f"{args.out}: {len(found)} adapters of rank {lora.rank} on {', '.join(lora.targets)}")
         if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
             print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")

@@ -8,24 +8,40 @@ Properties: a user's mistake (a path, a foreign tokenizer, a range) is a ValueEr
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from minimind_fast.config import ModelConfig
+from minimind_fast.config import YARN, ends_at
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.precision import as_stored
-from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder
+from minimind_fast.weights.checkpoint import check_exists, load_config, load_pretrained, resolve_folder
 from minimind_fast.weights.lora import load_adapters, merge
 from minimind_fast.weights.open import check_match, check_size, tokenizer_of
+from minimind_fast.weights.pth import as_minimind
+
+# What a .pth does not say, or MiniMind's scripts say again; each is a field of ModelConfig.
+_SHAPE: dict[str, tuple[type, str]] = {
+    "hidden_size": (int, "of a .pth: checked against it"),
+    "num_hidden_layers": (int, "of a .pth: checked against it"),
+    "num_attention_heads": (int, "of a .pth without q/k norm (default: 8, MiniMind's)"),
+    "num_key_value_heads": (int, "of a .pth without q/k norm (default: by the heads' size)"),
+    "num_experts_per_tok": (int, "of a .pth with experts (default: MiniMind's 2 or, of generation 3, 1)"),
+    "rope_theta": (float, "of a .pth (default: 1e6, MiniMind's)"),
+    "rms_norm_eps": (float, "of a .pth (default: MiniMind's)"),
+}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add PATH, --tokenizer, --preset, --lora, --device, --dtype, --threads; `open_model` reads them."""
+    """Add PATH, --tokenizer, --lora, --device, --dtype, --threads and a .pth's shape; `open_model` reads them."""
     parser.add_argument("path", metavar="PATH", help="folder with a model, a run's folder, or MiniMind's .pth")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
-    parser.add_argument("--preset", help="shape of a .pth file, such as minimind2-small")
+    add_shape_options(parser)
+    text = "stretch positions by YaRN to 16 times 2048 tokens, as MiniMind does"
+    parser.add_argument("--rope_scaling", "--inference_rope_scaling", action="store_true", help=text)
     add_lora_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument(
@@ -36,18 +52,60 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's choice)")
 
 
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Add --preset and the single fields of a .pth's shape; `told_shape` reads them."""
+    parser.add_argument("--preset", help="shape of a .pth (default: read from its tensors)")
+    for name, (kind, text) in _SHAPE.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    on_off = argparse.BooleanOptionalAction
+    parser.add_argument("--use_moe", action=on_off, help="of a .pth: checked against it")
+    text = "of a .pth with experts: whether the chosen scores are normalised (default: yes, as in MiniMind)"
+    parser.add_argument("--norm_topk_prob", action=on_off, help=text)
+
+
+def told_shape(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The keyword arguments of `load_pretrained` that say a model's shape.
+
+    Args:
+        args: parsed options of `add_shape_options`, and rope_scaling if there.
+        path: the model, from `resolve_folder`.
+
+    Raises:
+        ValueError: a shape is told of a folder, which has its own.
+    """
+    names = (*_SHAPE, "use_moe", "norm_topk_prob")
+    told = {name: getattr(args, name, None) for name in names}
+    told = {name: value for name, value in told.items() if value is not None}
+    preset = getattr(args, "preset", None)
+    check_exists(path)
+    if path.is_dir() and (told or preset):
+        option = "preset" if preset else next(iter(told))
+        raise ValueError(f"--{option} says the shape of a .pth; {path} is a folder with a config.json of its own")
+    if getattr(args, "rope_scaling", False) and not (path.is_dir() and load_config(path).rope_scaling):
+        told["rope_scaling"] = dict(YARN)
+    return {"config": as_minimind(preset, **told)} if preset else {"told": told}
+
+
 def add_lora_option(parser: argparse.ArgumentParser) -> None:
     """Add --lora."""
     text = "adapters to merge first: PEFT folder, MiniMind .pth, or the folder of a LoRA run; in float32 unless --dtype says"
     parser.add_argument("--lora", metavar="ADAPTER", help=text)
+    add_base_option(parser)
 
 
-def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    """Add --any_base."""
+    text = "load adapters onto weights that they were not trained on, or once more onto a model that has them"
+    parser.add_argument("--any_base", action="store_true", help=text)
+
+
+def with_adapters(model: MiniMind, adapters: str | None, any_base: bool = False) -> MiniMind:
     """Merge adapters into a model.
 
     Args:
         model: the base model.
         adapters: value of --lora, or None.
+        any_base: value of --any_base.
 
     Returns:
         The model in float32, since half precision rounds small changes away; without adapters, unchanged.
@@ -56,7 +114,7 @@ def with_adapters(model: MiniMind, adapters: str | None) -> MiniMind:
         ValueError: the adapters cannot be read, or do not fit.
     """
     if adapters:
-        load_adapters(model.float(), adapters)
+        load_adapters(model.float(), adapters, any_base)
         merge(model)
     return model
 
@@ -101,15 +159,15 @@ def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
     if args.dtype not in known:
         raise ValueError(f"--dtype must be one of {', '.join(known)}, not {args.dtype!r}")
     folder = resolve_folder(args.path)
-    if folder.is_file() and not args.preset:
-        raise ValueError(f"{folder} does not say its model's shape: add --preset minimind2-small (or another)")
+    shape = told_shape(args, folder)
     tokenizer = tokenizer_of(folder, args.tokenizer, "--tokenizer")
     check_match(folder, tokenizer, "leave --tokenizer out or name the right one")
-    config = ModelConfig.preset(args.preset) if args.preset else None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = with_adapters(load_pretrained(folder, dtype=None if args.lora else dtype, config=config), args.lora)
+    model = load_pretrained(folder, dtype=None if args.lora else dtype, **shape)
+    model = with_adapters(model, args.lora, getattr(args, "any_base", False))
     model = model.to(device=device, dtype=dtype).eval()
     check_size(tokenizer, model.config.vocab_size)
+    model.config = ends_at(model.config, tokenizer.eos_id)
     return model, tokenizer
 
 

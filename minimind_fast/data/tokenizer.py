@@ -53,7 +53,8 @@ class Tokenizer:
         source: where it came from, for error messages.
 
     Raises:
-        ValueError: bos, eos or pad is not named in the config, or is not in the vocabulary.
+        ValueError: bos, eos or pad is not named in the config, or is not in the vocabulary. Bos and pad may be null: eos
+            takes their place.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], source: str = "tokenizer"):
@@ -67,9 +68,10 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {token.content: index for index, token in sorted(added.items())}
         self.control_ids = frozenset(index for index, token in added.items() if token.special)
-        self.bos_id = self._named_id("bos_token")
         self.eos_id = self._named_id("eos_token")
-        self.pad_id = self._named_id("pad_token")
+        # Null in Qwen's and Llama's folders: a text then begins after the end of the one before.
+        self.bos_id = self._named_id("bos_token") if self.has("bos_token") else self.eos_id
+        self.pad_id = self._named_id("pad_token") if self.has("pad_token") else self.eos_id
         self._fingerprint: str | None = None
         self._token_bytes: list[bytes] | None = None
         self._templates: dict[str, Any] = {}
@@ -109,6 +111,14 @@ class Tokenizer:
         if template_file.is_file():  # newer Transformers writes it here and prefers it
             config["chat_template"] = template_file.read_text(encoding="utf-8")
         return cls(backend, config, source=str(path))
+
+    def has(self, field: str) -> bool:
+        """Whether the config names this special token; false only where it says null.
+
+        Args:
+            field: bos_token or pad_token.
+        """
+        return field not in self.config or self.config[field] is not None
 
     def _named_id(self, field: str) -> int:
         token = self.config.get(field)

@@ -77,7 +77,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload]  the overloads leav
         min_p: keep tokens with at least this share of the likeliest token's probability.
         repetition_penalty: penalty on tokens already in the row.
         seed: row r samples with `sampling.row_seed(seed, r)`; a sequence gives each row's seed; None: a random one.
-        stop_ids: a row ends at the first of these, which it keeps; None: the model's eos token; () for none.
+        stop_ids: a row ends at the first of these, which it keeps; None: any of the model's end ids; () for none.
         lengths: (B,) prompt tokens in each row; None: T for all.
         return_logprobs: also return the new tokens' log-probabilities, at the given temperature, before filters.
         prefill_chunk: prefill this many tokens at a time (less memory, same result); None: at once.
@@ -195,7 +195,7 @@ def _steps(
     if not prompts or max_new_tokens == 0:
         return
     seeds = _seeds(seed, len(prompts))
-    stops = {model.config.eos_token_id} if stop_ids is None else {int(i) for i in stop_ids}
+    stops = model.config.stop_ids if stop_ids is None else {int(i) for i in stop_ids}
     was_training = model.training
     model.eval()
     try:

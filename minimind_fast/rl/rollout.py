@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data.batches import Batch, Position
-from minimind_fast.data.chats import PROMPTS, end_marker
+from minimind_fast.data.chats import PROMPTS
 from minimind_fast.data.rows import BadRow, DataError, read_rows
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.infer.generate import complete
@@ -269,7 +269,7 @@ class Rollouts:
         )
         seconds = time.perf_counter() - begin_s
         said = [c.ids for c in done]
-        answers = [self.tokenizer.decode(ids).removesuffix(end_marker(self.tokenizer)) for ids in said]
+        answers = [self.tokenizer.decode(c.ids[: len(c.ids) - (c.finish_reason == "stop")]) for c in done]
         try:
             totals, each = self.rewards(texts, answers, [p.row for p in chosen])
         except ValueError as error:

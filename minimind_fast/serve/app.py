@@ -113,7 +113,7 @@ class Service:
                 "context_length_exceeded",
             )
         seed = random.SystemRandom().getrandbits(62) if ask.seed is None else ask.seed
-        stops = frozenset({self.batcher.model.config.eos_token_id, self.tokenizer.eos_id})
+        stops = self.batcher.model.config.stop_ids | {self.tokenizer.eos_id}
         return Job(prompt, new, ask.sampling, seed, stops, ask.top_logprobs, client)
 
 

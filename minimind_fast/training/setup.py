@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import minimind_fast
 from minimind_fast import ops, plugins
-from minimind_fast.config import IGNORE_INDEX, ModelConfig
+from minimind_fast.config import IGNORE_INDEX, ModelConfig, ends_at
 from minimind_fast.data import samples
 from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.cache import Encoder, build_cache
@@ -45,7 +45,7 @@ from minimind_fast.training.engine import Engine
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Run, Stage, resolve
 from minimind_fast.training.trainer import Hooks, Trainer, TrainingStopped
-from minimind_fast.weights.checkpoint import load_config, load_pretrained, resolve_folder
+from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder
 from minimind_fast.weights.open import check_match, check_size, tokenizer_of
 
 Options = TypeVar("Options", bound=TrainConfig)
@@ -133,16 +133,37 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     """
     if config.from_weight != "none":
         path = resolve_folder(config.from_weight)
-        if path.is_file() and "preset" not in config.given:
-            raise ValueError(f"{path} does not say its model's shape: add --preset minimind2-small (or another)")
-        shape = preset_config(config, tokenizer) if path.is_file() else None
-        if path.is_dir():
-            shape = dataclasses.replace(load_config(path), dropout=config.dropout)
-        model = load_pretrained(path, config=shape, dtype=torch.float32)
+        shape = pth_shape(config, tokenizer) if path.is_file() else {"told": {"dropout": config.dropout}}
+        model = load_pretrained(path, **shape, dtype=torch.float32)
     else:
         model = MiniMind(preset_config(config, tokenizer))
     check_size(tokenizer, model.config.vocab_size)
+    model.config = ends_at(model.config, tokenizer.eos_id)
     return model
+
+
+def pth_shape(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """How `load_pretrained` is told the shape of a .pth: by its tensors and, where given, by the options.
+
+    Args:
+        config: read for preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob and dropout.
+        tokenizer: sets the special ids.
+    """
+    if "preset" in config.given:
+        if config.norm_topk_prob is None:  # a .pth is MiniMind's: its mixtures normalise
+            config = dataclasses.replace(config, norm_topk_prob=True)
+        shape = preset_config(config, tokenizer)
+        return {"config": dataclasses.replace(shape, num_experts_per_tok=2 if shape.generation == 2 else 1)}
+    told: dict[str, Any] = dict(
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
+        dropout=config.dropout, max_position_embeddings=max(32768, config.max_seq_len),
+    )  # fmt: skip
+    told.update({name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers") if getattr(config, name)})
+    if config.use_moe:
+        told["use_moe"] = True
+    if config.norm_topk_prob is not None:
+        told["norm_topk_prob"] = config.norm_topk_prob
+    return {"told": told}
 
 
 def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:

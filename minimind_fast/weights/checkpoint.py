@@ -22,14 +22,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind_fast.config import ModelConfig
+from minimind_fast.config import NO_TOKEN, ModelConfig
+from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.weights.files import check_replaceable, old_prefix, written_aside
 from minimind_fast.weights.hf import ARCHITECTURES, from_hf_config, generation_config, to_hf_config
+from minimind_fast.weights.pth import EMBEDDING, HEAD, shape_of, weights_in
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Buffers that some releases store and we recompute.
 _BUFFERS = re.compile(r"(freqs_cos|freqs_sin|rotary_emb\.inv_freq|\.mask)$")
 FORMATS = ("minimind", "pth", *ARCHITECTURES)
@@ -138,6 +139,8 @@ def save_pretrained(
         raise ValueError("a .pth is one file: leave max_shard_size out, or write a folder")
     check_replaceable(path, a_file=format == "pth")
     raw, extra = _config_files(model.config, format, tokenizer)
+    if merged := model.merged_adapters:
+        raw.setdefault("minimind_fast", {})["merged_adapters"] = list(merged)
     disk = _for_disk(state or model.state_dict(), model.config, dtype or (torch.float16 if format == "pth" else None))
     if format == "pth":
         with written_aside(path) as aside:
@@ -164,8 +167,7 @@ def _config_files(config: ModelConfig, format: str, tokenizer: Any) -> tuple[dic
         if tokenizer is not None:
             if tokenizer.vocab_size > config.vocab_size:
                 raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-            ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-            config = replace(config, **ids)
+            config = replace(config, **_ids_of(tokenizer, config))
         raw = to_hf_config(config, format)
         extra["generation_config.json"] = generation_config(config)
     else:
@@ -173,6 +175,15 @@ def _config_files(config: ModelConfig, format: str, tokenizer: Any) -> tuple[dic
     if tokenizer is not None:
         raw["minimind_fast"] = {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_size": tokenizer.vocab_size}
     return raw, extra
+
+
+def _ids_of(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """A tokenizer's special ids; where the model ends at several, it still ends at all of them."""
+    more = sorted(config.stop_ids - {tokenizer.eos_id}) if len(config.stop_ids) > 1 else ()
+    bos = tokenizer.bos_id if tokenizer.has("bos_token") else NO_TOKEN
+    return dict(
+        bos_token_id=bos, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, more_eos_token_ids=tuple(more)
+    )
 
 
 def _for_disk(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -259,11 +270,14 @@ def load_config(path: str | Path) -> ModelConfig:
     file = Path(path) / "config.json"
     raw = _read_json(file)
     kind = raw.get("model_type", "minimind")
+    beside = file.with_name("generation_config.json")
+    generation = _read_json(beside) if beside.is_file() else {}
     if kind in ARCHITECTURES:
-        generation = file.with_name("generation_config.json")
-        return from_hf_config(raw, str(file), _read_json(generation) if generation.is_file() else None)
+        return from_hf_config(raw, str(file), generation)
     if kind != "minimind":
         raise ValueError(f"{file}: model_type {kind!r} cannot be read; known are minimind, {', '.join(ARCHITECTURES)}")
+    if generation.get("eos_token_id") is not None:  # it wins, as in Transformers
+        raw["eos_token_id"] = generation["eos_token_id"]
     return ModelConfig.from_dict(raw, str(file))
 
 
@@ -302,6 +316,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for file in files:
         try:
             read = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+            read = weights_in(read) if path.is_file() else read
         except Exception as error:  # each reader has its own types; the user needs the file's name
             raise ValueError(f"{file} cannot be read as weights: {error}") from None
         if not isinstance(read, dict) or not all(isinstance(t, Tensor) for t in read.values()):
@@ -327,14 +342,16 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
+    told: dict[str, Any] | None = None,
 ) -> MiniMind:
-    """Open a model from a folder, or from MiniMind's own `.pth` with its config.
+    """Open a model from a folder, or from MiniMind's own `.pth`.
 
     Args:
         path: folder with config.json and weights (model_type minimind, llama, qwen3 or qwen3_moe), or a .pth file.
         device: device of the parameters.
         dtype: dtype of the parameters; None: as stored (a .pth: float32).
-        config: required for a .pth, which does not record the model's shape.
+        config: the whole config, instead of what the folder or the tensors of a .pth say.
+        told: single fields that win over these, such as {"num_attention_heads": 4}.
 
     Returns:
         The model, in evaluation mode.
@@ -344,14 +361,19 @@ def load_pretrained(
     """
     path = resolve_folder(path)
     check_exists(path)
-    if path.is_file() and config is None:
-        raise ValueError(f"{path} holds weights only; pass config=ModelConfig(...) that says the model's shape")
-    config = config or load_config(path)
+    if config is None and not path.is_file():
+        config = load_config(path)
     disk = read_weights(path)
+    if config is None:
+        config = shape_of(disk, str(path), **told or {})
+    elif told:
+        config = replace(config, **told)
     stored = next((t.dtype for t in disk.values() if t.is_floating_point()), torch.float32)
     with torch.random.fork_rng(devices=[]):  # discarded initial weights must not advance the caller's generator
         model = MiniMind(config)
     load_disk_weights(model, disk, str(path))
+    if path.is_dir() and (merged := _read_json(path / "config.json").get("minimind_fast", {}).get("merged_adapters")):
+        model.merged_adapters = tuple(merged)
     model.to(device=device, dtype=dtype or (torch.float32 if path.is_file() else stored))
     return model.eval()
 

@@ -19,10 +19,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from minimind_fast.config import YARN, ModelConfig
+from minimind_fast.config import YARN, ModelConfig, ids_on_disk, token_ids
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-NO_TOKEN = -1  # a ModelConfig's "no such token" (null in Hugging Face's files)
 
 
 # ---------------------------------------------------------------------------------------------------------------- write
@@ -85,7 +84,7 @@ def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
         "attention_bias": False,
         "initializer_range": 0.02,
         "use_cache": True,
-        **{name: None if value < 0 else value for name, value in _token_ids(config).items()},
+        **ids_on_disk(config),
         **_rope_to_hf(config),
     }
     if format == "llama":
@@ -94,13 +93,14 @@ def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
         raw.update(use_sliding_window=False, sliding_window=None)
     if format == "qwen3_moe":
         raw.update({name: getattr(config, name) for name in _MOE_NAMES})
+        raw["norm_topk_prob"] = config.normalizes_weights  # there also where one expert is chosen
         raw.update(decoder_sparse_step=1, mlp_only_layers=[], output_router_logits=False)
     return raw
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
     """The content of `generation_config.json`: special ids only; sampling is the user's choice."""
-    return {name: value for name, value in _token_ids(config).items() if value >= 0}
+    return {name: value for name, value in ids_on_disk(config).items() if value is not None}
 
 
 _SAME_NAMES = (
@@ -114,11 +114,8 @@ _SAME_NAMES = (
         "tie_word_embeddings",
     ),
 )
+_NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _MOE_NAMES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
-
-
-def _token_ids(config: ModelConfig) -> dict[str, int]:
-    return {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -171,8 +168,7 @@ def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] |
     Args:
         raw: the parsed JSON; its `model_type` is a key of ARCHITECTURES.
         where: source to name in errors, usually the file.
-        generation: the folder's `generation_config.json`; its special ids win, as in Transformers. The first of several
-            end tokens is used.
+        generation: the folder's `generation_config.json`; its special ids win, as in Transformers.
 
     Raises:
         ValueError: a field is missing, or asks for something that MiniMind does not compute; gives all reasons.
@@ -198,7 +194,7 @@ def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] |
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         **{name: raw[name] for name in _SAME_NAMES if name in raw},
-        **_token_ids_from({**raw, **{k: v for k, v in (generation or {}).items() if v is not None}}),
+        **token_ids({**_NO_IDS, **raw, **{k: v for k, v in (generation or {}).items() if v is not None}}),
     }
     if kind == "qwen3_moe":
         defaults = dict(num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False)
@@ -217,18 +213,6 @@ def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] |
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: {error}") from None
     return config
-
-
-def _token_ids_from(raw: dict[str, Any]) -> dict[str, int]:
-    def one(name: str) -> int:
-        value = raw.get(name)
-        value = value[0] if isinstance(value, list) and value else value
-        return value if isinstance(value, int) else NO_TOKEN
-
-    ids = {name: one(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if ids["pad_token_id"] == NO_TOKEN:  # shorter rows need some padding id
-        ids["pad_token_id"] = max(ids["eos_token_id"], 0)
-    return ids
 
 
 def _foreign(raw: dict[str, Any], kind: str) -> list[str]:

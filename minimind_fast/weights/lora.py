@@ -1,81 +1,35 @@
 """LoRA: small trained matrices beside a MiniMind's frozen ones.
 
-Purpose: `apply` puts adapters on chosen projections and freezes the rest; `save_adapters` and `load_adapters` store them in
-    PEFT's format or MiniMind's `.pth`; `merge` adds them into the weights; `minimind-fast lora` does it with files.
+Purpose: `apply` puts adapters on chosen projections and freezes the rest; `merge` adds them into the weights;
+    `load_adapters` takes them from files, which `adapter_files.py` reads and writes; `minimind-fast lora` does it all with files.
 Principle: y = W x + (alpha / rank) * B A dropout(x). A (rank, in) is drawn from N(0, 0.02) and B (out, rank) is zero, so
     training starts from the base model. q, k and v share one matmul here, as do gate and up; each still has its own A and
     B, acting on its rows of the fused output, so files fit models with separate projections.
 Properties: only A and B are trainable, so the optimizer holds nothing else. Experts and routers get no adapters. An adapted
-    module keeps the name of its weight. A merged model is an ordinary one.
+    module keeps the name of its weight. A merged model is an ordinary one. Adapters remember the base that they were
+    trained on, and a merged model the adapters in it: a wrong base or a second merge is refused.
 
-Source: Hu et al., LoRA, 2021; file format of Hugging Face PEFT; initialisation and `.pth` of MiniMind's model_lora.py.
+Source: Hu et al., LoRA, 2021; Meng et al., PiSSA, 2024; Büyükakyüz, OLoRA, 2024; initialisation of MiniMind's model_lora.py.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minimind_fast.model import INIT_STD, MLP, Attention, MiniMind
-from minimind_fast.weights.files import check_replaceable, written_aside
+from minimind_fast.weights.adapter_files import ATTENTION, TARGETS, LoRA, read_adapters, recorded_base, save_adapters
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTENTION = TARGETS[:4]
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
-_PTH_KEY = re.compile(r"(?:module\.)?(.+)\.lora\.([AB])\.weight$")
-# PEFT's LoRA variants that change the computation: files that use one are refused.
-_VARIATIONS = (
-    "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "lora_bias",
-)
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """The hyperparameters of adapters.
-
-    Attributes:
-        rank: rows of A.
-        alpha: the output is scaled by alpha / rank; None: by 1, as in MiniMind.
-        dropout: probability of dropping an input feature, in training.
-        targets: names from `TARGETS`, or ("square",) for projections with as many outputs as inputs, MiniMind's choice.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ATTENTION
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.targets) - set(TARGETS) - {"square"})
-        if unknown or not self.targets:
-            raise ValueError(
-                f"LoRA has no target {', '.join(unknown) or 'at all'}; choose from {', '.join(TARGETS)}, square"
-            )
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {self.rank} and {self.dropout}"
-            )
-
-    @property
-    def scale(self) -> float:
-        """Factor on the adapters' output."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+__all__ = [
+    "ATTENTION", "TARGETS", "AdaptedLinear", "Adapter", "LoRA", "Projection", "adapters", "apply", "base_fingerprint",
+    "load_adapters", "merge", "read_adapters", "save_adapters",
+]  # fmt: skip
 
 
 class Projection(NamedTuple):
@@ -197,6 +151,7 @@ def apply(model: MiniMind, lora: LoRA) -> list[str]:
         )
     if not names:
         raise ValueError("this model has no square projection; name the targets")
+    model.base_fingerprint = base_fingerprint(model)
     _attach(model, set(names), lora)
     return names
 
@@ -230,7 +185,8 @@ def adapters(model: MiniMind) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def merge(model: MiniMind) -> None:
-    """Merge the adapters into the weights, in place; the result is an ordinary, fully trainable model."""
+    """Merge the adapters into the weights, in place; the result is an ordinary model that remembers them."""
+    model.merged_adapters = (*model.merged_adapters, _adapters_digest(adapters(model)))
     for module, attribute, projections in list(_layers(model)):
         layer = getattr(module, attribute)
         if not isinstance(layer, AdaptedLinear):
@@ -252,143 +208,20 @@ def merge(model: MiniMind) -> None:
 # -------------------------------------------------------------------------------------------------------------- on disk
 
 
-def save_adapters(
-    found: dict[str, tuple[Tensor, Tensor]],
-    lora: LoRA,
-    path: str | Path,
-    *,
-    base: str = "",
-) -> None:
-    """Write adapters as PEFT's folder, or as MiniMind's file if the path ends with `.pth`.
-
-    Args:
-        found: from `adapters`.
-        lora: their hyperparameters.
-        path: folder or .pth file; replaced as a whole.
-        base: path of the base model, for PEFT's config.
-
-    Raises:
-        ValueError: the folder holds other files.
-    """
-    path = Path(path)
-    if path.suffix == ".pth":
-        check_replaceable(path, a_file=True)
-        # MiniMind has no alpha and stores half precision.
-        tensors = {f"{name}.lora.A.weight": a.detach().cpu().half() for name, (a, _) in found.items()}
-        tensors.update(
-            {f"{name}.lora.B.weight": (b.detach().cpu() * lora.scale).half() for name, (_, b) in found.items()}
-        )
-        with written_aside(path) as aside:
-            torch.save(tensors, aside)
-        return
-    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE}):
-        raise ValueError(f"{path} holds other things than adapters, which would be lost; name a new folder")
-    tensors = {
-        f"base_model.model.{name}.lora_A.weight": a.detach().cpu().contiguous() for name, (a, _) in found.items()
-    }
-    tensors.update(
-        {f"base_model.model.{name}.lora_B.weight": b.detach().cpu().contiguous() for name, (_, b) in found.items()}
-    )
-    leaves = {name.rpartition(".")[2] for name in found}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.scale * lora.rank,
-        "lora_dropout": lora.dropout,
-        "target_modules": [leaf for leaf in TARGETS if leaf in leaves],
-        "bias": "none",
-        "fan_in_fan_out": False,
-    }
-    with written_aside(path) as aside:
-        aside.mkdir(parents=True)
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
-        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], LoRA]:
-    """Read adapters from PEFT's folder or MiniMind's .pth.
-
-    Args:
-        path: written by `save_adapters`, PEFT or MiniMind; a LoRA run's folder works too.
-
-    Returns:
-        (adapters by projection, their hyperparameters).
-
-    Raises:
-        ValueError: no adapters there, or an unsupported kind.
-    """
-    path = Path(path)
-    if path.is_file():
-        try:
-            raw = torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many types
-            raise ValueError(f"{path} cannot be read as adapters: {error}") from None
-        found = _pairs(raw, _PTH_KEY, path)
-        return found, LoRA(_rank(found, path), None, 0.0, _leaves(found, path))
-    path = path / "adapter" if not (path / CONFIG_FILE).is_file() and (path / "adapter").is_dir() else path
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        raw = load_file(path / WEIGHTS_FILE)
-    except OSError as error:
-        raise ValueError(f"{path} holds no adapters: {error}") from None
-    except Exception as error:  # JSON's and safetensors' own
-        raise ValueError(f"{path} cannot be read as adapters: {error}") from None
-    used = [key for key in _VARIATIONS if config.get(key)]
-    if config.get("peft_type") != "LORA" or used or config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{path}: only plain LoRA adapters can be read, not {config.get('peft_type')} with {used or 'bias'}"
-        )
-    found = _pairs(raw, _PEFT_KEY, path)
-    rank = _rank(found, path)
-    return found, LoRA(
-        rank, float(config.get("lora_alpha", rank)), config.get("lora_dropout", 0.0), _leaves(found, path)
-    )
-
-
-def _pairs(raw: Any, key: re.Pattern[str], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in raw.items() if isinstance(raw, dict) else ():
-        match = key.fullmatch(name)
-        if match is None or not isinstance(tensor, Tensor) or tensor.dim() != 2:
-            raise ValueError(f"{path}: {name} is not part of an adapter")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    if not halves or any(set(pair) != {"A", "B"} for pair in halves.values()):
-        raise ValueError(f"{path} does not hold an A and a B for each adapter")
-    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
-
-
-def _rank(found: dict[str, tuple[Tensor, Tensor]], path: Path) -> int:
-    ranks = {a.shape[0] for a, _ in found.values()} | {b.shape[1] for _, b in found.values()}
-    if len(ranks) > 1:
-        raise ValueError(f"{path} has adapters of several ranks: {sorted(ranks)}")
-    return ranks.pop()
-
-
-def _leaves(found: dict[str, tuple[Tensor, Tensor]], path: Path) -> tuple[str, ...]:
-    leaves = {name.rpartition(".")[2] for name in found}
-    if leaves - set(TARGETS):
-        raise ValueError(
-            f"{path} has adapters on {', '.join(sorted(leaves - set(TARGETS)))}; known are {', '.join(TARGETS)}"
-        )
-    return tuple(leaf for leaf in TARGETS if leaf in leaves)
-
-
 @torch.no_grad()
-def load_adapters(model: MiniMind, path: str | Path) -> LoRA:
+def load_adapters(model: MiniMind, path: str | Path, any_base: bool = False) -> LoRA:
     """Load adapters from a folder or file onto a model, in place; the rest is frozen.
 
     Args:
         model: the base model, without adapters.
         path: as for `read_adapters`.
+        any_base: load them onto weights that they were not trained on, or a second time.
 
     Returns:
         Their hyperparameters.
 
     Raises:
-        ValueError: the adapters do not fit this model.
+        ValueError: the adapters do not fit this model, were trained on another, or are merged into it already.
     """
     found, lora = read_adapters(path)
     shapes = {
@@ -407,11 +240,58 @@ def load_adapters(model: MiniMind, path: str | Path) -> LoRA:
                 f"{path}: {name} maps {a.shape[1]} to {b.shape[0]} features, the model's {shapes[name][0]} to "
                 f"{shapes[name][1]}: these adapters belong to another model"
             )
+    if not any_base:
+        _check_base(model, path, found)
     _attach(model, set(found), lora)
     for name, (a, b) in adapters(model).items():
         a.copy_(found[name][0])
         b.copy_(found[name][1])
+    if lora.init:
+        for module, attribute, projections in _layers(model):
+            for p in projections:
+                if p.name in found:
+                    rows = getattr(module, attribute).weight[p.start : p.stop]
+                    rows.copy_(rows.float() - _start(rows.float(), lora))
     return lora
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+def _start(weight: Tensor, lora: LoRA) -> Tensor:
+    """What PiSSA or OLoRA took out of a weight (out, in): its first `rank` singular parts, or columns of its QR."""
+    r = lora.rank
+    if lora.init == "pissa":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return (u[:, :r] * s[:r]) @ vh[:r]  # the scale cancels: S / scale is split over A and B
+    q, upper = torch.linalg.qr(weight)
+    return lora.scale * q[:, :r] @ upper[:r]
+
+
+def _check_base(model: MiniMind, path: str | Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    if _adapters_digest(found) in model.merged_adapters:
+        raise ValueError(f"{path}: these adapters are merged into this model already; --any_base adds them once more")
+    name, recorded = recorded_base(path)
+    if recorded and not set(recorded.split()) & set(base_fingerprint(model).split()):
+        named = f" ({name})" if name else ""
+        raise ValueError(
+            f"{path}: these adapters were trained on other weights{named} than this model's: another model, one trained "
+            "further, or one with adapters merged already; name their base, or add --any_base"
+        )
+
+
+def base_fingerprint(model: MiniMind) -> str:
+    """Two digests of a model's weights without adapters, equal where bfloat16 or float16 holds the same: a base that was
+    exported in half precision is still the same base."""
+    weights = [t for name, t in sorted(model.state_dict().items()) if ".lora." not in name]
+    if any(t.is_meta for t in weights):
+        return ""
+    return " ".join(_digest(weights, dtype) for dtype in (torch.bfloat16, torch.float16))
+
+
+def _adapters_digest(found: dict[str, tuple[Tensor, Tensor]]) -> str:
+    return _digest(tensor for _, pair in sorted(found.items()) for tensor in pair)
+
+
+def _digest(tensors: Iterable[Tensor], dtype: torch.dtype = torch.float16) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

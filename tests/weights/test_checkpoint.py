@@ -245,10 +245,13 @@ def test_what_is_no_model_ends_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         mm.load_pretrained(tmp_path / "nothing")
     torch.save({"model": {"w": torch.zeros(1)}, "step": 3}, tmp_path / "resume.pth")
-    with pytest.raises(ValueError, match="weights only; pass config="):
+    with pytest.raises(ValueError, match="no matrix model.embed_tokens.weight"):
         mm.load_pretrained(tmp_path / "resume.pth")
-    with pytest.raises(ValueError, match="does not hold tensors by name"):
+    with pytest.raises(ValueError, match="does not hold this model"):
         mm.load_pretrained(tmp_path / "resume.pth", config=tiny("dense2").config)
+    torch.save({"model": [torch.zeros(1)], "step": 3}, tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="does not hold tensors by name"):
+        mm.load_pretrained(tmp_path / "list.pth")
     folder = tmp_path / "m"
     folder.mkdir()
     with pytest.raises(ValueError, match=r"config\.json: No such file"):
