@@ -115,10 +115,12 @@ def main(argv: list[str] | None = None) -> None:
     model = setup.load_model(config, tokenizer)
     reference = frozen(model, device, run.dtype) if config.beta else None
     judge = ModelReward(config.reward_model_path, device, run.dtype) if config.reward_model_path else None
+    rewards = Rewards(config.reward, judge)
+    how = (config.on_bad_line, config.data_format, rewards.check_row, ranks.say)
     data = Rollouts(
-        read_prompts(config.data_path, tokenizer, config.max_seq_len, config.on_bad_line, ranks.say),
+        read_prompts(config.data_path, tokenizer, config.max_seq_len, *how),
         tokenizer,
-        Rewards(config.reward, judge),
+        rewards,
         reference,
         *ranks.world(),
         batch_size=config.batch_size,

@@ -30,7 +30,8 @@ import torch
 from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data.batches import Batch, Batches, Position
 from minimind_fast.data.cache import Document, Encoder, PretrainEncoder, TokenCache, build_cache, encode_pretrain
-from minimind_fast.data.rows import BadRow, DataError, read_texts, string_field
+from minimind_fast.data.rows import BadRow, read_texts, string_field
+from minimind_fast.errors import DataError
 
 __all__ = [
     "BadRow", "Batch", "Batches", "DataError", "Document", "Encoder", "PackedBatches", "PaddedBatches",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, dataclass_transform
 
+from minimind_fast.data.formats import NAMES as FORMATS
 from minimind_fast.ops import NAMES
 
 
@@ -43,8 +44,8 @@ class TrainConfig:
     # model, data and output
     preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
     from_weight: str = option("none", "start from these weights: a folder or a MiniMind .pth; none starts from nothing")
-    data_path: list[str] = option([], "JSONL file(s) to train on; the shipped sample if not given")
-    val_data_path: list[str] = option([], "JSONL file(s) to measure the validation loss on")
+    data_path: list[str] = option([], "file(s), folders or globs to train on; the shipped sample if not given")
+    val_data_path: list[str] = option([], "file(s), folders or globs to measure the validation loss on")
     tokenizer_path: str = option("", "folder with tokenizer.json; the weights' own or the shipped one if not given")
     save_dir: str = option("out", "where weights, checkpoints and logs go: SAVE_DIR/SAVE_WEIGHT/")
     save_weight: str = option("", "name of the run's folder; the stage's name if not given")
@@ -61,6 +62,7 @@ class TrainConfig:
     accumulation_steps: int = option(8, "micro-batches in an optimizer step")
     packing: bool = option(True, "pack documents without padding; --no_packing gives MiniMind's padded rows")
     truncate: bool = option(False, "truncate long documents instead of splitting them")
+    data_format: str = option("auto", "format of the data's rows; auto recognises it", choices=("auto", *FORMATS))
     on_bad_line: str = option("error", "what to do with a line that cannot be used", choices=("error", "skip"))
     cache_dir: str = option("", "where the tokenised data is cached; beside the data if not given")
     # optimisation

@@ -186,6 +186,7 @@ def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encod
         cache_dir=config.cache_dir or None,
         encode=encode,
         on_bad_line=config.on_bad_line,
+        data_format=config.data_format,
         log=ranks.say,
     )
     if not config.packing:
