@@ -214,7 +214,7 @@ def _parse(line: bytes) -> Any:
     if not text.strip():
         return None
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_without_twins)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and "\r" in text[: error.pos + 1].lstrip():
             return BadRow("lines end in a carriage return alone: convert the file to line feeds")
@@ -222,6 +222,15 @@ def _parse(line: bytes) -> Any:
     except (ValueError, RecursionError) as error:  # also numbers too long and objects nested too deep
         return BadRow(f"not usable JSON: {error}")
     return BadRow("null, not an object") if row is None else row
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a field that comes twice, Python would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twin = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f'the field "{twin}" comes twice')
+    return found
 
 
 def _json_type(value: Any) -> str:
