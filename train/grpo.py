@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     config, device = run.config, ranks.device()
     tokenizer = setup.load_tokenizer(config)
     model = setup.load_model(config, tokenizer)
+    longest = config.max_seq_len + config.max_gen_len
+    model.config.check_context(longest, "--max_seq_len and --max_gen_len: together")
     reference = frozen(model, device, run.dtype) if config.beta else None
     judge = ModelReward(config.reward_model_path, device, run.dtype) if config.reward_model_path else None
     rewards = Rewards(config.reward, judge)

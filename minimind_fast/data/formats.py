@@ -35,7 +35,7 @@ class Format:
 
     Attributes:
         name: for --data_format.
-        kind: what its rows hold: "text", "chats" or "pairs".
+        kind: what its rows hold: "text", "chats", "pairs" or "questions".
         shown: what the log calls it.
         fits: whether a row has its fields.
         adapt: a row to ours; raises DataError for one that it cannot read.
@@ -213,6 +213,7 @@ FORMATS = (
     Format("openai", "pairs", "OpenAI's pairs (input, preferred_output)", _is_openai_pair, _openai_pair),
     Format("trl", "pairs", "TRL's pairs (prompt, chosen, rejected)", _has("prompt", *SIDES), _explicit_prompt),
     Format("minimind", "pairs", "MiniMind's pairs (chosen, rejected)", _has(*SIDES), _as_it_is),
+    Format("minimind", "questions", "questions with choices (of `eval`)", lambda row: True, _as_it_is),
 )
 NAMES = tuple(dict.fromkeys(f.name for f in FORMATS))
 
@@ -221,7 +222,7 @@ class Formats:
     """Adapts rows, and remembers what they were taken for.
 
     Args:
-        kind: what is wanted: "text", "chats" or "pairs".
+        kind: what is wanted, as of a `Format`.
         name: one of NAMES, or "auto" to recognise each row.
 
     Attributes:

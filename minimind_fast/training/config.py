@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import math
+import os
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, dataclass_transform
 
 from minimind_fast.data.formats import NAMES as FORMATS
+from minimind_fast.errors import UserError
 from minimind_fast.ops import NAMES
 
 
@@ -152,7 +158,7 @@ class TrainConfig:
         """
         unknown = set(values) - {f.name for f in dataclasses.fields(self)}
         if unknown:
-            raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+            raise UserError(f"no such option: {', '.join(sorted(unknown))}")
         made = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(made, name, value)
@@ -179,9 +185,12 @@ class TrainConfig:
         Raises:
             ValueError: names the option and its valid range.
         """
+        hints = _hints(type(self))
+        for f in dataclasses.fields(self):
+            _check_value(f, hints[f.name], getattr(self, f.name))
         for name in ("batch_size", "max_seq_len", "accumulation_steps", "epochs", "log_interval", "keep_checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in (
             "max_steps",
             "max_minutes",
@@ -192,11 +201,37 @@ class TrainConfig:
             "num_threads",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.learning_rate <= 0:
-            raise ValueError(f"--learning_rate must be positive, not {self.learning_rate}")
+            raise UserError(f"--learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
-            raise ValueError(f"--beta1 and --beta2 must be in [0, 1), not {self.beta1} and {self.beta2}")
+            raise UserError(f"--beta1 and --beta2 must be in [0, 1), not {self.beta1} and {self.beta2}")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list of texts"}
+
+
+def _check_value(f: dataclasses.Field, hint: Any, value: Any) -> None:
+    """Reject a value of another type, a number that is none, and what is not among the choices."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    accepted = {str: (str, os.PathLike), float: (float, int), list: (list, tuple)}.get(kind, kind)
+    if kind in _WORDS and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
+        raise UserError(f"--{f.name} must be {_WORDS[kind]}, not {value!r}")
+    if kind is list and not all(isinstance(item, (str, os.PathLike)) for item in value):
+        raise UserError(f"--{f.name} must be {_WORDS[kind]}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{f.name} must be a finite number, not {value}")
+    choices = f.metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"--{f.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
 
 
 Config = TypeVar("Config")

@@ -15,6 +15,7 @@ BELOW_MODEL = {"ops", "data", "config", "plugins", "errors"}
 BELOW_TRAINING = {"infer", "weights", "model"} | BELOW_MODEL
 MAY_IMPORT = {
     "errors": set(),
+    "console": set(),
     "config": {"errors"},
     "plugins": {"errors"},
     "kernels": {"config"},
@@ -24,12 +25,12 @@ MAY_IMPORT = {
     "weights": {"model"} | BELOW_MODEL,
     "infer": {"weights", "model"} | BELOW_MODEL,
     "serve": BELOW_TRAINING,
-    "training": BELOW_TRAINING,
+    "training": {"console"} | BELOW_TRAINING,
     "rl": {"training"} | BELOW_TRAINING,
     "stages": {"rl", "training"} | BELOW_TRAINING,
     "proof": {"kernels", "stages", "rl", "training", "serve"} | BELOW_TRAINING,
     "commands": {"proof", "stages", "rl", "training", "serve"} | BELOW_TRAINING,
-    "cli": {"", "errors"},  # for the version; commands are loaded by name
+    "cli": {"", "errors", "console"},  # for the version; commands are loaded by name
     "": {"training"} | BELOW_TRAINING,  # the front door: `import minimind_fast as mm`
 }
 MOST_LINES, MOST_MODULES = 450, 13
