@@ -17,6 +17,7 @@ import torch
 from minimind_fast.commands.options import add_lora_option, open_stored, with_adapters
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
 from minimind_fast.weights.checkpoint import (
     FORMATS,
@@ -94,7 +95,7 @@ def _convert(args: argparse.Namespace) -> int:
         format = fitting_format(model.config)
         if format is None:
             reasons = "; ".join(f"{name}: {', '.join(obstacles(model.config, name))}" for name in ARCHITECTURES)
-            raise ValueError(f"no other format holds this model ({reasons}); --format minimind and pth do")
+            raise UserError(f"no other format holds this model ({reasons}); --format minimind and pth do")
     if format in ARCHITECTURES and model.config.dropout:
         print(f"note: dropout {model.config.dropout} becomes attention_dropout; answers do not change", file=sys.stderr)
     dtype = DTYPES.get(args.dtype) or model.lm_head.weight.dtype
@@ -110,7 +111,7 @@ def _open(args: argparse.Namespace, source: Path) -> tuple[MiniMind, Tokenizer |
     if args.tokenizer or (source / "tokenizer.json").is_file():
         return open_stored(argparse.Namespace(**{**vars(args), "dtype": "auto"}))
     if source.is_file() and not args.preset:
-        raise ValueError(f"{source} does not say its model's shape: add --preset minimind2-small (or another)")
+        raise UserError(f"{source} does not say its model's shape: add --preset minimind2-small (or another)")
     model = load_pretrained(source, config=ModelConfig.preset(args.preset) if args.preset else None)
     return with_adapters(model, args.lora), None
 
@@ -119,9 +120,9 @@ def _check_places(source: Path, out: Path, a_file: bool, overwrite: bool) -> Non
     check_replaceable(out, a_file)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents or here in there.parents:
-        raise ValueError(f"one of {out} and {source} lies inside the other; name another place to write to")
+        raise UserError(f"one of {out} and {source} lies inside the other; name another place to write to")
     if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise ValueError(f"{out} is there already; add --overwrite to replace it")
+        raise UserError(f"{out} is there already; add --overwrite to replace it")
 
 
 def main_lora(argv: list[str]) -> int:
@@ -155,7 +156,7 @@ def main_lora(argv: list[str]) -> int:
         command.add_argument("--overwrite", action="store_true", help="replace what is there already")
     args = parser.parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
-        raise ValueError(f"{args.out} is there already; add --overwrite to replace it")
+        raise UserError(f"{args.out} is there already; add --overwrite to replace it")
     if args.command == "convert":
         found, lora = read_adapters(args.adapter)
         save_adapters(found, lora, args.out)

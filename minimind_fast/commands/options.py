@@ -13,6 +13,7 @@ import torch
 
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.precision import as_stored
@@ -96,13 +97,13 @@ def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
         torch.set_num_threads(args.threads)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no GPU that PyTorch can use; leave --device out")
+        raise UserError(f"--device {device}: no GPU that PyTorch can use; leave --device out")
     known = ("auto", "float32", "bfloat16", "float16")
     if args.dtype not in known:
-        raise ValueError(f"--dtype must be one of {', '.join(known)}, not {args.dtype!r}")
+        raise UserError(f"--dtype must be one of {', '.join(known)}, not {args.dtype!r}")
     folder = resolve_folder(args.path)
     if folder.is_file() and not args.preset:
-        raise ValueError(f"{folder} does not say its model's shape: add --preset minimind2-small (or another)")
+        raise UserError(f"{folder} does not say its model's shape: add --preset minimind2-small (or another)")
     tokenizer = tokenizer_of(folder, args.tokenizer, "--tokenizer")
     check_match(folder, tokenizer, "leave --tokenizer out or name the right one")
     config = ModelConfig.preset(args.preset) if args.preset else None

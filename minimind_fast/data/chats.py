@@ -112,7 +112,7 @@ def read_chat(row: dict[str, Any]) -> Chat | BadRow:
                 return BadRow('"system" and the system message say different things: keep one')
             messages.insert(0, {"role": "system", "content": system})
             unlearned = {index + 1 for index in unlearned}
-    except ValueError as error:
+    except UserError as error:
         return BadRow(str(error))
     return Chat(messages, tools, frozenset(unlearned))
 
@@ -258,7 +258,7 @@ class ChatEncoder:
                 layout.text.encode("utf-8")
         except UnicodeEncodeError:
             return BadRow(f"holds {HALF_A_PAIR}")
-        except ValueError as error:
+        except UserError as error:
             return BadRow(str(error))
         return layouts
 

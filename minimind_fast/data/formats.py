@@ -143,7 +143,7 @@ def _is_openai_pair(row: Row) -> bool:
 
 
 def _openai_pair(row: Row) -> Row:
-    asked, sides = row["input"], (row["preferred_output"], row.get("non_preferred_output"))
+    asked, sides = row["input"], [row["preferred_output"], row.get("non_preferred_output") or ()]
     if not all(isinstance(part, list) for part in (asked["messages"], *sides)):
         raise DataError('"messages", "preferred_output" and "non_preferred_output" must be lists of messages')
     chosen, rejected = ([*asked["messages"], *side] for side in sides)

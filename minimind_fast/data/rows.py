@@ -229,7 +229,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twin = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f'the field "{twin}" comes twice')
+        raise UserError(f'the field "{twin}" comes twice')
     return found
 
 

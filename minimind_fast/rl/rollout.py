@@ -34,7 +34,7 @@ from minimind_fast.data.complete import check_complete
 from minimind_fast.data.formats import Formats
 from minimind_fast.data.rows import HALF_A_PAIR, BadRow, read_rows
 from minimind_fast.data.tokenizer import Tokenizer
-from minimind_fast.errors import DataError
+from minimind_fast.errors import DataError, UserError
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling, row_seed
 from minimind_fast.model import MiniMind
@@ -114,7 +114,7 @@ def read_prompts(
             return Prompt(row, texts, [tokenizer.encode(text) for text in texts])
         except UnicodeEncodeError:
             return BadRow(f"holds {HALF_A_PAIR}")
-        except ValueError as error:
+        except UserError as error:
             return BadRow(str(error))
 
     found = list(read_rows(paths, read, formats=Formats("chats", data_format), on_bad_line=on_bad_line, log=log))
@@ -283,7 +283,7 @@ class Rollouts:
         answers = [self.tokenizer.decode(ids).removesuffix(end_marker(self.tokenizer)) for ids in said]
         try:
             totals, each = self.rewards(texts, answers, [p.row for p in chosen])
-        except ValueError as error:
+        except UserError as error:
             if self.rank:  # rank 0 reports its own errors, but never hears of this one
                 print(f"\nError on rank {self.rank}: {error}", file=sys.stderr, flush=True)
             raise

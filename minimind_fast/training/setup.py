@@ -72,7 +72,11 @@ def start(main: Callable[[], Any]) -> None:
         code = 1
     except Exception as error:
         traceback.print_exc()
-        print(f"\nThe program failed {console.part(error)}; this is not a wrong option or file.", file=sys.stderr, flush=True)
+        print(
+            f"\nThe program failed {console.part(error)}; this is not a wrong option or file.",
+            file=sys.stderr,
+            flush=True,
+        )
         code = 1
     ranks.leave(code)
     if code:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minimind_fast.errors import UserError
 from minimind_fast.model import INIT_STD, MLP, Attention, MiniMind
 from minimind_fast.weights.files import check_replaceable, written_aside
 
@@ -64,11 +65,11 @@ class LoRA:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.targets) - set(TARGETS) - {"square"})
         if unknown or not self.targets:
-            raise ValueError(
+            raise UserError(
                 f"LoRA has no target {', '.join(unknown) or 'at all'}; choose from {', '.join(TARGETS)}, square"
             )
         if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(
+            raise UserError(
                 f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {self.rank} and {self.dropout}"
             )
 
@@ -191,19 +192,19 @@ def apply(model: MiniMind, lora: LoRA) -> list[str]:
                 names.append(p.name)
     absent = set(lora.targets) - {"square"} - {name.rpartition(".")[2] for name in names}
     if absent:
-        raise ValueError(
+        raise UserError(
             f"this model has no {', '.join(sorted(absent))} for adapters: its feed-forward layers are experts, which LoRA "
             f"leaves alone; choose from {', '.join(ATTENTION)}"
         )
     if not names:
-        raise ValueError("this model has no square projection; name the targets")
+        raise UserError("this model has no square projection; name the targets")
     _attach(model, set(names), lora)
     return names
 
 
 def _attach(model: MiniMind, names: set[str], lora: LoRA) -> None:
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise ValueError("the model has adapters already: merge them first")
+        raise UserError("the model has adapters already: merge them first")
     model.requires_grad_(False)
     for module, attribute, projections in list(_layers(model)):
         if any(p.name in names for p in projections):
@@ -282,7 +283,7 @@ def save_adapters(
             torch.save(tensors, aside)
         return
     if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE}):
-        raise ValueError(f"{path} holds other things than adapters, which would be lost; name a new folder")
+        raise UserError(f"{path} holds other things than adapters, which would be lost; name a new folder")
     tensors = {
         f"base_model.model.{name}.lora_A.weight": a.detach().cpu().contiguous() for name, (a, _) in found.items()
     }
@@ -325,7 +326,7 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
         try:
             raw = torch.load(path, "cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types
-            raise ValueError(f"{path} cannot be read as adapters: {error}") from None
+            raise UserError(f"{path} cannot be read as adapters: {error}") from None
         found = _pairs(raw, _PTH_KEY, path)
         return found, LoRA(_rank(found, path), None, 0.0, _leaves(found, path))
     path = path / "adapter" if not (path / CONFIG_FILE).is_file() and (path / "adapter").is_dir() else path
@@ -333,12 +334,12 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         raw = load_file(path / WEIGHTS_FILE)
     except OSError as error:
-        raise ValueError(f"{path} holds no adapters: {error}") from None
+        raise UserError(f"{path} holds no adapters: {error}") from None
     except Exception as error:  # JSON's and safetensors' own
-        raise ValueError(f"{path} cannot be read as adapters: {error}") from None
+        raise UserError(f"{path} cannot be read as adapters: {error}") from None
     used = [key for key in _VARIATIONS if config.get(key)]
     if config.get("peft_type") != "LORA" or used or config.get("bias", "none") != "none":
-        raise ValueError(
+        raise UserError(
             f"{path}: only plain LoRA adapters can be read, not {config.get('peft_type')} with {used or 'bias'}"
         )
     found = _pairs(raw, _PEFT_KEY, path)
@@ -353,24 +354,24 @@ def _pairs(raw: Any, key: re.Pattern[str], path: Path) -> dict[str, tuple[Tensor
     for name, tensor in raw.items() if isinstance(raw, dict) else ():
         match = key.fullmatch(name)
         if match is None or not isinstance(tensor, Tensor) or tensor.dim() != 2:
-            raise ValueError(f"{path}: {name} is not part of an adapter")
+            raise UserError(f"{path}: {name} is not part of an adapter")
         halves.setdefault(match[1], {})[match[2]] = tensor
     if not halves or any(set(pair) != {"A", "B"} for pair in halves.values()):
-        raise ValueError(f"{path} does not hold an A and a B for each adapter")
+        raise UserError(f"{path} does not hold an A and a B for each adapter")
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
 
 
 def _rank(found: dict[str, tuple[Tensor, Tensor]], path: Path) -> int:
     ranks = {a.shape[0] for a, _ in found.values()} | {b.shape[1] for _, b in found.values()}
     if len(ranks) > 1:
-        raise ValueError(f"{path} has adapters of several ranks: {sorted(ranks)}")
+        raise UserError(f"{path} has adapters of several ranks: {sorted(ranks)}")
     return ranks.pop()
 
 
 def _leaves(found: dict[str, tuple[Tensor, Tensor]], path: Path) -> tuple[str, ...]:
     leaves = {name.rpartition(".")[2] for name in found}
     if leaves - set(TARGETS):
-        raise ValueError(
+        raise UserError(
             f"{path} has adapters on {', '.join(sorted(leaves - set(TARGETS)))}; known are {', '.join(TARGETS)}"
         )
     return tuple(leaf for leaf in TARGETS if leaf in leaves)
@@ -398,12 +399,12 @@ def load_adapters(model: MiniMind, path: str | Path) -> LoRA:
     }
     absent = sorted(found.keys() - shapes.keys())
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{path}: the model has no {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''} for adapters"
         )
     for name, (a, b) in found.items():
         if (a.shape[1], b.shape[0]) != shapes[name]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} maps {a.shape[1]} to {b.shape[0]} features, the model's {shapes[name][0]} to "
                 f"{shapes[name][1]}: these adapters belong to another model"
             )
