@@ -13,6 +13,9 @@ import importlib
 import os
 import sys
 
+from minimind_fast.console import any_text_may_be_printed
+from minimind_fast.errors import UserError
+
 COMMANDS = {
     "train": ("minimind_fast.commands.train:main", "run a training stage, or list the stages"),
     "chat": ("minimind_fast.commands.chat:main", "talk to a model in the terminal, or pipe one question in"),
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, function = COMMANDS[argv[0]][0].split(":")
+    any_text_may_be_printed()
     try:
         return getattr(importlib.import_module(module), function)(argv[1:])
     except KeyboardInterrupt:
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output has gone: exit quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

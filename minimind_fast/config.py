@@ -2,7 +2,7 @@
 
 Purpose: `ModelConfig.preset("minimind3")` for new training, `ModelConfig.from_dict` for a `config.json`.
 Principle: names are Hugging Face's; where the generations differ, the default depends on the generation.
-Properties: imports neither torch nor anything of ours; unknown keys and invalid values are errors that say what to do.
+Properties: imports no torch; unknown keys and invalid values are errors that say what to do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from minimind_fast.errors import UserError
 
 NO_TOKEN = -1  # a special id that the model does not have, null in files
 IGNORE_INDEX = -100  # a target that does not count, as in PyTorch and Transformers
@@ -29,6 +31,7 @@ _ALIASES = {
     "aux_loss_alpha": "router_aux_loss_coef",
     "seq_aux": "aux_loss_per_sequence",
 }
+MOST_LAYERS = 10_000  # more is a typing error; building them would take hours before anything is said
 YARN = {
     "type": "yarn",
     "factor": 16.0,
@@ -74,6 +77,10 @@ def ends_at(config: ModelConfig, token: int) -> ModelConfig:
     if config.eos_token_id < 0:
         return dataclasses.replace(config, eos_token_id=token)
     return dataclasses.replace(config, more_eos_token_ids=(*config.more_eos_token_ids, token))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _round_up(x: float, to: int) -> int:
@@ -131,7 +138,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.generation not in (2, 3):
-            raise ValueError(f"generation must be 2 (MiniMind2) or 3 (MiniMind3), not {self.generation!r}")
+            raise UserError(f"generation must be 2 (MiniMind2) or 3 (MiniMind3), not {self.generation!r}")
         new = self.generation == 3
         self._fill("head_dim", self.hidden_size // max(self.num_attention_heads, 1))
         self._fill("intermediate_size", _round_up(self.hidden_size * (math.pi if new else 8 / 3), 64))
@@ -157,27 +164,53 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise UserError(f"num_hidden_layers must be at most {MOST_LAYERS:,}, not {self.num_hidden_layers:,}")
+        for name, least in (("rms_norm_eps", 0.0), ("rope_theta", 0.0), ("router_aux_loss_coef", -1e-300)):
+            value = getattr(self, name)
+            if not _is_finite(value) or value <= least:
+                wanted = "not negative" if least else "above 0"
+                raise UserError(f"{name} must be a finite number {wanted}, not {value!r}")
+        for name, value in (self.rope_scaling or {}).items():
+            if isinstance(value, (int, float)) and not (_is_finite(value) and value > 0) and value is not False:
+                raise UserError(f"rope_scaling: {name} must be a finite number above 0, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:  # type: ignore[operator]
-            raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}; change hidden_size or head_dim")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+            raise UserError(f"head_dim must be even for RoPE, not {self.head_dim}; change hidden_size or head_dim")
+        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act must be 'silu', not {self.hidden_act!r}: MiniMind has no other")
+            raise UserError(f"hidden_act must be 'silu', not {self.hidden_act!r}: MiniMind has no other")
         if self.scoring_func != "softmax":
-            raise ValueError(f"scoring_func must be 'softmax', not {self.scoring_func!r}: MiniMind has no other")
+            raise UserError(f"scoring_func must be 'softmax', not {self.scoring_func!r}: MiniMind has no other")
         if self.use_moe and self.num_experts_per_tok > self.num_experts:  # type: ignore[operator]
-            raise ValueError(
+            raise UserError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
             )
         kind = (self.rope_scaling or {}).get("type", (self.rope_scaling or {}).get("rope_type", "yarn"))
         if kind != "yarn":
-            raise ValueError(f"rope_scaling type {kind!r} is not known; MiniMind has only 'yarn'")
+            raise UserError(f"rope_scaling type {kind!r} is not known; MiniMind has only 'yarn'")
+
+    def check_context(self, length: int, option: str) -> None:
+        """Refuse texts that are longer than the context, before the first of them comes.
+
+        Args:
+            length: positions of the longest text.
+            option: what it was given by.
+
+        Raises:
+            UserError: the context is shorter.
+        """
+        if length > self.max_position_embeddings:
+            raise UserError(
+                f"{option} {length} is longer than the model's context of {self.max_position_embeddings} tokens "
+                "(max_position_embeddings): lower it"
+            )
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -213,7 +246,7 @@ class ModelConfig:
             ValueError: an unknown name; the message lists the known ones.
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+            raise UserError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
@@ -242,13 +275,13 @@ class ModelConfig:
             if name in known:
                 values[name] = value
             elif key not in _IGNORED_KEYS:
-                raise ValueError(f"{where}: unknown field {key!r}; known are {', '.join(sorted(known))}")
+                raise UserError(f"{where}: unknown field {key!r}; known are {', '.join(sorted(known))}")
         if yarn and not values.get("rope_scaling"):
             values["rope_scaling"] = dict(YARN)
         try:
             return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """This generation's `config.json`, which MiniMind and `from_dict` can read."""

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minimind_fast import ops
 from minimind_fast.config import IGNORE_INDEX, ModelConfig
+from minimind_fast.errors import UserError
 from minimind_fast.ops.documents import Documents
 from minimind_fast.ops.rotary import rope_tables
 
@@ -375,9 +376,9 @@ class MiniMind(nn.Module):
             documents = self._documents(input_ids, cu_seqlens, max_seqlen)
         longest, limit = documents.max_seqlen, self.config.max_position_embeddings
         if longest > limit:
-            raise ValueError(f"a document of {longest} tokens exceeds max_position_embeddings ({limit})")
+            raise UserError(f"a document of {longest} tokens exceeds max_position_embeddings ({limit})")
         if targets is not None and targets.shape != shape:
-            raise ValueError(f"targets {tuple(targets.shape)} must have input_ids' shape {tuple(shape)}")
+            raise UserError(f"targets {tuple(targets.shape)} must have input_ids' shape {tuple(shape)}")
         context = Packed(documents, self.config.dropout if self.training else 0.0)
         flat_valid = None if valid is None else valid.flatten()
         hidden, aux_loss = self.model(
@@ -395,7 +396,7 @@ class MiniMind(nn.Module):
             return Documents.of_rows(input_ids.shape[0], input_ids.shape[1], input_ids.device, dtype)
         if input_ids.dim() == 1 and cu_seqlens is not None:
             return Documents.of(cu_seqlens, input_ids.numel(), dtype, max_seqlen)
-        raise ValueError(f"input_ids must be (B, T), or (T,) with cu_seqlens; got {tuple(input_ids.shape)}")
+        raise UserError(f"input_ids must be (B, T), or (T,) with cu_seqlens; got {tuple(input_ids.shape)}")
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Continue each row; see `minimind_fast.infer.generate.generate` for the options.

@@ -19,6 +19,7 @@ import torch
 from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.data.packing import Batch
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind, Teacher
 from minimind_fast.ops.documents import run as run_packed
 from minimind_fast.training import losses, ranks, setup
@@ -53,9 +54,9 @@ class DistillConfig(TrainConfig):
         """Reject invalid values."""
         super().check()
         if not 0 <= self.alpha <= 1 or self.temperature <= 0:
-            raise ValueError("--alpha must be in [0, 1] and --temperature above 0")
+            raise UserError("--alpha must be in [0, 1] and --temperature above 0")
         if not self.packing or self.loss:
-            raise ValueError("distillation has no --no_packing and no --loss")
+            raise UserError("distillation has no --no_packing and no --loss")
 
 
 def with_teachers_tokenizer(config: DistillConfig) -> DistillConfig:
@@ -78,11 +79,11 @@ def load_teacher(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenize
     """The frozen teacher; its token ids must match the student's."""
     path = resolve_folder(run.config.teacher_path)
     if not path.is_dir():
-        raise ValueError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
+        raise UserError(f"--teacher_path {path} is a file: give a folder, which says its model's shape and tokenizer")
     teacher = frozen(path, ranks.device(), run.dtype)
     check_match(path, tokenizer, "choose a teacher with the student's tokenizer")
     if teacher.config.vocab_size < student.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the teacher {path} has {teacher.config.vocab_size} ids and the student {student.config.vocab_size}: "
             "choose a teacher with at least as many"
         )

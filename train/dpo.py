@@ -15,6 +15,7 @@ Source: Rafailov et al., Direct Preference Optimization, 2023; MiniMind's train_
 from typing import Any
 
 from minimind_fast.data.pairs import PairBatch
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
 from minimind_fast.rl.preferences import answer_lengths, answer_logprobs, open_pairs
 from minimind_fast.training import losses, ranks, setup
@@ -53,11 +54,11 @@ class DPOConfig(TrainConfig):
         """Reject invalid values."""
         super().check()
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise ValueError("--beta must be above 0, and --label_smoothing in [0, 0.5)")
+            raise UserError("--beta must be above 0, and --label_smoothing in [0, 0.5)")
         if self.dpo_loss == "ipo" and self.label_smoothing:
-            raise ValueError("--label_smoothing is for --dpo_loss sigmoid; IPO has none")
+            raise UserError("--label_smoothing is for --dpo_loss sigmoid; IPO has none")
         if not self.packing or self.loss:
-            raise ValueError("DPO has no --no_packing (the two of a pair are packed together) and no --loss")
+            raise UserError("DPO has no --no_packing (the two of a pair are packed together) and no --loss")
 
 
 def make_loss(config: DPOConfig, beside: MiniMind | None) -> LossFunction:

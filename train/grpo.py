@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from minimind_fast.data.chats import PROMPTS
+from minimind_fast.errors import UserError
 from minimind_fast.rl.rewards import ModelReward, Rewards
 from minimind_fast.rl.rollout import RolloutBatch, Rollouts, read_prompts
 from minimind_fast.training import losses, ranks, setup
@@ -80,11 +81,11 @@ class GRPOConfig(TrainConfig):
         super().check()
         for name, least in (("num_generations", 2), ("max_gen_len", 1), ("updates_per_rollout", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+                raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.temperature <= 0:
-            raise ValueError(f"--temperature must be above 0, not {self.temperature}: equal answers teach nothing")
+            raise UserError(f"--temperature must be above 0, not {self.temperature}: equal answers teach nothing")
         if self.dropout or not self.packing or self.val_data_path or self.loss:
-            raise ValueError(
+            raise UserError(
                 "GRPO has no --dropout (the ratio compares two passes), --no_packing, --val_data_path or --loss"
             )
 
@@ -113,12 +114,16 @@ def main(argv: list[str] | None = None) -> None:
     config, device = run.config, ranks.device()
     tokenizer = setup.load_tokenizer(config)
     model = setup.load_model(config, tokenizer)
+    longest = config.max_seq_len + config.max_gen_len
+    model.config.check_context(longest, "--max_seq_len and --max_gen_len: together")
     reference = frozen(model, device, run.dtype) if config.beta else None
     judge = ModelReward(config.reward_model_path, device, run.dtype) if config.reward_model_path else None
+    rewards = Rewards(config.reward, judge)
+    how = (config.on_bad_line, config.data_format, rewards.check_row, ranks.say)
     data = Rollouts(
-        read_prompts(config.data_path, tokenizer, config.max_seq_len, config.on_bad_line, ranks.say),
+        read_prompts(config.data_path, tokenizer, config.max_seq_len, *how),
         tokenizer,
-        Rewards(config.reward, judge),
+        rewards,
         reference,
         *ranks.world(),
         batch_size=config.batch_size,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_fast.data import samples
+from minimind_fast.errors import UserError
 from minimind_fast.training import setup
 from minimind_fast.training.log import clock
 
@@ -149,7 +150,7 @@ def change(log: Path, measures: dict[str, str]) -> tuple[str, float, float]:
         values = [row[key] for row in rows if key in row]
         if values:
             return name, values[0], values[-1]
-    raise ValueError(f"{log} has none of {', '.join(measures)}")
+    raise UserError(f"{log} has none of {', '.join(measures)}")
 
 
 def share_right(weights: Path) -> float:

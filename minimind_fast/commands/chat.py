@@ -18,6 +18,7 @@ from typing import Any
 
 from minimind_fast.commands.options import add_model_options, add_sampling_options, open_model, sampling_of
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.infer.generate import Stream, generate_batch, stream
 from minimind_fast.model import MiniMind
 
@@ -91,7 +92,7 @@ class Conversation:
             )
             if len(ids) <= room:
                 return ids
-        raise ValueError(f"the message has {len(ids)} tokens, the context has room for {room}: shorten it")
+        raise UserError(f"the message has {len(ids)} tokens, the context has room for {room}: shorten it")
 
 
 def read_tools(file: str | None) -> list[dict[str, Any]] | None:
@@ -105,10 +106,10 @@ def read_tools(file: str | None) -> list[dict[str, Any]] | None:
     try:
         tools = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise UserError(f"{file} is not JSON: {error}") from None
     tools = tools.get("tools") if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
-        raise ValueError(f"{file} must hold a JSON list of tool schemas")
+        raise UserError(f"{file} must hold a JSON list of tool schemas")
     return tools
 
 
@@ -214,7 +215,7 @@ class Chat:
         elif name == "/help":
             note(HELP)
         else:
-            raise ValueError(f"{line}: not understood; /help shows the commands")
+            raise UserError(f"{line}: not understood; /help shows the commands")
         return True
 
     def say(self, text: str) -> None:
@@ -280,7 +281,7 @@ def main(argv: list[str]) -> int:
     if not sys.stdin.isatty():
         text = read_stdin()
         if not text.strip():
-            raise ValueError("standard input is empty: pipe a question in, or run it in a terminal")
+            raise UserError("standard input is empty: pipe a question in, or run it in a terminal")
         chat.say(text)
         return 0
     with contextlib.suppress(ImportError):  # Windows has none
@@ -307,7 +308,7 @@ def generate_main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     sampling = sampling_of(args)
     if args.stop and len(args.prompt or [""]) > 1:
-        raise ValueError("--stop works with one --prompt at a time")
+        raise UserError("--stop works with one --prompt at a time")
     prompts = args.prompt or [read_stdin()]
     model, tokenizer = open_model(args)
     if args.chat:

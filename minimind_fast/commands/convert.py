@@ -23,6 +23,7 @@ from minimind_fast.commands.options import (
     with_adapters,
 )
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
 from minimind_fast.weights.adapter_files import read_adapters, recorded_base, save_adapters
 from minimind_fast.weights.checkpoint import (
@@ -103,7 +104,7 @@ def _convert(args: argparse.Namespace) -> int:
         format = fitting_format(model.config)
         if format is None:
             reasons = "; ".join(f"{name}: {', '.join(obstacles(model.config, name))}" for name in ARCHITECTURES)
-            raise ValueError(f"no other format holds this model ({reasons}); --format minimind and pth do")
+            raise UserError(f"no other format holds this model ({reasons}); --format minimind and pth do")
     if format == "pth":
         _check_reader(model, args.edited_config)
     if format in ARCHITECTURES and model.config.dropout:
@@ -131,7 +132,7 @@ def _check_reader(model: MiniMind, edited: bool) -> None:
         return
     need = ", ".join(f"{name}={value!r}" for name, value in fields.items())
     if not edited:
-        raise ValueError(
+        raise UserError(
             f"a .pth has no config, and MiniMind's own would make another model of this one: it needs {need}; write a "
             "folder (--format minimind), or edit its MiniMindConfig and add --edited_config"
         )
@@ -142,9 +143,9 @@ def _check_places(source: Path, out: Path, a_file: bool, overwrite: bool) -> Non
     check_replaceable(out, a_file)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents or here in there.parents:
-        raise ValueError(f"one of {out} and {source} lies inside the other; name another place to write to")
+        raise UserError(f"one of {out} and {source} lies inside the other; name another place to write to")
     if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise ValueError(f"{out} already exists; add --overwrite to replace it")
+        raise UserError(f"{out} already exists; add --overwrite to replace it")
 
 
 def main_lora(argv: list[str]) -> int:
@@ -181,12 +182,12 @@ def main_lora(argv: list[str]) -> int:
         command.add_argument("--overwrite", action="store_true", help="replace existing output")
     args = parser.parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
-        raise ValueError(f"{args.out} already exists; add --overwrite to replace it")
+        raise UserError(f"{args.out} already exists; add --overwrite to replace it")
     if args.command == "convert":
         found, lora = read_adapters(args.adapter)
         base, fingerprint = recorded_base(args.adapter)
-        about = dict(base=base, fingerprint=fingerprint, square_only=args.for_minimind)
-        save_adapters(found, lora, args.out, **about)
+        square = bool(args.for_minimind)
+        save_adapters(found, lora, args.out, base=base, fingerprint=fingerprint, square_only=square)
         print(f"{args.out}: {len(found)} adapters of rank {lora.rank} on {', '.join(lora.targets)}")
         if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
             print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")

@@ -8,12 +8,17 @@ Properties: prints its measurements and, with --out, writes them as JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from minimind_fast.commands.options import add_model_options, add_sampling_options, open_model, sampling_of
+from minimind_fast.data.formats import Formats
+from minimind_fast.data.rows import BadRow, read_rows, string_field
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import DataError, UserError
 from minimind_fast.infer.generate import generate_batch
 from minimind_fast.infer.score import multiple_choice, perplexity, read_question
 from minimind_fast.model import MiniMind
@@ -37,48 +42,44 @@ PROMPTS = {
 }
 
 
-def read_jsonl(file: str | Path, limit: int = 0) -> list[dict[str, Any]]:
-    """Read objects from a JSONL file.
+def read_some(file: str, kind: str, read: Callable[[dict[str, Any]], Any], limit: int = 0) -> list[Any]:
+    """Read the rows of a file as training does.
 
     Args:
-        file: path of the file.
+        file: a file, folder or glob.
+        kind: what its rows are to hold, for `Formats`.
+        read: a row to what is wanted; raises ValueError for one that is not usable.
         limit: most rows to read; 0 for all.
 
     Raises:
-        ValueError: a line that is not a JSON object, with its number.
+        DataError: names file and line.
     """
-    rows = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}, is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}, must be a JSON object")
-            rows.append(row)
-            if len(rows) == limit:
-                break
-    return rows
+
+    def checked(row: dict[str, Any]) -> Any:
+        try:
+            return read(row)
+        except ValueError as error:
+            return BadRow(str(error))
+
+    def quiet(_: str) -> None: ...
+
+    rows = read_rows([file], checked, formats=Formats(kind), log=quiet)
+    found = list(itertools.islice(rows, limit or None))
+    if not found:
+        raise DataError(f"{file} has no rows")
+    return found
 
 
-def read_texts(file: str | Path, limit: int = 0) -> list[str]:
-    """Read the `text` of each row of a JSONL file.
-
-    Args:
-        file: path of the file.
-        limit: most rows to read; 0 for all.
+def text_of(row: dict[str, Any]) -> str:
+    """The text of a row.
 
     Raises:
-        ValueError: a row without text.
+        DataError: it has none.
     """
-    rows = read_jsonl(file, limit)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f'{file}, row {number}, has no "text"; it has {", ".join(row)}')
-    return [row["text"] for row in rows]
+    text = string_field(row, "text")
+    if isinstance(text, BadRow):
+        raise DataError(text.problem)
+    return text
 
 
 def show_prompts(model: MiniMind, tokenizer: Tokenizer, kind: str, **options: Any) -> list[dict[str, str]]:
@@ -126,16 +127,16 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     kinds = args.prompts if args.prompts is not None else [] if args.text or args.choices else list(PROMPTS)
     if unknown := [k for k in kinds if k not in PROMPTS]:
-        raise ValueError(f"unknown kind of prompts {unknown[0]!r}; choose from {', '.join(PROMPTS)}")
+        raise UserError(f"unknown kind of prompts {unknown[0]!r}; choose from {', '.join(PROMPTS)}")
     sampling = sampling_of(args)
-    texts = {file: read_texts(file, args.limit) for file in args.text}
+    texts = {file: read_some(file, "text", text_of, args.limit) for file in args.text}
     questions = {
-        file: [read_question(row, f"{file}, row {i}") for i, row in enumerate(read_jsonl(file, args.limit), 1)]
+        file: read_some(file, "questions", lambda row: read_question(row, "the row"), args.limit)
         for file in args.choices
     }
     model, tokenizer = open_model(args)
     if not 1 <= args.max_seq_len <= model.config.max_position_embeddings:
-        raise ValueError(f"--max_seq_len must be between 1 and {model.config.max_position_embeddings}")
+        raise UserError(f"--max_seq_len must be between 1 and {model.config.max_position_embeddings}")
     results: dict[str, Any] = {"model": args.path, "prompts": {}, "perplexity": {}, "accuracy": {}}
     for kind in kinds:
         options = {**vars(sampling), "max_new_tokens": args.max_new_tokens, "seed": args.seed}

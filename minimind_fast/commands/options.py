@@ -15,6 +15,7 @@ import torch
 
 from minimind_fast.config import YARN, ends_at
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.precision import as_stored
@@ -80,7 +81,7 @@ def told_shape(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     check_exists(path)
     if path.is_dir() and (told or preset):
         option = "preset" if preset else next(iter(told))
-        raise ValueError(f"--{option} says the shape of a .pth; {path} is a folder with a config.json of its own")
+        raise UserError(f"--{option} says the shape of a .pth; {path} is a folder with a config.json of its own")
     if getattr(args, "rope_scaling", False) and not (path.is_dir() and load_config(path).rope_scaling):
         told["rope_scaling"] = dict(YARN)
     return {"config": as_minimind(preset, **told)} if preset else {"told": told}
@@ -154,10 +155,10 @@ def open_stored(args: argparse.Namespace) -> tuple[MiniMind, Tokenizer]:
         torch.set_num_threads(args.threads)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no GPU that PyTorch can use; leave --device out")
+        raise UserError(f"--device {device}: no GPU that PyTorch can use; leave --device out")
     known = ("auto", "float32", "bfloat16", "float16")
     if args.dtype not in known:
-        raise ValueError(f"--dtype must be one of {', '.join(known)}, not {args.dtype!r}")
+        raise UserError(f"--dtype must be one of {', '.join(known)}, not {args.dtype!r}")
     folder = resolve_folder(args.path)
     shape = told_shape(args, folder)
     tokenizer = tokenizer_of(folder, args.tokenizer, "--tokenizer")

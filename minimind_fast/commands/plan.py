@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from minimind_fast.config import PRESETS, ModelConfig
+from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
 from minimind_fast.proof.cards import CARDS, Card
 from minimind_fast.proof.memory import ITEM_BYTES, MicroBatch, held, micro_batch, peak_bytes
@@ -361,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", metavar="FILE", default="", help="also write every number to this file")
     args = p.parse_args(argv)
     if min(args.gpus, args.batch_size, args.max_seq_len, args.accumulation_steps, args.gpus_per_node) < 1:
-        raise ValueError("--gpus, --batch_size, --max_seq_len, --accumulation_steps and --gpus_per_node are at least 1")
+        raise UserError("--gpus, --batch_size, --max_seq_len, --accumulation_steps and --gpus_per_node are at least 1")
     changes = {k: getattr(args, k) for k in ("hidden_size", "num_hidden_layers", "vocab_size") if getattr(args, k)}
     config = ModelConfig.preset(args.preset, **changes)
     here = args.card == "here" or not args.card and torch.cuda.is_available()

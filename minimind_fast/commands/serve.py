@@ -15,6 +15,7 @@ import socket
 import sys
 
 from minimind_fast.commands.options import add_model_options, open_model
+from minimind_fast.errors import UserError
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.serve.batch import Batcher
 from minimind_fast.serve.protocol import Defaults
@@ -67,15 +68,15 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     for name in ("max_batch", "max_context", "max_queue", "prefill_chunk", "max_output", "max_new_tokens", "max_body"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not args.timeout > 0:
-        raise ValueError(f"--timeout must be above 0, not {args.timeout}")
+        raise UserError(f"--timeout must be above 0, not {args.timeout}")
     try:
         import uvicorn
 
         from minimind_fast.serve.app import Service, make_app
     except ImportError as error:
-        raise ValueError(f"serve needs FastAPI and uvicorn ({error}): pip install 'minimind_fast[serve]'") from None
+        raise UserError(f"serve needs FastAPI and uvicorn ({error}): pip install 'minimind_fast[serve]'") from None
     Sampling(args.temperature, args.top_p)  # their ranges
     key = args.api_key or os.environ.get("MINIMIND_API_KEY", "")
     local = is_local(args.host)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from minimind_fast import stages
+from minimind_fast.errors import UserError
 
 
 def found() -> dict[str, str]:
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         return 0
     name, *options = argv
     if name not in there:
-        raise ValueError(f"no stage {name!r}; choose one of {', '.join(there)}")
+        raise UserError(f"no stage {name!r}; choose one of {', '.join(there)}")
     from minimind_fast.training.setup import start  # imports torch, which the list above does without
 
     sys.argv = [f"minimind-fast train {name}", *options]

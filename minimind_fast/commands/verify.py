@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from minimind_fast import ops
+from minimind_fast.errors import UserError
 from minimind_fast.proof.cases import MODELS
 from minimind_fast.proof.report import DTYPES, HEADER, format_row, report, report_by_processes, to_json
 
@@ -25,7 +26,7 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(text)}; choose of {', '.join(known)}")
+        raise UserError(f"unknown {what} {', '.join(unknown) or repr(text)}; choose of {', '.join(known)}")
     return names
 
 
@@ -54,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         names, presets = _names(args.ops, ops.NAMES, "op"), _names(args.preset, MODELS, "preset")
         dtypes = _names(args.dtype, list(DTYPES), "dtype") if args.dtype else possible
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch sees no GPU here; leave --device out to check on the CPU")
+            raise UserError("--device cuda: PyTorch sees no GPU here; leave --device out to check on the CPU")
         if set(dtypes) - set(possible):
-            raise ValueError("--dtype bfloat16 needs a GPU: Triton's interpreter is wrong in bfloat16")
+            raise UserError("--dtype bfloat16 needs a GPU: Triton's interpreter is wrong in bfloat16")
     except ValueError as error:
         parser.error(str(error))
     jobs = args.jobs

@@ -15,6 +15,8 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from minimind_fast.errors import UserError
+
 
 @dataclass
 class Batch:
@@ -107,7 +109,7 @@ class Position:
         """
         for name, mine in self.identity.items():
             if state.get(name) != mine:
-                raise ValueError(
+                raise UserError(
                     f"cannot resume the data position: {name} was {state.get(name)!r} and is {mine!r} now; "
                     "give the same data, tokenizer and options, or start a new run"
                 )

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from minimind_fast.data.tokenizer import CONTROL_TOKENS, NUM_BYTES, TEXT_TOKENS, Tokenizer
+from minimind_fast.errors import UserError
 
 # ChatML, as MiniMind3 reads it. Every assistant turn opens with a thought, possibly empty, so both generation prompts
 # (thought open, or empty and closed) are prefixes seen in training.
@@ -95,7 +96,7 @@ def train_bpe(
     """
     special = [*CONTROL_TOKENS, *TEXT_TOKENS]
     if vocab_size < len(special) + NUM_BYTES:
-        raise ValueError(f"vocab_size {vocab_size} is too small: {len(special)} special tokens and {NUM_BYTES} bytes")
+        raise UserError(f"vocab_size {vocab_size} is too small: {len(special)} special tokens and {NUM_BYTES} bytes")
     backend = tokenizers.Tokenizer(models.BPE())
     byte_level = backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -118,7 +119,7 @@ def train_bpe(
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     size = backend.get_vocab_size(with_added_tokens=True)
     if size != vocab_size:
-        raise ValueError(f"the texts give only {size} of {vocab_size} tokens: give more text or a smaller vocab_size")
+        raise UserError(f"the texts give only {size} of {vocab_size} tokens: give more text or a smaller vocab_size")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",

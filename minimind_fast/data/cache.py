@@ -30,8 +30,11 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from minimind_fast.data.rows import BadRow, DataError, Lines, check_readable, read_chunks, string_field
+from minimind_fast.data.containers import expand
+from minimind_fast.data.formats import Formats
+from minimind_fast.data.rows import BadRow, Lines, read_chunks, string_field
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import DataError, UserError
 
 try:
     import fcntl
@@ -51,6 +54,7 @@ class Encoder(Protocol):
     """Turns rows into documents. `name` is part of the cache key: change it when the documents change."""
 
     name: str
+    kind: str  # of rows, for `Formats`: "text", "chats" or "pairs"
     masked: bool  # every document comes with weights
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
@@ -62,6 +66,7 @@ class PretrainEncoder:
     """`{"text": ...}` to bos + text + eos, every token a target; an empty text gives no document."""
 
     name = "pretrain-1"
+    kind = "text"
     masked = False
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
@@ -129,46 +134,52 @@ def build_cache(
     cache_dir: str | os.PathLike[str] | None = None,
     encode: Encoder = encode_pretrain,
     on_bad_line: str = "error",
+    data_format: str = "auto",
     log: Callable[[str], None] = print,
 ) -> TokenCache:
-    """Tokenize JSONL files into a cache on disk, or open an existing one.
+    """Tokenize files of rows into a cache on disk, or open an existing one.
 
     Args:
-        paths: one or more JSONL files, one object per line; blank lines are skipped.
+        paths: one or more files, folders or globs; JSONL, or what `containers` opens.
         tokenizer: its fingerprint is part of the key.
         cache_dir: folder for caches; default `.minimind_fast_cache` beside the first file, or the user's cache folder
             if that is not writable.
         encode: rows to documents.
         on_bad_line: "error" stops at the first unusable line, "skip" skips and reports such lines.
+        data_format: the format of the rows, one of `formats.NAMES`, or "auto" to recognise it.
         log: called with each progress line.
 
     Raises:
         DataError: a file is missing or empty, a line is unusable, no documents remain, or the disk is full.
     """
     if on_bad_line not in ("error", "skip"):
-        raise ValueError(f"on_bad_line is {on_bad_line!r}: use 'error' or 'skip'")
+        raise UserError(f"on_bad_line is {on_bad_line!r}: use 'error' or 'skip'")
     sources = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
     if not sources:
         raise DataError("no data file given")
-    for source in sources:
-        check_readable(source)
+    formats = Formats(encode.kind, data_format)
+    sources = expand(sources)
     folder = Path(cache_dir) if cache_dir is not None else _default_cache_dir(sources[0])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         states = [_file_state(source) for source in sources]
         hashes = [_content_hash(source, state, folder) for source, state in zip(sources, states, strict=True)]
         identity = [FORMAT_VERSION, hashes, tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id, encode.name]
+        identity += [data_format] if data_format != "auto" else []
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
         final = folder / key
         cache = TokenCache.open(final)
-        if cache is None:
+        if cache is not None:
+            for line in cache.meta.get("formats", []):
+                log(line)
+        else:
             with _lock(folder / f"{key}.lock", log) as locked:
                 cache = TokenCache.open(final)  # another process may have built it while this one waited
                 if cache is None:
                     if locked:  # any temporary folder here is left over from a killed build
                         for stale in folder.glob(f"{key}.*.tmp"):
                             shutil.rmtree(stale, ignore_errors=True)
-                    cache = _build(sources, states, tokenizer, final, encode, on_bad_line, log)
+                    cache = _build(sources, states, tokenizer, final, encode, on_bad_line, formats, log)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DataError(
@@ -190,6 +201,7 @@ def _build(
     final: Path,
     encode: Encoder,
     on_bad_line: str,
+    formats: Formats,
     log: Callable[[str], None],
 ) -> TokenCache:
     start = time.monotonic()
@@ -203,11 +215,11 @@ def _build(
         with contextlib.ExitStack() as files:
             tokens_file = files.enter_context(open(aside / "tokens.bin", "wb"))
             mask_file = files.enter_context(open(aside / "mask.bin", "wb")) if encode.masked else None
-            for path, numbers, rows in read_chunks(sources, lines, log):
+            for path, places, rows in read_chunks(sources, lines, formats, log):
                 documents: list[Document] = []
-                for number, result in zip(numbers, encode(rows, tokenizer), strict=True):
+                for place, result in zip(places, encode(rows, tokenizer), strict=True):
                     if isinstance(result, BadRow):
-                        lines.bad(path, number, result.problem)
+                        lines.bad(path, place, result.problem)
                         continue
                     num_empty += not result
                     documents += result
@@ -244,6 +256,7 @@ def _build(
             "num_docs": offsets.size - 1,
             "num_tokens": int(offsets[-1]),
             "num_empty": num_empty,
+            "formats": formats.said,
             "bad_lines": {"count": lines.count, "first": lines.first},
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,

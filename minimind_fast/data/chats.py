@@ -1,6 +1,7 @@
 """Conversations to token ids with the answers marked as targets: the data of SFT, LoRA and reasoning.
 
-Purpose: `{"conversations": [...]}` lines in MiniMind's formats become documents in which only the answers are targets.
+Purpose: `{"conversations": [...]}` rows in MiniMind's formats become documents in which only the answers are targets; rows
+of other formats have been turned into these by `formats`. `read_chat` is the one reader of chats.
 
 Principle: the mask comes from the rendering, never from a search for marker tokens. For each answer the tokenizer's
 template renders two texts: the chat including the answer, and the prompt the model would be given for it. The prompt is a
@@ -23,11 +24,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from minimind_fast.data import fields
 from minimind_fast.data.cache import Document
-from minimind_fast.data.rows import BadRow
+from minimind_fast.data.complete import check_complete
+from minimind_fast.data.rows import HALF_A_PAIR, BadRow
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # usual names, the first that is there counts
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Generation prompts: the template's default, and the one that opens a thought.
 PROMPTS: tuple[dict[str, Any], ...] = ({}, {"open_thinking": True, "enable_thinking": True})
@@ -40,10 +45,12 @@ class Chat:
     Attributes:
         messages: dicts with `role`, `content` and optionally `reasoning_content`, `tool_calls`.
         tools: JSON schemas of the functions, or None.
+        unlearned: indices of the answers that are context only, by `weight: 0` or `loss: false`.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    unlearned: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -68,12 +75,12 @@ class Layout:
 
 
 def read_chat(row: dict[str, Any]) -> Chat | BadRow:
-    """Read a line of MiniMind's conversation files, old or new.
+    """Read a row of MiniMind's conversation files, old or new.
 
     Args:
-        row: `conversations` is a list of messages with `role`, `content` and optionally `reasoning_content`,
-            `tool_calls` and (on the system message or the row) `tools`; the latter two may be JSON in a string. Messages
-            without roles alternate, user first, as in MiniMind2's older files.
+        row: `conversations` is a list of messages with `role`, `content` and optionally `reasoning_content`, `tool_calls`,
+            `weight` or `loss`, and (on the system message or the row) `tools`; tools and calls may be JSON in a string. A
+            row's `system` comes first. Messages without roles alternate, user first, as in MiniMind2's older files.
 
     Returns:
         The chat, or what is wrong with the row.
@@ -84,9 +91,10 @@ def read_chat(row: dict[str, Any]) -> Chat | BadRow:
     if not isinstance(turns, list) or not turns:
         return BadRow('"conversations" must be a list of at least one message')
     try:
-        tools = _json_list(row.get("tools"), "tools")
+        fields.refuse(row, of_a_row=True)
+        tools = fields.read_tools(row.get("tools"), "tools") or _functions(row)
         with_roles = any(isinstance(turn, dict) and "role" in turn for turn in turns)
-        messages = []
+        messages, unlearned = [], set()
         for number, turn in enumerate(turns, 1):
             where = f"message {number}"
             if not isinstance(turn, dict):
@@ -94,42 +102,48 @@ def read_chat(row: dict[str, Any]) -> Chat | BadRow:
             role = turn.get("role") if with_roles else ("user", "assistant")[(number - 1) % 2]
             if role not in ROLES:
                 return BadRow(f"{where}: role must be one of {', '.join(ROLES)}, not {json.dumps(role)}")
-            tools = _json_list(turn.get("tools"), f"{where}: tools") or tools
+            tools = fields.read_tools(turn.get("tools"), f"{where}: tools") or tools
             messages.append(_message(turn, role, where))
-    except ValueError as error:
+            if fields.learned(turn, f"{where}: ") is False and role == "assistant":
+                unlearned.add(number - 1)
+        system = fields.row_system(row)
+        if system is not None and (messages[0]["role"], messages[0]["content"]) != ("system", system):
+            if messages[0]["role"] == "system":
+                return BadRow('"system" and the system message say different things: keep one')
+            messages.insert(0, {"role": "system", "content": system})
+            unlearned = {index + 1 for index in unlearned}
+    except UserError as error:
         return BadRow(str(error))
-    return Chat(messages, tools)
+    return Chat(messages, tools, frozenset(unlearned))
+
+
+def _functions(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """OpenAI's older name for tools."""
+    functions = fields.read_tools(row.get("functions"), "functions")
+    return functions and [{"type": "function", "function": function} for function in functions]
 
 
 def _message(turn: dict[str, Any], role: str, where: str) -> dict[str, Any]:
     """Drop empty fields: MiniMind's files fill unused ones with null or ""."""
-    message = {key: value for key, value in turn.items() if value is not None and key not in ("tools", "tool_calls")}
+    fields.refuse(turn, of_a_row=False, where=f"{where}: ")
+    read = ("tools", "tool_calls", "function_call", *THOUGHTS, *fields.FLAGS)
+    message = {key: value for key, value in turn.items() if value is not None and key not in read}
     message["role"] = role
-    calls = _json_list(turn.get("tool_calls"), f"{where}: tool_calls")
+    message["content"] = fields.text_of(turn.get("content"), where)
+    for name in THOUGHTS:
+        if turn.get(name) is not None:
+            message["reasoning_content"] = fields.text_of(turn[name], where)
+            break
+    calls = fields.read_calls(turn.get("tool_calls"), f"{where}: tool_calls")
+    if calls is None and turn.get("function_call"):  # OpenAI's older form of one call
+        calls = fields.read_calls([turn["function_call"]], f"{where}: function_call")
     if calls:
-        if not all(isinstance((call.get("function") or call).get("name"), str) for call in calls):
-            raise ValueError(f"{where}: each of tool_calls needs a name")
         message["tool_calls"] = calls
-        message.setdefault("content", "")
+        message["content"] = "" if message["content"] is None else message["content"]
     for key in ("content", "reasoning_content"):
         if not isinstance(message.get(key, "" if key == "reasoning_content" else None), str):
-            raise ValueError(f'{where}: "{key}" must be a string')
+            raise UserError(f'{where}: "{key}" must be a string')
     return message
-
-
-def _json_list(value: Any, where: str) -> list[dict[str, Any]] | None:
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise ValueError(f"{where}: must be a list of objects, or that as JSON in a string")
-    return value
 
 
 def lay_out(tokenizer: Tokenizer, chat: Chat) -> list[Layout]:
@@ -137,7 +151,8 @@ def lay_out(tokenizer: Tokenizer, chat: Chat) -> list[Layout]:
 
     Args:
         tokenizer: must have a chat template.
-        chat: messages and tools. An assistant message that opens the chat is not an answer and is not trained.
+        chat: messages and tools. An assistant message that opens the chat is not an answer and is not trained; nor are
+            the chat's `unlearned`.
 
     Returns:
         One layout, or several if the template renders earlier answers differently from the current one.
@@ -147,20 +162,22 @@ def lay_out(tokenizer: Tokenizer, chat: Chat) -> list[Layout]:
     """
     messages, tools = chat.messages, chat.tools
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+    check_complete(tokenizer, messages[: answers[-1] + 1] if answers else messages, tools)
     layouts: list[Layout] = []
     for index in reversed(answers):
         text = tokenizer.render_chat(messages[: index + 1], tools)
-        if not layouts:
-            _check_complete(tokenizer, chat, messages[: index + 1], text)
         if not layouts or not layouts[-1].text.startswith(text):
             layouts.append(Layout(text))
-        layouts[-1].answers.append(_find_answer(tokenizer, messages, tools, index, text))
-    if not answers:
-        layouts.append(Layout(tokenizer.render_chat(messages, tools)))
-    for layout in layouts:
+        span = _find_answer(tokenizer, messages, tools, index, text)
+        if index not in chat.unlearned:
+            layouts[-1].answers.append(span)
+    learned = [layout for layout in layouts if layout.answers]
+    if not learned:  # nothing to learn; the row counts as one that was left out
+        return layouts[:1] or [Layout(tokenizer.render_chat(messages, tools))]
+    for layout in learned:
         layout.answers.reverse()
-        layout.text = layout.text[: layout.answers[-1][1]] if layout.answers else layout.text
-    return layouts[::-1]
+        layout.text = layout.text[: layout.answers[-1][1]]
+    return learned[::-1]
 
 
 def end_marker(tokenizer: Tokenizer) -> str:
@@ -183,29 +200,11 @@ def _find_answer(
     end = text.rfind(marker) + len(marker)
     if start < 0 or end - len(marker) < start or text[end:].strip():
         wrong = "begin an answer with its generation prompt" if start < 0 else f"end an answer with {marker}"
-        raise ValueError(
+        raise UserError(
             f"message {index + 1}: the chat template of {tokenizer.source} does not {wrong}, so that answers cannot be "
             "told from prompts; use a tokenizer folder whose template does, such as the shipped one"
         )
     return start, end
-
-
-def _check_complete(tokenizer: Tokenizer, chat: Chat, messages: list[dict[str, Any]], text: str) -> None:
-    """Refuse a chat that the template renders incompletely: the model would learn to answer what it cannot see."""
-    expected = [
-        (f"message {n} ({m['role']})", m["content"]) for n, m in enumerate(messages, 1) if m["role"] != "assistant"
-    ]
-    for n, message in enumerate(messages, 1):
-        for call in message.get("tool_calls") or []:
-            expected.append((f"the tool call of message {n}", (call.get("function") or call)["name"]))
-    for tool in chat.tools or []:
-        name = (tool.get("function") or tool).get("name")
-        expected.append(("the tools", name if isinstance(name, str) else ""))
-    for what, words in expected:
-        if words.strip() not in text:
-            raise ValueError(
-                f"the chat template of {tokenizer.source} leaves out {what}; use a tokenizer whose template knows it"
-            )
 
 
 class ChatEncoder:
@@ -221,13 +220,14 @@ class ChatEncoder:
     """
 
     masked = True
+    kind = "chats"
 
     def __init__(self, tokenizer: Tokenizer, tag_weight: int = 1, tags: tuple[str, ...] = TAGS) -> None:
         if not 1 <= tag_weight <= 255:
-            raise ValueError(f"the weight of the tags must be a whole number from 1 to 255, not {tag_weight}")
+            raise UserError(f"the weight of the tags must be a whole number from 1 to 255, not {tag_weight}")
         self.token_bytes = tokenizer.token_bytes()
         if tokenizer.decode(tokenizer.encode("a")) != "a":
-            raise ValueError(f"{tokenizer.source} puts a space before a text: chats cannot be encoded piece by piece")
+            raise UserError(f"{tokenizer.source} puts a space before a text: chats cannot be encoded piece by piece")
         self.tag_weight, self.tags = tag_weight, tuple(tag.encode() for tag in tags)
         decides = [
             tokenizer.config.get("chat_template"),
@@ -235,7 +235,7 @@ class ChatEncoder:
             tag_weight,
             tags if tag_weight > 1 else (),
         ]
-        self.name = f"chat-1-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
+        self.name = f"chat-2-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
         """Return the documents of each chat, usually one, or what is wrong with the row."""
@@ -257,8 +257,8 @@ class ChatEncoder:
             for layout in layouts if isinstance(layouts, list) else ():
                 layout.text.encode("utf-8")
         except UnicodeEncodeError:
-            return BadRow("holds half of a surrogate pair, such as \\ud83d alone, which is no character")
-        except ValueError as error:
+            return BadRow(f"holds {HALF_A_PAIR}")
+        except UserError as error:
             return BadRow(str(error))
         return layouts
 

@@ -30,7 +30,8 @@ import torch
 from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data.batches import Batch, Batches, Position
 from minimind_fast.data.cache import Document, Encoder, PretrainEncoder, TokenCache, build_cache, encode_pretrain
-from minimind_fast.data.rows import BadRow, DataError, read_texts, string_field
+from minimind_fast.data.rows import BadRow, read_texts, string_field
+from minimind_fast.errors import DataError, UserError
 
 __all__ = [
     "BadRow", "Batch", "Batches", "DataError", "Document", "Encoder", "PackedBatches", "PaddedBatches",
@@ -71,7 +72,7 @@ class _Source:
 
     def __init__(self, cache: TokenCache, rank: int, world_size: int, identity: dict[str, Any]):
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not among the {world_size} ranks 0 to {world_size - 1}")
+            raise UserError(f"rank {rank} is not among the {world_size} ranks 0 to {world_size - 1}")
         self.cache = cache
         self.rank = rank
         self.world_size = world_size
@@ -173,7 +174,7 @@ class PackedBatches(_Source):
         shuffle: bool = True,
     ):
         if not 1 <= max_seq_len <= batch_tokens:
-            raise ValueError(f"max_seq_len {max_seq_len} must lie between 1 and the {batch_tokens} tokens of a batch")
+            raise UserError(f"max_seq_len {max_seq_len} must lie between 1 and the {batch_tokens} tokens of a batch")
         identity = {"kind": "packed", "seed": seed, "batch_tokens": batch_tokens, "max_seq_len": max_seq_len}
         super().__init__(cache, rank, world_size, identity | {"truncate": truncate, "shuffle": shuffle})
         self.batch_tokens, self.max_seq_len, self.seed = batch_tokens, max_seq_len, seed
@@ -216,11 +217,7 @@ class PackedBatches(_Source):
         return self._pack_shuffled(epoch, self._lengths, self._max_docs)
 
     def _pack_shuffled(self, epoch: int, lengths: np.ndarray, max_items: int) -> list[np.ndarray]:
-        order = np.arange(lengths.size)
-        if self.shuffle:
-            key = np.array([self.seed % 2**64, epoch], np.uint64)
-            keys = np.random.Philox(key=key).random_raw(order.size)
-            order = np.argsort(keys, kind="stable")
+        order = _shuffled(lengths.size, self.seed, epoch) if self.shuffle else np.arange(lengths.size)
         return _pack(lengths[order], order, self.batch_tokens, max_items)
 
     def _size(self, items: np.ndarray) -> int:
@@ -253,22 +250,31 @@ class PackedBatches(_Source):
 
 
 class PaddedBatches(_Source):
-    """MiniMind's rows: file order, truncated at max_seq_len tokens, padded to max_seq_len - 1 positions.
+    """MiniMind's rows: shuffled each epoch, truncated at max_seq_len tokens, padded to max_seq_len - 1 positions.
 
     Args:
         cache: the tokenized documents.
         batch_size: rows in a micro-batch.
         max_seq_len: tokens in a row, including bos and eos; a truncated pretraining row still ends with eos.
         rank, world_size: select this process's share.
+        seed: decides the order, together with the epoch; None keeps the file's.
     """
 
-    def __init__(self, cache: TokenCache, *, batch_size: int, max_seq_len: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        cache: TokenCache,
+        *,
+        batch_size: int,
+        max_seq_len: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+    ):
         if batch_size < 1 or max_seq_len < 2:
-            raise ValueError(f"batch_size {batch_size} must be at least 1 and max_seq_len {max_seq_len} at least 2")
-        super().__init__(
-            cache, rank, world_size, {"kind": "padded", "batch_size": batch_size, "max_seq_len": max_seq_len}
-        )
-        self.batch_size, self.max_seq_len = batch_size, max_seq_len
+            raise UserError(f"batch_size {batch_size} must be at least 1 and max_seq_len {max_seq_len} at least 2")
+        identity: dict[str, Any] = {"kind": "padded", "batch_size": batch_size, "max_seq_len": max_seq_len}
+        super().__init__(cache, rank, world_size, identity | {"seed": seed})
+        self.batch_size, self.max_seq_len, self.seed = batch_size, max_seq_len, seed
         sizes = np.diff(cache.offsets)
         self._rows = np.flatnonzero(sizes >= 2)
         self.num_short_docs = cache.num_docs - self._rows.size
@@ -276,7 +282,8 @@ class PaddedBatches(_Source):
             raise DataError(f"{', '.join(cache.meta['sources'])}: no document of at least two tokens")
 
     def _make_plan(self, epoch: int) -> list[np.ndarray]:
-        return np.split(self._rows, np.arange(self.batch_size, self._rows.size, self.batch_size))
+        rows = self._rows if self.seed is None else self._rows[_shuffled(self._rows.size, self.seed, epoch)]
+        return np.split(rows, np.arange(self.batch_size, rows.size, self.batch_size))
 
     def _size(self, items: np.ndarray) -> int:
         return items.size
@@ -370,6 +377,12 @@ class Prefetcher:
             stop.set()
             thread.join()
             self.source.load_state_dict(self._state)  # the thread had run ahead
+
+
+def _shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+    """An order of `size` items."""
+    key = np.array([seed % 2**64, epoch], np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:

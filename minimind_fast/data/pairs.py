@@ -1,16 +1,17 @@
 """Preference pairs: the data of DPO.
 
-Purpose: MiniMind's `{"chosen": [messages], "rejected": [messages]}` lines become packed batches in which the two answers of
+Purpose: MiniMind's `{"chosen": [messages], "rejected": [messages]}` rows become packed batches in which the two answers of
     a pair are adjacent, each with its log-probability under a frozen reference (from `rl/preferences.py`).
-Principle: a line becomes two documents, so documents 2i and 2i + 1 are a pair. Batches hold whole pairs. Only answers from
-    the first differing message on are targets; earlier ones are the same in both and would cancel.
+Principle: whether prompts or answers are the same is asked of their rendering, not of their fields. A row becomes two
+    documents, so documents 2i and 2i + 1 are a pair. Batches hold whole pairs. Only answers from the first differing
+    message on are targets; earlier ones are the same in both and would cancel.
 Properties: a pair with an answer beyond max_seq_len is dropped and counted. A position belongs to one reference: resuming
     with other weights is refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,48 +21,56 @@ from torch import Tensor
 from minimind_fast.data.batches import Batch
 from minimind_fast.data.cache import TokenCache
 from minimind_fast.data.chats import Chat, ChatEncoder, Layout, lay_out, read_chat
+from minimind_fast.data.formats import SIDES
 from minimind_fast.data.packing import PackedBatches
 from minimind_fast.data.rows import BadRow
 from minimind_fast.data.tokenizer import Tokenizer
 
-SIDES = ("chosen", "rejected")
+SAME = BadRow("chosen and rejected are the same: there is nothing to prefer")
 
 
 class PairEncoder(ChatEncoder):
     """Encodes each row as two documents, chosen and rejected; the answers in which they differ are targets."""
 
+    kind = "pairs"
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
-        self.name = f"pairs-1-{self.name}"
+        self.name = f"pairs-2-{self.name}"
 
     def layouts(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
         """Return the layouts of chosen and rejected, or what is wrong with the row."""
         chats: list[Chat] = []
+        rest = {name: value for name, value in row.items() if name not in SIDES}
         for side in SIDES:
             if side not in row:
                 return BadRow(f'has no field "{side}" (its fields: {", ".join(sorted(row)) or "none"})')
-            chat = read_chat({"conversations": row[side], "tools": row.get("tools")})
+            chat = read_chat({**rest, "conversations": row[side]})
             if isinstance(chat, BadRow):
                 return BadRow(f"{side}: {chat.problem}".replace('"conversations" ', ""))
             if chat.messages[-1]["role"] != "assistant":
                 return BadRow(f"{side}: the last message must be the assistant's, the answer to learn from")
             chats.append(chat)
-        shared = _shared_messages(*chats)
+        shared = _shared_messages(tokenizer, *chats)
         if isinstance(shared, BadRow):
             return shared
-        return [_last_layout(tokenizer, chat, shared) for chat in chats]
+        for side, chat in zip(SIDES, chats, strict=True):
+            if any(index >= shared for index in chat.unlearned):
+                return BadRow(f"{side}: an answer that is not to be learned (weight 0) cannot be preferred")
+        layouts = [_last_layout(tokenizer, chat, shared) for chat in chats]
+        return SAME if layouts[0].text == layouts[1].text else layouts
 
 
-def _shared_messages(chosen: Chat, rejected: Chat) -> int | BadRow:
-    """The number of leading messages both share; an answer must follow in both."""
+def _shared_messages(tokenizer: Tokenizer, chosen: Chat, rejected: Chat) -> int | BadRow:
+    """The number of leading messages both share, as the model sees them; an answer must follow in both."""
     ours, theirs = chosen.messages, rejected.messages
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-    )
     if chosen.tools != rejected.tools:
         return BadRow("chosen and rejected have different tools: they must answer the same prompt")
+    shared = 0
+    while shared < min(len(ours), len(theirs)) and _alike(tokenizer, chosen, rejected, shared):
+        shared += 1
     if shared == len(ours) == len(theirs):
-        return BadRow("chosen and rejected are the same: there is nothing to prefer")
+        return SAME
     if shared == 0 or any(shared == len(m) or m[shared]["role"] != "assistant" for m in (ours, theirs)):
         return BadRow(
             f"chosen and rejected part at message {shared + 1}, which is not an answer in both: they must share the prompt"
@@ -69,12 +78,21 @@ def _shared_messages(chosen: Chat, rejected: Chat) -> int | BadRow:
     return shared
 
 
+def _alike(tokenizer: Tokenizer, chosen: Chat, rejected: Chat, index: int) -> bool:
+    """Whether a message is the same in both, when all before it are: by its rendering, which shows no id or score."""
+    one, other = chosen.messages[index], rejected.messages[index]
+    if one == other:
+        return True
+    if one["role"] != other["role"]:
+        return False
+    texts = [tokenizer.render_chat(chat.messages[: index + 1], chat.tools) for chat in (chosen, rejected)]
+    return texts[0] == texts[1]
+
+
 def _last_layout(tokenizer: Tokenizer, chat: Chat, shared: int) -> Layout:
     """The chat as the model sees it at its last answer; answers in the shared prefix are not marked."""
-    layout = lay_out(tokenizer, chat)[-1]
-    at = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant" and i > 0]
-    marked = zip(at[-len(layout.answers) :], layout.answers, strict=True)
-    return Layout(layout.text, [answer for index, answer in marked if index >= shared])
+    early = {i for i, message in enumerate(chat.messages[:shared]) if message["role"] == "assistant"}
+    return lay_out(tokenizer, replace(chat, unlearned=chat.unlearned | early))[-1]
 
 
 @dataclass

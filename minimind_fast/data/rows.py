@@ -1,7 +1,9 @@
-"""The JSONL reader: files to objects, with errors that name file and line.
+"""The one reader of rows: files to objects, with errors that name file and line.
 
-Purpose: `read_rows` yields rows one by one, `read_chunks` in chunks; `string_field` reads a field of a row.
-Principle: a line is one JSON object in UTF-8; only a byte-order mark and blank lines are skipped.
+Purpose: `read_rows` yields rows one by one, `read_chunks` in chunks; `string_field` reads a field of a row, `read_json` a
+    whole file that is one value.
+Principle: a line is one JSON object in UTF-8; only a byte-order mark and blank lines are skipped. `containers` opens what
+    the lines are packed in, `formats` turns rows of other formats into ours.
 Properties: holds one chunk of lines at a time. A bad line stops the reading or is counted, as the user chose.
 """
 
@@ -15,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minimind_fast.data.containers import Container, expand
+from minimind_fast.data.formats import Formats
+from minimind_fast.errors import DataError, UserError
+
 # The Rust tokenizer's results take about 100 bytes per token until copied out: 1 MiB of text is some 40 MB.
 # Throughput on 2 cores is the same from 256 KiB to 8 MiB.
 CHUNK_BYTES = 1 << 20
-MAX_LINE_BYTES = 1 << 28  # a longer "line" means the file is not JSONL; do not read it into memory
 PROGRESS_INTERVAL_S = 10.0
 MAX_REPORTED_LINES = 5
+HALF_A_PAIR = "half of a surrogate pair, such as \\ud83d alone, which is no character"
 T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """Something is wrong with the user's data; the message names the file, the line and the fault."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def string_field(row: dict[str, Any], field: str) -> str | BadRow:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        return BadRow(f'"{field}" holds half of a surrogate pair, such as \\ud83d alone, which is no character')
+        return BadRow(f'"{field}" holds {HALF_A_PAIR}')
     return value
 
 
@@ -53,27 +55,26 @@ def read_rows(
     paths: Sequence[str | os.PathLike[str]],
     read: Callable[[dict[str, Any]], T | BadRow],
     *,
+    formats: Formats,
     on_bad_line: str = "error",
     log: Callable[[str], None] = print,
 ) -> Iterator[T]:
-    """Yield `read(row)` for each line of JSONL files, without holding a file in memory.
+    """Yield `read(row)` for each row of some files, without holding a file in memory.
 
     Args:
         paths, on_bad_line, log: as for `build_cache`.
-        read: takes a parsed line, returns the result or what is wrong with it.
+        read: takes a row in our format, returns the result or what is wrong with it.
+        formats: what the rows are to hold.
 
     Raises:
-        DataError: a file is missing or empty, or a line is unusable.
+        DataError: a file is missing, empty or no data, or a row is unusable.
     """
-    sources = [Path(path) for path in paths]
-    for source in sources:
-        check_readable(source)
     lines = Lines(stop=on_bad_line == "error")
-    for path, numbers, rows in read_chunks(sources, lines, log):
-        for number, row in zip(numbers, rows, strict=True):
+    for path, places, rows in read_chunks(expand(paths), lines, formats, log):
+        for place, row in zip(places, rows, strict=True):
             result = read(row)
             if isinstance(result, BadRow):
-                lines.bad(path, number, result.problem)
+                lines.bad(path, place, result.problem)
             else:
                 yield result
     if lines.count:
@@ -83,7 +84,7 @@ def read_rows(
 def read_texts(
     paths: Sequence[str | os.PathLike[str]], *, on_bad_line: str = "error", log: Callable[[str], None] = print
 ) -> Iterator[str]:
-    """Yield the non-empty texts of `{"text": ...}` JSONL files.
+    """Yield the non-empty texts of files of `{"text": ...}` rows.
 
     Args:
         paths, on_bad_line, log: as for `build_cache`.
@@ -91,7 +92,11 @@ def read_texts(
     Raises:
         DataError: as for `read_rows`.
     """
-    texts = read_rows(paths, lambda row: string_field(row, "text"), on_bad_line=on_bad_line, log=log)
+
+    def read(row: dict[str, Any]) -> str | BadRow:
+        return string_field(row, "text")
+
+    texts = read_rows(paths, read, formats=Formats("text"), on_bad_line=on_bad_line, log=log)
     return (text for text in texts if text.strip())
 
 
@@ -103,8 +108,13 @@ class Lines:
         self.count = 0
         self.first: list[str] = []
 
-    def bad(self, path: Path, line: int, problem: str) -> None:
-        message = f"{path}, line {line:,}: {problem}"
+    def bad(self, path: Path, place: str, problem: str) -> None:
+        """Note an unusable row; `place` is such as "line 3".
+
+        Raises:
+            DataError: the first one is to stop the reading.
+        """
+        message = f"{path}, {place}: {problem}"
         if self.stop:
             raise DataError(f"{message} (--on_bad_line skip leaves such lines out)")
         self.count += 1
@@ -113,43 +123,87 @@ class Lines:
 
 
 def read_chunks(
-    sources: list[Path], lines: Lines, log: Callable[[str], None]
-) -> Iterator[tuple[Path, list[int], list[dict[str, Any]]]]:
-    """Read the files in chunks of about CHUNK_BYTES: path, line numbers, parsed objects."""
+    sources: list[Path], lines: Lines, formats: Formats, log: Callable[[str], None]
+) -> Iterator[tuple[Path, list[str], list[dict[str, Any]]]]:
+    """Read files in chunks of about CHUNK_BYTES: path, places such as "line 3", rows in our format."""
     total = sum(source.stat().st_size for source in sources)
     done, start = 0, time.monotonic()
     last_log = start
     for path in sources:
-        numbers: list[int] = []
-        rows: list[dict[str, Any]] = []
-        size, number = 0, 0
-        with open(path, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                size += len(line)
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"{path}, line {number:,}: longer than {MAX_LINE_BYTES >> 20} MiB; is it JSONL?")
-                row = _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+        formats.seen.clear()
+        told = 0
+        with Container(path) as container:
+            places: list[str] = []
+            rows: list[dict[str, Any]] = []
+            size = 0
+            for number, item, item_bytes in container:
+                size += item_bytes
+                row = _read(item, formats)
                 if isinstance(row, BadRow):
-                    lines.bad(path, number, row.problem)
+                    lines.bad(path, f"{container.unit} {number:,}", row.problem)
                 elif row is not None:
-                    numbers.append(number)
+                    places.append(f"{container.unit} {number:,}")
                     rows.append(row)
+                if len(formats.seen) > told:
+                    formats.said.append(f"{path.name} is taken for {list(formats.seen)[told]}.")
+                    log(formats.said[-1])
+                    told += 1
                 if size >= CHUNK_BYTES:
-                    yield path, numbers, rows
-                    numbers, rows = [], []
-                    done, size = done + size, 0
+                    yield path, places, rows
+                    places, rows, size = [], [], 0
                     now = time.monotonic()
                     if now - last_log > PROGRESS_INTERVAL_S:
                         last_log = now
-                        rate = done / (now - start)
-                        left_s = (total - done) / rate
-                        log(f"reading {path.name}: {done / total:.0%}, {rate / 1e6:.1f} MB/s, {left_s:.0f} s left")
-        yield path, numbers, rows
-        done += size
+                        read = done + container.bytes_read()
+                        rate = read / (now - start)
+                        left_s = (total - read) / rate
+                        log(f"reading {path.name}: {read / total:.0%}, {rate / 1e6:.1f} MB/s, {left_s:.0f} s left")
+            yield path, places, rows
+        done += path.stat().st_size
 
 
-def _parse(line: bytes) -> dict[str, Any] | BadRow | None:
+def _read(item: Any, formats: Formats) -> dict[str, Any] | BadRow | None:
+    """A line or a value as a row in our format; None if it is blank."""
+    row = _parse(item) if isinstance(item, bytes) else item
+    if row is None and isinstance(item, bytes) or isinstance(row, BadRow):
+        return row
+    if not isinstance(row, dict):
+        return BadRow(f'{_json_type(row)}, not an object such as {{"text": "..."}}')
+    try:
+        return formats.adapt(row)
+    except DataError as error:
+        return BadRow(str(error))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a file that holds one JSON value: a config, a list of tools.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON in UTF-8; names the line.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}): convert it") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path} holds {HALF_A_PAIR}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, objects nested too deep
+        raise UserError(f"{path}: not usable JSON: {error}") from None
+    return value
+
+
+def _parse(line: bytes) -> Any:
     """Parse one line; None if it is blank."""
     try:
         text = line.decode("utf-8")
@@ -160,27 +214,25 @@ def _parse(line: bytes) -> dict[str, Any] | BadRow | None:
     if not text.strip():
         return None
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_without_twins)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and "\r" in text[: error.pos + 1].lstrip():
+            return BadRow("lines end in a carriage return alone: convert the file to line feeds")
         return BadRow(f"not JSON: {error.msg} at character {error.pos + 1}")
     except (ValueError, RecursionError) as error:  # also numbers too long and objects nested too deep
         return BadRow(f"not usable JSON: {error}")
-    if not isinstance(row, dict):
-        return BadRow(f'{_json_type(row)}, not an object such as {{"text": "..."}}')
-    return row
+    return BadRow("null, not an object") if row is None else row
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a field that comes twice, Python would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twin = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise UserError(f'the field "{twin}" comes twice')
+    return found
 
 
 def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def check_readable(path: Path) -> None:
-    if not path.exists():
-        raise DataError(f"{path} does not exist (seen from {Path.cwd()})")
-    if not path.is_file():
-        raise DataError(f"{path} is not a file: give the JSONL file itself")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path} cannot be read: you lack the permission")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")

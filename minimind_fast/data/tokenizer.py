@@ -27,6 +27,7 @@ from jinja2 import TemplateError
 from tokenizers import decoders
 
 from minimind_fast.data.template import environment, plain, with_reasoning
+from minimind_fast.errors import UserError
 
 # MiniMind3's ids 0-35: the first 21 are control tokens that `skip_special_tokens` omits from decoded text; the other 15
 # (tool calls, thoughts) are text to a reader and only kept whole by the tokenizer.
@@ -88,23 +89,23 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.exists():
-            raise ValueError(f"tokenizer path {path} does not exist: give a folder with tokenizer.json, or that file")
+            raise UserError(f"tokenizer path {path} does not exist: give a folder with tokenizer.json, or that file")
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"{path} has no tokenizer.json: train one with train/tokenizer.py, or give another folder")
+            raise UserError(f"{path} has no tokenizer.json: train one with train/tokenizer.py, or give another folder")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust library raises plain Exception
-            raise ValueError(f"{file} is not a tokenizer of the `tokenizers` library: {error}") from error
+            raise UserError(f"{file} is not a tokenizer of the `tokenizers` library: {error}") from error
         config: dict[str, Any] = {}
         config_file = file.with_name("tokenizer_config.json")
         if config_file.is_file():
             try:
                 config = json.loads(config_file.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{config_file} is not JSON in UTF-8: {error}") from error
+                raise UserError(f"{config_file} is not JSON in UTF-8: {error}") from error
             if not isinstance(config, dict):
-                raise ValueError(f"{config_file} must hold a JSON object, not {type(config).__name__}")
+                raise UserError(f"{config_file} must hold a JSON object, not {type(config).__name__}")
         else:
             config = {"bos_token": CONTROL_TOKENS[1], "eos_token": CONTROL_TOKENS[2], "pad_token": CONTROL_TOKENS[0]}
         template_file = file.with_name("chat_template.jinja")
@@ -124,10 +125,10 @@ class Tokenizer:
         token = self.config.get(field)
         content = token.get("content") if isinstance(token, dict) else token
         if not isinstance(content, str):
-            raise ValueError(f"{self.source}: tokenizer_config.json lacks the field {field!r}")
+            raise UserError(f"{self.source}: tokenizer_config.json lacks the field {field!r}")
         index = self.backend.token_to_id(content)
         if index is None:
-            raise ValueError(f"{self.source}: {field} {content!r} is not in the vocabulary of tokenizer.json")
+            raise UserError(f"{self.source}: {field} {content!r} is not in the vocabulary of tokenizer.json")
         return index
 
     def encode(self, text: str) -> list[int]:
@@ -156,7 +157,7 @@ class Tokenizer:
         """
         if self._token_bytes is None:
             if not isinstance(self.backend.decoder, decoders.ByteLevel):
-                raise ValueError(f"{self.source} is not a byte-level tokenizer: its ids cannot be decoded one by one")
+                raise UserError(f"{self.source} is not a byte-level tokenizer: its ids cannot be decoded one by one")
             to_byte = _byte_of_character()
             table = [b""] * self.vocab_size
             for token, index in self.backend.get_vocab(with_added_tokens=True).items():
@@ -199,9 +200,9 @@ class Tokenizer:
             ValueError: no messages, no template, or the template refuses the messages.
         """
         if not messages:
-            raise ValueError("a chat needs at least one message")
+            raise UserError("a chat needs at least one message")
         if not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError('each chat message must be an object such as {"role": "user", "content": "..."}')
+            raise UserError('each chat message must be an object such as {"role": "user", "content": "..."}')
         variables = {name: token for name in self.config if (token := _token_text(name, self.config[name])) is not None}
         variables.update(plain(template_kwargs))
         template = self._template(with_tools=tools is not None)
@@ -215,7 +216,7 @@ class Tokenizer:
                 **variables,
             )
         except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template of {self.source} cannot lay out these messages: {error}") from error
+            raise UserError(f"the chat template of {self.source} cannot lay out these messages: {error}") from error
 
     def _template(self, with_tools: bool) -> Any:
         source = self.config.get("chat_template")
@@ -224,12 +225,12 @@ class Tokenizer:
         if isinstance(source, dict):
             source = source.get("tool_use" if with_tools and "tool_use" in source else "default")
         if not source:
-            raise ValueError(f"{self.source} has no chat template: add `chat_template` to its tokenizer_config.json")
+            raise UserError(f"{self.source} has no chat template: add `chat_template` to its tokenizer_config.json")
         if source not in self._templates:
             try:
                 self._templates[source] = environment().from_string(source)
             except TemplateError as error:
-                raise ValueError(f"{self.source}: its chat template is not valid Jinja: {error}") from error
+                raise UserError(f"{self.source}: its chat template is not valid Jinja: {error}") from error
         return self._templates[source]
 
     def save(self, folder: str | os.PathLike[str]) -> None:

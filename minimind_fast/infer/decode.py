@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_fast import ops
+from minimind_fast.errors import UserError
 from minimind_fast.infer.decode_cpu import CpuStep, Packs
 from minimind_fast.model import Attention, MiniMind, Packed
 from minimind_fast.ops.documents import Documents, size_for
@@ -111,7 +112,7 @@ class Decoder:
             ValueError: chunk is below 1.
         """
         if chunk is not None and chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1, not {chunk}")
+            raise UserError(f"prefill_chunk must be at least 1, not {chunk}")
         lengths = [len(p) for p in prompts]
         longest = max(lengths)
         chunk = min(chunk or longest, longest)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minimind_fast.data.tokenizer import StreamDecoder, Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.infer.decode import Decoder
 from minimind_fast.infer.sampling import Noise, Sampling, choose, chosen_logprobs, row_seed
 from minimind_fast.model import MiniMind
@@ -89,11 +90,11 @@ def generate(  # pyright: ignore[reportInconsistentOverload]  the overloads leav
         ValueError: an option out of range, an unknown token, or more tokens than max_position_embeddings.
     """
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be (B, T), not {tuple(input_ids.shape)}; for one prompt: input_ids[None]")
+        raise UserError(f"input_ids must be (B, T), not {tuple(input_ids.shape)}; for one prompt: input_ids[None]")
     rows, width = input_ids.shape
     counts = [width] * rows if lengths is None else [int(n) for n in lengths]
     if len(counts) != rows or not all(0 < n <= width for n in counts):
-        raise ValueError(f"lengths must be {rows} numbers between 1 and {width}, not {counts}")
+        raise UserError(f"lengths must be {rows} numbers between 1 and {width}, not {counts}")
     prompts = [row[:n] for row, n in zip(input_ids.tolist(), counts, strict=True)]
     done = complete(
         model,
@@ -261,7 +262,7 @@ def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     if isinstance(seed, int):
         return [row_seed(seed, row) for row in range(rows)]
     if len(seed) != rows:
-        raise ValueError(f"{len(seed)} seeds for {rows} prompts: give one number, or one a prompt")
+        raise UserError(f"{len(seed)} seeds for {rows} prompts: give one number, or one a prompt")
     return list(seed)
 
 
@@ -273,15 +274,15 @@ def check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tok
     """
     vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+        raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     for prompt in prompts:
         if not prompt:
-            raise ValueError("a prompt needs at least one token; begin with the tokenizer's bos_id")
+            raise UserError("a prompt needs at least one token; begin with the tokenizer's bos_id")
         if min(prompt) < 0 or max(prompt) >= vocab:
             bad = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise ValueError(f"token id {bad} is outside the model's vocabulary of {vocab}: is it the right tokenizer?")
+            raise UserError(f"token id {bad} is outside the model's vocabulary of {vocab}: is it the right tokenizer?")
         if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
+            raise UserError(
                 f"{len(prompt)} prompt tokens + {max_new_tokens} new ones exceed the model's context of {limit} "
                 "(max_position_embeddings): shorten the prompt or lower max_new_tokens"
             )
@@ -299,7 +300,7 @@ class Stream:
         stop = options.pop("stop", ())
         self._stop = [stop] if isinstance(stop, str) else list(stop)
         if any(not s for s in self._stop):
-            raise ValueError("a stop string must not be empty")
+            raise UserError("a stop string must not be empty")
         keys = ("max_new_tokens", "seed", "stop_ids", "prefill_chunk")
         rest = [options.pop(key, default) for key, default in zip(keys, (128, None, None, None), strict=True)]
         check_prompts(model, [prompt], rest[0])

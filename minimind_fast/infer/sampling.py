@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minimind_fast.errors import UserError
+
 _HEAD = 128  # top-p tries this many likeliest tokens first; the whole row is sorted only if their mass is too small
 _BLOCK = 64  # uniforms drawn from a row's generator at a time
 _MASK64 = (1 << 64) - 1
@@ -56,7 +58,7 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
         ):
             if not ok:
-                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+                raise UserError(f"{name} must be {wanted}, not {getattr(self, name)}")
 
     @property
     def greedy(self) -> bool:

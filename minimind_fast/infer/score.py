@@ -21,6 +21,7 @@ import torch
 from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data.batches import Batch
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.documents import run
 
@@ -46,9 +47,9 @@ def score(
     rows = []
     for context, continuation in pairs:
         if not context:
-            raise ValueError("a context needs at least one token; begin with the tokenizer's bos_id")
+            raise UserError("a context needs at least one token; begin with the tokenizer's bos_id")
         if len(continuation) > limit:
-            raise ValueError(f"a continuation of {len(continuation)} tokens exceeds the model's context of {limit}")
+            raise UserError(f"a continuation of {len(continuation)} tokens exceeds the model's context of {limit}")
         ids = [*context, *continuation][-(limit + 1) :]
         rows.append(
             (ids[:-1], [IGNORE_INDEX] * (len(ids) - 1 - len(continuation)) + ids[len(ids) - len(continuation) :])
@@ -111,7 +112,7 @@ def perplexity(model: MiniMind, tokenizer: Tokenizer, texts: Sequence[str], max_
             pairs.append((whole[begin : begin + 1], whole[begin + 1 : begin + 1 + max_seq_len]))
     tokens, size = sum(len(c) for _, c in pairs), sum(len(t.encode("utf-8")) for t in texts)
     if not tokens:
-        raise ValueError("the texts are empty: there is nothing to measure")
+        raise UserError("the texts are empty: there is nothing to measure")
     nats = -math.fsum(score(model, pairs))
     return Perplexity(_exp(nats / tokens), _exp(nats / size), nats / size / math.log(2), tokens, size)
 
@@ -151,7 +152,7 @@ def read_question(row: dict[str, Any], where: str) -> Question:
         choices = {"text": [c["text"] for c in choices], "label": [c["label"] for c in choices]}
     if isinstance(text, str) and isinstance(choices, dict) and answer in choices.get("label", ()):
         return Question(text, list(choices["label"]), list(choices["text"]), str(answer), False)
-    raise ValueError(
+    raise UserError(
         f"{where}: not a multiple-choice row; known are question/A/B/C/D/answer (C-Eval, CMMLU) "
         "and question_stem/choices/answerKey (OpenBookQA)"
     )
@@ -181,7 +182,7 @@ def multiple_choice(model: MiniMind, tokenizer: Tokenizer, questions: Sequence[Q
         their description, and where a continuation begins in the ids. Matches its numbers with `add_bos_token=True`.
     """
     if not questions:
-        raise ValueError("no questions: there is nothing to measure")
+        raise UserError("no questions: there is nothing to measure")
     pairs: list[tuple[list[int], list[int]]] = []
     for q in questions:
         if q.letters:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minimind_fast.config import IGNORE_INDEX
+from minimind_fast.errors import UserError
 from minimind_fast.ops import registry
 from minimind_fast.ops.attention import attention
 from minimind_fast.ops.cpu import fused
@@ -63,7 +64,7 @@ def _read(spec: str) -> dict[str, str]:
     asked = [part.strip() for part in spec.split(",") if part.strip()]
     unknown = [part for part in asked if part not in NAMES]
     if unknown or not asked:
-        raise ValueError(
+        raise UserError(
             f"unknown kernel {', '.join(unknown) or repr(spec)}; choose auto, all, none or any of {', '.join(NAMES)}"
         )
     return {name: "kernel" if name in asked else "reference" for name in NAMES}
@@ -122,7 +123,7 @@ def choose(name: str, device_type: str) -> tuple[Callable, str]:
     if mode == "auto":
         return kernel(name), "kernel: on a GPU"
     if device_type != "cuda" and not _interpreting():
-        raise ValueError(
+        raise UserError(
             f"the {name} kernel was asked for but the tensors are on {device_type}: "
             "use --kernels auto, or set TRITON_INTERPRET=1 before Python starts to run it in the interpreter"
         )

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_fast.errors import UserError
 from minimind_fast.ops.cpu import attention as attention_rows
 from minimind_fast.ops.cpu.attention import Rectangles
 from minimind_fast.ops.precision import before_ampere
@@ -90,20 +91,20 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
         ValueError: an unknown name, or a backend requested by name that cannot run here.
     """
     if backend not in BACKENDS:
-        raise ValueError(_unknown(backend))
+        raise UserError(_unknown(backend))
     half = dtype in (torch.bfloat16, torch.float16)
     can_flash = device_type == "cuda" and half and not before_ampere()
     if backend == "flash_attn":
         if not can_flash:
-            raise ValueError(
+            raise UserError(
                 f"--attention flash_attn needs an Ampere or newer GPU and bf16 or fp16, not {device_type} and {dtype}"
             )
         if _flash_attn() is None:
-            raise ValueError("--attention flash_attn: the package is not installed (pip install flash-attn)")
+            raise UserError("--attention flash_attn: the package is not installed (pip install flash-attn)")
         return "flash_attn", "asked for"
     if backend == "torch_varlen":
         if not can_flash or _torch_varlen() is None:
-            raise ValueError(
+            raise UserError(
                 "--attention torch_varlen needs an Ampere or newer GPU, bf16 or fp16, and torch.nn.attention.varlen"
             )
         return "torch_varlen", "asked for"
@@ -129,7 +130,7 @@ class use:
     def __init__(self, backend: str) -> None:
         global _asked
         if backend not in BACKENDS:
-            raise ValueError(_unknown(backend))
+            raise UserError(_unknown(backend))
         self._before, _asked = _asked, backend
 
     def __enter__(self) -> use:
@@ -212,7 +213,7 @@ def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout, _rectangles):
     name, function = found
     extra = {"dropout_p": dropout} if name == "flash_attn" and dropout else {}
     if dropout and not extra:
-        raise ValueError(f"{name} has no dropout; use --attention sdpa or --dropout 0")
+        raise UserError(f"{name} has no dropout; use --attention sdpa or --dropout 0")
     out = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, **extra)
     return out[0] if isinstance(out, tuple) else out
 
@@ -222,7 +223,7 @@ def _run_varlen(q, k, v, cu_seqlens, max_seqlen, dropout, _rectangles):
     assert found is not None
     varlen, extra, groups_itself = found
     if dropout:
-        raise ValueError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
+        raise UserError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
     groups = q.shape[1] // k.shape[1]
     if groups_itself:
         extra = {**extra, "enable_gqa": groups > 1}

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
+from minimind_fast.errors import UserError
 from minimind_fast.model import Attention, MiniMind
 from minimind_fast.ops.cpu import attention as attention_rows
 
@@ -145,9 +146,9 @@ def micro_batch(
         ValueError: tokens is not a multiple of document, or a document is too long for the model.
     """
     if tokens % document or tokens < 1:
-        raise ValueError(f"{tokens} tokens are no whole number of documents of {document}")
+        raise UserError(f"{tokens} tokens are no whole number of documents of {document}")
     if document > config.max_position_embeddings:
-        raise ValueError(f"a document of {document} tokens exceeds {config.max_position_embeddings} positions")
+        raise UserError(f"a document of {document} tokens exceeds {config.max_position_embeddings} positions")
     top_k = config.num_experts_per_tok or 1
     plain = torch.get_default_dtype()
     fakes = FakeTensorMode(allow_non_fake_inputs=True)

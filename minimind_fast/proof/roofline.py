@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minimind_fast.config import ModelConfig
+from minimind_fast.errors import UserError
 from minimind_fast.model import Experts, Head, MiniMind
 from minimind_fast.ops import OPS
 from minimind_fast.ops.registry import Work
@@ -37,7 +38,7 @@ def op_work(op: str, c: ModelConfig, direction: str, tokens: int, element_bytes:
         ValueError: an unknown op.
     """
     if op not in OPS:
-        raise ValueError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
+        raise UserError(f"unknown op {op!r}; choose of {', '.join(OPS)}")
     directions = ("forward", "backward") if direction == "both" else (direction,)
     parts = [OPS[op].work(c, d, tokens, element_bytes) for d in directions]
     return Work(sum(part.bytes for part in parts), sum(part.flops for part in parts))

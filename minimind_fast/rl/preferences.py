@@ -139,7 +139,8 @@ def open_pairs(
     """
     (rank, world_size), log = ranks.world(), ranks.say
     folder, encode = config.cache_dir or None, PairEncoder(tokenizer)
-    cache = build_cache(paths, tokenizer, cache_dir=folder, encode=encode, on_bad_line=config.on_bad_line, log=log)
+    how = {"on_bad_line": config.on_bad_line, "data_format": config.data_format, "log": log}
+    cache = build_cache(paths, tokenizer, cache_dir=folder, encode=encode, **how)
     size = {"batch_size": config.batch_size, "max_seq_len": config.max_seq_len, "seed": config.seed}
     data = PairBatches(cache, **size, rank=rank, world_size=world_size, shuffle=training)
     if data.num_dropped:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from minimind_fast.data.batches import Batch
 from minimind_fast.data.chats import Chat, read_chat
 from minimind_fast.data.rows import BadRow
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.infer.score import score
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.documents import run
@@ -47,15 +48,17 @@ def expected_answer(row: dict[str, Any]) -> str | None:
         row: has `answer`, MiniMind's `gt`, or a last message by the assistant.
 
     Returns:
-        The text; None if there is none.
+        The text; None if there is none: an empty one says no more than a missing one.
     """
     for key in ("answer", "gt"):
-        if row.get(key) is not None:
-            value = row[key]
-            return str(value[0] if isinstance(value, list) and value else value)
+        value = row.get(key)
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if value is not None:
+            return str(value).strip() and str(value) or None
     last = row["conversations"][-1]
     content = last.get("content") if last.get("role", "assistant") == "assistant" else None
-    return final_answer(content) if content else None
+    return (final_answer(content) or None) if isinstance(content, str) else None
 
 
 def split_thought(prompt: str, answer: str) -> tuple[str | None, str]:
@@ -134,14 +137,14 @@ def correct(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[
     """1 if the last number of the final answer is the expected one; for a non-numeric answer, if the texts are equal.
 
     Raises:
-        ValueError: a row has no expected answer.
+        UserError: a row has no expected answer.
     """
     out = []
     for answer, row in zip(answers, rows, strict=True):
         expected = expected_answer(row)
         if expected is None:
             said = json.dumps(row, ensure_ascii=False)[:120]
-            raise ValueError(f'--reward correct: a row says no answer (give it an "answer" or "gt"): {said}')
+            raise UserError(f'--reward correct: the row says no answer (give it an "answer" or "gt"): {said}')
         out.append(float(_same(final_answer(answer), expected)))
     return out
 
@@ -172,7 +175,7 @@ class ModelReward:
         dtype: dtype of the weights; None: as stored.
 
     Raises:
-        ValueError: an unsupported model; says what to do.
+        UserError: an unsupported model; says what to do.
     """
 
     __name__ = "model"
@@ -191,7 +194,7 @@ class ModelReward:
             else:
                 self.model = frozen(folder, device, dtype)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"--reward_model_path: {error}. A model that only Transformers can run is called from a function of your "
                 "own: --reward FILE.py:FUNCTION, with FUNCTION(prompts, answers, rows) -> list of floats"
             ) from None
@@ -222,7 +225,7 @@ def _load_scorer(folder: Path, weights: dict[str, torch.Tensor]) -> tuple[MiniMi
     """Load (the body, the (1, D) head) of a sequence classifier with one label."""
     head = weights.pop("score.weight")
     if head.shape[0] != 1:
-        raise ValueError(f"{folder} has {head.shape[0]} labels: a reward model has one")
+        raise UserError(f"{folder} has {head.shape[0]} labels: a reward model has one")
     config = load_config(folder)
     config.tie_word_embeddings = True  # there is no vocabulary head
     with torch.random.fork_rng(devices=[]):
@@ -238,15 +241,15 @@ def question(row: dict[str, Any]) -> Chat:
         row: has `conversations`; a last message by the assistant is dropped.
 
     Raises:
-        ValueError: the row is unusable.
+        UserError: the row is unusable.
     """
     chat = read_chat(row)
     if isinstance(chat, BadRow):
-        raise ValueError(chat.problem)
+        raise UserError(chat.problem)
     if chat.messages[-1]["role"] == "assistant":
         chat.messages.pop()
     if not chat.messages or chat.messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(
+        raise UserError(
             "nobody asks anything: the last message before the empty one of the assistant must be the user's"
         )
     return chat
@@ -260,12 +263,12 @@ class Rewards:
         model: one more reward, or None.
 
     Raises:
-        ValueError: an unknown name, or something that cannot be imported or called.
+        UserError: an unknown name, or something that cannot be imported or called.
     """
 
     def __init__(self, specs: Sequence[str], model: ModelReward | None = None) -> None:
         if not specs and model is None:
-            raise ValueError("give at least one --reward")
+            raise UserError("give at least one --reward")
         self.parts: list[tuple[str, Reward, float]] = []
         for spec in specs:
             name, star, weight = spec.partition("*")
@@ -274,25 +277,25 @@ class Rewards:
             except ValueError:
                 factor = math.nan
             if not math.isfinite(factor):
-                raise ValueError(f"--reward {spec}: {weight!r} is not a number; write for example {name}*0.5")
+                raise UserError(f"--reward {spec}: {weight!r} is not a number; write for example {name}*0.5")
             self.parts.append((name, find(name), factor))
         if model is not None:
             self.parts.append(("model", model, 1.0))
         self.names = [name.rpartition(":")[2] for name, _, _ in self.parts]
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"--reward: two rewards are called the same: {', '.join(self.names)}")
+            raise UserError(f"--reward: two rewards are called the same: {', '.join(self.names)}")
 
-    def check(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Refuse rows that cannot be rewarded, before training starts.
+    def check_row(self, row: dict[str, Any]) -> None:
+        """Refuse a row that cannot be rewarded, before training starts.
 
         Args:
-            rows: all rows of the data.
+            row: of the data.
 
         Raises:
-            ValueError: `correct` is used and a row has no expected answer.
+            UserError: `correct` is used and the row has no expected answer.
         """
         if any(function is correct for _, function, _ in self.parts):
-            correct([""] * len(rows), [""] * len(rows), rows)
+            correct([""], [""], [row])
 
     def __call__(
         self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]
@@ -308,20 +311,23 @@ class Rewards:
             (N weighted sums, the N unweighted values of each reward by name).
 
         Raises:
-            ValueError: a reward did not return N finite numbers.
+            UserError: a reward did not return N finite numbers.
         """
         total, each = [0.0] * len(answers), {}
         for name, (spec, function, weight) in zip(self.names, self.parts, strict=True):
-            values = list(function(prompts, answers, rows))
+            given = plugins.call(f"--reward {spec}", function, prompts, answers, rows)
+            if not isinstance(given, Iterable):
+                raise UserError(f"--reward {spec} must give a list of numbers, one an answer, not {given!r:.80}")
+            values = list(given)
             if len(values) != len(answers):
-                raise ValueError(f"--reward {spec} gave {len(values)} values for {len(answers)} answers")
+                raise UserError(f"--reward {spec} gave {len(values)} values for {len(answers)} answers")
             try:
                 values = [float(value) for value in values]
             except (TypeError, ValueError):
-                raise ValueError(f"--reward {spec} must give numbers, not {values[:3]}") from None
+                raise UserError(f"--reward {spec} must give numbers, not {values[:3]}") from None
             bad = [value for value in values if not math.isfinite(value)]
             if bad:
-                raise ValueError(f"--reward {spec} gave {bad[0]}: rewards must be finite")
+                raise UserError(f"--reward {spec} gave {bad[0]}: rewards must be finite")
             each[name] = values
             total = [t + weight * value for t, value in zip(total, values, strict=True)]
         return total, each
@@ -334,10 +340,10 @@ def find(name: str) -> Reward:
         name: a built-in reward, MODULE:FUNCTION (importable, or in the current folder) or FILE.py:FUNCTION.
 
     Raises:
-        ValueError: no such reward.
+        UserError: no such reward.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
     if ":" not in name:
-        raise ValueError(f"--reward {name}: no such reward; built in are {', '.join(BUILT_IN)}, else FILE.py:FUNCTION")
+        raise UserError(f"--reward {name}: no such reward; built in are {', '.join(BUILT_IN)}, else FILE.py:FUNCTION")
     return cast(Reward, plugins.load("--reward", name))

@@ -30,8 +30,11 @@ from torch import Tensor
 from minimind_fast.config import IGNORE_INDEX
 from minimind_fast.data.batches import Batch, Position
 from minimind_fast.data.chats import PROMPTS
-from minimind_fast.data.rows import BadRow, DataError, read_rows
+from minimind_fast.data.complete import check_complete
+from minimind_fast.data.formats import Formats
+from minimind_fast.data.rows import HALF_A_PAIR, BadRow, read_rows
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import DataError, UserError
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling, row_seed
 from minimind_fast.model import MiniMind
@@ -78,15 +81,19 @@ def read_prompts(
     tokenizer: Tokenizer,
     max_seq_len: int,
     on_bad_line: str = "error",
+    data_format: str = "auto",
+    check: Callable[[dict[str, Any]], None] | None = None,
     log: Callable[[str], None] = print,
 ) -> list[Prompt]:
     """Read `{"conversations": [...]}` lines whose last message, the assistant's, is empty or missing.
 
     Args:
-        paths: JSONL files.
+        paths: files, folders or globs.
         tokenizer: the model's.
         max_seq_len: most tokens in a prompt; longer ones are dropped, not truncated.
         on_bad_line: "error" or "skip".
+        data_format: as for `build_cache`.
+        check: raises ValueError for a row that cannot be used, such as `Rewards.check_row`.
         log: called with a line about dropped prompts.
 
     Returns:
@@ -99,15 +106,18 @@ def read_prompts(
     def read(row: dict[str, Any]) -> Prompt | BadRow:
         try:
             chat = question(row)
+            if check is not None:
+                check(row)
+            check_complete(tokenizer, chat.messages, chat.tools)
             texts = [tokenizer.render_chat(chat.messages, chat.tools, add_generation_prompt=True, **p) for p in PROMPTS]
             "".join(texts).encode()  # the tokenizer's own error would not name the row
             return Prompt(row, texts, [tokenizer.encode(text) for text in texts])
         except UnicodeEncodeError:
-            return BadRow("holds half of a surrogate pair, such as \\ud83d alone, which is no character")
-        except ValueError as error:
+            return BadRow(f"holds {HALF_A_PAIR}")
+        except UserError as error:
             return BadRow(str(error))
 
-    found = list(read_rows(paths, read, on_bad_line=on_bad_line, log=log))
+    found = list(read_rows(paths, read, formats=Formats("chats", data_format), on_bad_line=on_bad_line, log=log))
     short = [prompt for prompt in found if max(map(len, prompt.ids)) <= max_seq_len]
     if len(short) < len(found):
         log(
@@ -167,7 +177,8 @@ class Rollouts:
         self.engine: Any = None
         self._copy: MiniMind | None = None
         self.batch_tokens = batch_size * generations * (max(len(i) for p in prompts for i in p.ids) + max_new_tokens)
-        rewards.check([prompt.row for prompt in prompts])
+        for prompt in prompts:
+            rewards.check_row(prompt.row)
         digest = hashlib.blake2b(json.dumps([p.texts for p in prompts]).encode(), digest_size=8).hexdigest()
         identity = {
             "kind": "rollouts",
@@ -272,7 +283,7 @@ class Rollouts:
         answers = [self.tokenizer.decode(c.ids[: len(c.ids) - (c.finish_reason == "stop")]) for c in done]
         try:
             totals, each = self.rewards(texts, answers, [p.row for p in chosen])
-        except ValueError as error:
+        except UserError as error:
             if self.rank:  # rank 0 reports its own errors, but never hears of this one
                 print(f"\nError on rank {self.rank}: {error}", file=sys.stderr, flush=True)
             raise

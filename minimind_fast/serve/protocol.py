@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minimind_fast.errors import UserError
 from minimind_fast.infer.sampling import Sampling
 
 MAX_DEPTH = 32  # nesting of a body; enough for tool schemas
@@ -116,7 +117,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
     """
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
+        raise UserError(f"{constant} is not JSON")
 
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=refuse)

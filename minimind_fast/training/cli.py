@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import types
 import typing
-from pathlib import Path
 from typing import Any
 
+from minimind_fast.data.rows import read_json
+from minimind_fast.errors import UserError
 from minimind_fast.training.config import Config
 
 
@@ -53,7 +53,7 @@ def parse(cls: type[Config], argv: list[str] | None = None, description: str = "
     values = {**_read_defaults(parser, file, set(fields)), **typed} if file else typed
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         parser.error(str(error))
 
 
@@ -74,10 +74,11 @@ def _add(parser: argparse.ArgumentParser, name: str, hint: Any, f: dataclasses.F
 
 def _read_defaults(parser: argparse.ArgumentParser, file: str, known: set[str]) -> dict[str, Any]:
     try:
-        raw = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        parser.error(f"--config {file}: {error}")
-    if not isinstance(raw, dict) or set(raw) - known:
-        unknown = sorted(set(raw) - known) if isinstance(raw, dict) else raw
+        raw = read_json(file)
+    except UserError as error:
+        parser.error(f"--config: {error}")
+    if not isinstance(raw, dict):
+        parser.error(f'--config {file}: must hold an object such as {{"epochs": 2}}')
+    if unknown := sorted(set(raw) - known):
         parser.error(f"--config {file}: unknown options {unknown}")
     return raw

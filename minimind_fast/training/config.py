@@ -11,10 +11,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import math
+import os
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, dataclass_transform
 
+from minimind_fast.data.formats import NAMES as FORMATS
+from minimind_fast.errors import UserError
 from minimind_fast.ops import NAMES
 
 
@@ -43,8 +50,8 @@ class TrainConfig:
     # model, data and output
     preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
     from_weight: str = option("none", "start from these weights: a folder or a MiniMind .pth; none starts from nothing")
-    data_path: list[str] = option([], "JSONL file(s) to train on; the shipped sample if not given")
-    val_data_path: list[str] = option([], "JSONL file(s) to measure the validation loss on")
+    data_path: list[str] = option([], "file(s), folders or globs to train on; the shipped sample if not given")
+    val_data_path: list[str] = option([], "file(s), folders or globs to measure the validation loss on")
     tokenizer_path: str = option("", "folder with tokenizer.json; the weights' own or the shipped one if not given")
     save_dir: str = option("out", "where weights, checkpoints and logs go: SAVE_DIR/SAVE_WEIGHT/")
     save_weight: str = option("", "name of the run's folder; the stage's name if not given")
@@ -61,6 +68,7 @@ class TrainConfig:
     accumulation_steps: int = option(8, "micro-batches in an optimizer step")
     packing: bool = option(True, "pack documents without padding; --no_packing gives MiniMind's padded rows")
     truncate: bool = option(False, "truncate long documents instead of splitting them")
+    data_format: str = option("auto", "format of the data's rows; auto recognises it", choices=("auto", *FORMATS))
     on_bad_line: str = option("error", "what to do with a line that cannot be used", choices=("error", "skip"))
     cache_dir: str = option("", "where the tokenised data is cached; beside the data if not given")
     # optimisation
@@ -150,7 +158,7 @@ class TrainConfig:
         """
         unknown = set(values) - {f.name for f in dataclasses.fields(self)}
         if unknown:
-            raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+            raise UserError(f"no such option: {', '.join(sorted(unknown))}")
         made = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(made, name, value)
@@ -177,9 +185,12 @@ class TrainConfig:
         Raises:
             ValueError: names the option and its valid range.
         """
+        hints = _hints(type(self))
+        for f in dataclasses.fields(self):
+            _check_value(f, hints[f.name], getattr(self, f.name))
         for name in ("batch_size", "max_seq_len", "accumulation_steps", "epochs", "log_interval", "keep_checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in (
             "max_steps",
             "max_minutes",
@@ -190,11 +201,37 @@ class TrainConfig:
             "num_threads",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+                raise UserError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.learning_rate <= 0:
-            raise ValueError(f"--learning_rate must be positive, not {self.learning_rate}")
+            raise UserError(f"--learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
-            raise ValueError(f"--beta1 and --beta2 must be in [0, 1), not {self.beta1} and {self.beta2}")
+            raise UserError(f"--beta1 and --beta2 must be in [0, 1), not {self.beta1} and {self.beta2}")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list of texts"}
+
+
+def _check_value(f: dataclasses.Field, hint: Any, value: Any) -> None:
+    """Reject a value of another type, a number that is none, and what is not among the choices."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    accepted: Any = {str: (str, os.PathLike), float: (float, int), list: (list, tuple)}.get(kind, kind)
+    if kind in _WORDS and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
+        raise UserError(f"--{f.name} must be {_WORDS[kind]}, not {value!r}")
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, (str, os.PathLike)) for item in value):
+        raise UserError(f"--{f.name} must be {_WORDS[kind]}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{f.name} must be a finite number, not {value}")
+    choices = tuple(f.metadata.get("choices") or ())
+    if choices and value not in choices:
+        raise UserError(f"--{f.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
 
 
 Config = TypeVar("Config")

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind, ModelOutput
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.ranks import world
@@ -100,9 +101,7 @@ class Engine:
             made, dtype = copy.deepcopy(dict(ds)), dtype_of(dict(ds))
             made["checkpoint"]["load_universal"] = universal
             if dtype == "float16" and not accelerator.is_fp16_supported():
-                raise ValueError(
-                    "--dtype float16 needs a GPU: DeepSpeed cannot train in it on a CPU; leave --dtype out"
-                )
+                raise UserError("--dtype float16 needs a GPU: DeepSpeed cannot train in it on a CPU; leave --dtype out")
             groups = param_groups(model, config.weight_decay)
             # DeepSpeed steps once inside initialize() at stage 0 in bf16; lr=0 makes that a no-op.
             optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
@@ -246,7 +245,7 @@ class Engine:
         decay = [group["weight_decay"] for group in self._ds.optimizer.param_groups]
         path, _ = self._ds.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
         if path is None:
-            raise ValueError(f"{folder / tag}: DeepSpeed found nothing to load")
+            raise UserError(f"{folder / tag}: DeepSpeed found nothing to load")
         for group, weight_decay in zip(self._ds.optimizer.param_groups, decay, strict=True):
             group["weight_decay"] = weight_decay  # stage 3's universal format gives every group the first one's
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minimind_fast.config import IGNORE_INDEX
+from minimind_fast.errors import UserError
 from minimind_fast.infer.decode import can_capture
 from minimind_fast.model import MiniMind, ModelOutput, MoE, Teacher
 from minimind_fast.ops.documents import Documents, round_up
@@ -284,4 +285,4 @@ def check(config: TrainConfig, model: MiniMind, device: torch.device, attention:
     }
     for need, met in reasons.items():
         if not met:
-            raise ValueError(f"--cuda_graphs needs {need}")
+            raise UserError(f"--cuda_graphs needs {need}")

@@ -9,6 +9,7 @@ Properties: on a terminal a bar with the latest numbers, elsewhere one line a lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minimind_fast.data.packing import Batch
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind, MoE
 from minimind_fast.training.losses import StepLoss
 
@@ -151,10 +153,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may have gone; the files go on
+            if self.bar is not None:
+                self.bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
 
     def record(self, step: int, numbers: dict[str, Any]) -> None:
         """Send one step's numbers to every sink except the screen.
@@ -185,17 +188,19 @@ class Progress:
         """
         self.record(step, numbers)
         text = "  ".join(_show(k, numbers[k]) for k in self.SHOWN if k in numbers) + f"  left {clock(left_s)}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step - self.step)
+        if self.bar is None:
+            self.say(f"step {step:>{len(str(self.total))}}/{self.total}  {text}")
         else:
-            print(f"step {step:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
+            with contextlib.suppress(OSError):
+                self.bar.set_postfix_str(text, refresh=False)
+                self.bar.update(step - self.step)
         self.step = step
 
     def close(self) -> None:
         """Close every sink, and draw the loss from the log."""
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
         self.file.close()
         if self.board is not None:
             self.board.close()
@@ -209,7 +214,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"--use_{name} needs the package: pip install {name}") from None
+        raise UserError(f"--use_{name} needs the package: pip install {name}") from None
 
 
 class Window:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_fast.errors import UserError
+
 
 @dataclass
 class StepLoss:
@@ -81,7 +83,7 @@ def dpo(
     if kind == "ipo" and not label_smoothing:
         return (difference - 1 / (2 * beta)).square(), margin
     if kind != "sigmoid":
-        raise ValueError(f"DPO's kind is 'sigmoid' or 'ipo' (without label smoothing), not {kind!r}")
+        raise UserError(f"DPO's kind is 'sigmoid' or 'ipo' (without label smoothing), not {kind!r}")
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin), margin
 
 

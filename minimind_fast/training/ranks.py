@@ -2,7 +2,7 @@
 
 Purpose: `prepare()` before anything else, `world()`, `leave()`; the same under `deepspeed`, `torchrun` and plain `python`.
 Principle: launchers assign ranks in environment variables; without them the process is a world of one.
-Properties: no environment variable must be set by hand; no rank waits for one that failed (`together`).
+Properties: no environment variable must be set by hand; no rank waits for one that failed (`together`, `first`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
+from minimind_fast.errors import UserError
 from minimind_fast.ops.cpu.allocator import keep_freed_memory
 
 
@@ -63,9 +64,28 @@ def world() -> tuple[int, int]:
 
 
 def say(text: str) -> None:
-    """Print a line on rank 0."""
+    """Print a line on rank 0; a terminal that has gone (a lost ssh line) is no reason to end."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
+
+def first(do: Callable[[], None]) -> None:
+    """Let rank 0 do something; all ranks call it, and all raise if it failed.
+
+    Raises:
+        UserError: what rank 0 raised.
+    """
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            do()
+        except (UserError, OSError) as error:
+            problem[0] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 def leave(code: int = 0) -> None:

@@ -3,7 +3,8 @@
 Purpose: `save` and `load` a run so that it continues exactly, on the same number of ranks or another.
 Principle: all ranks write into a temporary folder; when all are done it is renamed to `step_<n>`. A folder with that name
     is therefore complete, and a run resumes from the newest.
-Properties: frozen weights are not stored: they are loaded from their source again, and a fingerprint must match. Holds
+Properties: a manifest holds each file's checksum, so that a damaged checkpoint is refused and an older one offered. Frozen
+    weights are not stored: they are loaded from their source again, and a fingerprint must match. Holds
     DeepSpeed's own files (weights, float32 masters, optimizer), every rank's random generators, the data position and the
     schedule. Files are only replaced by a rename. For another number of ranks, the newest checkpoint is first converted to
     DeepSpeed's universal format.
@@ -24,13 +25,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_fast.data.packing import Batches
+from minimind_fast.data.batches import Batches
+from minimind_fast.data.rows import read_json
+from minimind_fast.errors import UserError
 from minimind_fast.training.engine import Engine, to_universal
-from minimind_fast.training.ranks import together, world
+from minimind_fast.training.ranks import first, say, together, world
 from minimind_fast.training.run import Run
 from minimind_fast.weights.files import sync_to_disk, written_aside
 
-STATE_FILE = "state.json"
+STATE_FILE, MANIFEST = "state.json", "manifest.json"
 _NAME = re.compile(r"step_(\d+)$")
 
 
@@ -45,8 +48,53 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
     Args:
         checkpoint: one of `checkpoints`.
+
+    Raises:
+        UserError: it is missing or damaged.
     """
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_json(checkpoint / STATE_FILE)
+    if not isinstance(state, dict) or not {"step", "dtype", "zero_stage", "world_size"} <= set(state):
+        raise UserError(f"{checkpoint / STATE_FILE} is not the state of a run")
+    return state
+
+
+def _write_manifest(folder: Path) -> None:
+    """Note size and SHA-256 of every file of a checkpoint."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in files}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing, or if it is too old to have a manifest."""
+    try:
+        read_state(checkpoint)
+        entries = read_json(checkpoint / MANIFEST) if (checkpoint / MANIFEST).exists() else {}
+    except UserError as error:
+        return str(error)
+    for name, (size, checksum) in entries.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes and had {size:,}"
+        if _checksum(path) != checksum:
+            return f"{name} is not what was written"
+    return None
+
+
+def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
+    """The shapes of the parameters that are trained, by name.
+
+    Args:
+        model: before an engine parts its parameters.
+    """
+    return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def frozen_fingerprint(model: torch.nn.Module) -> str | None:
@@ -96,6 +144,7 @@ def save(engine: Engine, folder: Path, state: dict[str, Any], keep: int, own: An
             (aside / STATE_FILE).write_text(json.dumps({**state, "world_size": world_size}, indent=1), encoding="utf-8")
     with together(f"the checkpoint of step {state['step']} could not be written to {folder}"):
         if rank == 0:
+            _write_manifest(aside)
             sync_to_disk(aside)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
@@ -119,38 +168,62 @@ class Start:
     seconds: float = 0.0
 
 
-def find(run: Run, frozen: str | None) -> Path | None:
-    """The checkpoint that --from_resume continues from.
+def find(run: Run, frozen: str | None, trained: dict[str, list[int]]) -> Path | None:
+    """The checkpoint that --from_resume continues from; all ranks call it.
 
     Args:
         run: the resolved run.
         frozen: `frozen_fingerprint` of its model.
+        trained: `shapes` of its model.
 
     Returns:
         The newest, or None without --from_resume.
 
     Raises:
-        ValueError: there is none, or its precision, ZeRO stage or frozen weights differ.
+        UserError: there is none, or it is damaged, or its precision, ZeRO stage, shapes or frozen weights differ.
     """
     config = run.config
     if not config.from_resume:
         return None
     found = checkpoints(run.checkpoints)
     if not found:
-        raise ValueError(f"--from_resume: no checkpoint in {run.checkpoints}; leave it out to start anew")
+        raise UserError(f"--from_resume: no checkpoint in {run.checkpoints}; leave it out to start anew")
+    first(lambda: _refuse_damaged(found))
     checkpoint, before = found[-1], read_state(found[-1])
     for option in ("dtype", "zero_stage"):
         if before[option] != getattr(config, option):
-            raise ValueError(
+            raise UserError(
                 f"--from_resume: {checkpoint} was written with --{option} {before[option]}, this run has "
                 f"{getattr(config, option)}: use the same value"
             )
     if before.get("frozen") != frozen:
-        raise ValueError(
+        raise UserError(
             f"--from_resume: the frozen weights ({config.from_weight}) are not those that this run began with; give "
             "the same --from_weight and the same targets, or leave --from_resume out to start anew"
         )
+    theirs = before.get("shapes", trained)
+    if theirs != trained:
+        name = next(n for n in [*theirs, *trained] if theirs.get(n) != trained.get(n))
+        raise UserError(
+            f"--from_resume: {checkpoint} holds a model of another shape: {name} was {theirs.get(name, 'not there')} and is "
+            f"{trained.get(name, 'not there')} now; give the options of its run, which are in {run.folder / 'run.json'}"
+        )
     return checkpoint
+
+
+def _refuse_damaged(found: list[Path]) -> None:
+    """Refuse the newest of some checkpoints if it is damaged, and offer the newest that is whole."""
+    newest, wrong = found[-1], damage(found[-1])
+    if wrong is None:
+        if not (newest / MANIFEST).exists():
+            say(f"{newest} has no {MANIFEST}: its files are not verified.")
+        return
+    whole = next((p for p in reversed(found[:-1]) if damage(p) is None), None)
+    advice = "no older one is whole; leave --from_resume out to start anew"
+    if whole is not None:
+        gone = " and ".join(str(p) for p in found[found.index(whole) + 1 :])
+        advice = f"{whole} is whole: remove {gone} to continue from there"
+    raise UserError(f"--from_resume: {newest} is damaged ({wrong}); {advice}")
 
 
 def load(engine: Engine, checkpoint: Path, data: Batches) -> Start:

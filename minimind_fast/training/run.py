@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from minimind_fast.data import samples
+from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.zero import decided, deepspeed_config
@@ -162,7 +163,7 @@ def _find_weights(config: Options, option: str, before: str) -> Options:
             else f" This stage continues from trained weights: run `{command(before)}` first."
         )
         advice = " or a MiniMind .pth; none starts from nothing." if may_be_none else "."
-        raise ValueError(
+        raise UserError(
             f"--{option} {name}: no such file or folder, and no run of that name in {config.save_dir}.{hint} "
             f"Give a folder with weights{advice}"
         )

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import minimind_fast
-from minimind_fast import ops, plugins
+from minimind_fast import console, ops, plugins
 from minimind_fast.config import IGNORE_INDEX, ModelConfig, ends_at
 from minimind_fast.data import samples
 from minimind_fast.data.batches import Batch, Batches
@@ -34,6 +34,7 @@ from minimind_fast.data.cache import Encoder, build_cache
 from minimind_fast.data.chats import PROMPTS
 from minimind_fast.data.packing import PackedBatches, PaddedBatches, Prefetcher
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
 from minimind_fast.ops.attention import chosen, leave_out_of_compilation
@@ -46,27 +47,36 @@ from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Run, Stage, resolve
 from minimind_fast.training.trainer import Hooks, Trainer, TrainingStopped
 from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder
+from minimind_fast.weights.files import check_free
 from minimind_fast.weights.open import check_match, check_size, tokenizer_of
 
 Options = TypeVar("Options", bound=TrainConfig)
 
 
 def start(main: Callable[[], Any]) -> None:
-    """Run a stage's main function; a user's error becomes a sentence and exit code 1.
+    """Run a stage's main function; a user's error becomes a sentence, any other keeps its traceback; exit code 1.
 
     Args:
         main: the script's function without arguments.
     """
     _with_own_package(Path(main.__code__.co_filename).resolve())
+    console.any_text_may_be_printed()
     code = 0
     try:
         main()
-    except (ValueError, TrainingStopped, ops.BrokenPromise) as error:
+    except (UserError, TrainingStopped, ops.BrokenPromise) as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"\nError: {error}", file=sys.stderr, flush=True)
+            if isinstance(error.__cause__, Exception) and os.environ.get("MINIMIND_DEBUG"):
+                traceback.print_exception(error.__cause__)
         code = 1
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        print(
+            f"\nThe program failed {console.part(error)}; this is not a wrong option or file.",
+            file=sys.stderr,
+            flush=True,
+        )
         code = 1
     ranks.leave(code)
     if code:
@@ -102,6 +112,7 @@ def begin(options: Options, stage: Stage) -> Run[Options]:
     use_attention(run.config.attention)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002
         seed(run.config.seed)
+    ranks.first(lambda: check_free(run.folder))  # now, not after an hour of tokenising
     return run
 
 
@@ -133,12 +144,14 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     """
     if config.from_weight != "none":
         path = resolve_folder(config.from_weight)
-        shape = pth_shape(config, tokenizer) if path.is_file() else {"told": {"dropout": config.dropout}}
+        given: dict[str, Any] = {"told": {"dropout": config.dropout}}
+        shape = pth_shape(config, tokenizer) if path.is_file() else given
         model = load_pretrained(path, **shape, dtype=torch.float32)
     else:
         model = MiniMind(preset_config(config, tokenizer))
     check_size(tokenizer, model.config.vocab_size)
     model.config = ends_at(model.config, tokenizer.eos_id)
+    model.config.check_context(config.max_seq_len, "--max_seq_len")
     return model
 
 
@@ -188,11 +201,11 @@ def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encode: Encoder, training: bool) -> Batches:
-    """Tokenise, cache and batch JSONL files.
+    """Tokenise, cache and batch files of rows.
 
     Args:
-        config: read for batch_size, max_seq_len, packing, truncate, seed, cache_dir and on_bad_line.
-        paths: JSONL files.
+        config: read for batch_size, max_seq_len, packing, truncate, seed, cache_dir, data_format and on_bad_line.
+        paths: files, folders or globs.
         tokenizer: the model's.
         encode: the stage's function from rows to documents.
         training: whether to shuffle.
@@ -207,12 +220,12 @@ def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encod
         cache_dir=config.cache_dir or None,
         encode=encode,
         on_bad_line=config.on_bad_line,
+        data_format=config.data_format,
         log=ranks.say,
     )
     if not config.packing:
-        return PaddedBatches(
-            cache, batch_size=config.batch_size, max_seq_len=config.max_seq_len, rank=rank, world_size=world_size
-        )
+        rows = {"batch_size": config.batch_size, "max_seq_len": config.max_seq_len}
+        return PaddedBatches(cache, **rows, rank=rank, world_size=world_size, seed=config.seed if training else None)
     batches = PackedBatches(
         cache,
         batch_tokens=config.batch_size * config.max_seq_len,
@@ -286,7 +299,7 @@ def own_loss(config: TrainConfig) -> LossFunction:
     def loss(model: Any, batch: Batch) -> StepLoss:
         # No grad_weights: what the function does with the log-probabilities is unknown in advance.
         out = run_packed(model, batch, targets=batch.targets)
-        total = function(out, batch)
+        total = plugins.call(f"--loss {config.loss}", function, out, batch)
         aux = out.aux_loss if model.config.use_moe else None
         return total if isinstance(total, StepLoss) else StepLoss(total, aux, {"nll": losses.lm(out.logprobs.detach())})
 
@@ -343,7 +356,8 @@ def make_trainer(
         ValueError: the checkpoint does not match the run.
     """
     device, frozen = ranks.device(), resume.frozen_fingerprint(model)
-    checkpoint = resume.find(run, frozen)
+    trained = resume.shapes(model)
+    checkpoint = resume.find(run, frozen, trained)
     engine = make_engine(run, model, device, checkpoint is not None and resume.needs_universal(checkpoint, run.ranks))
     if callable(data):
         data = data(engine)
@@ -351,7 +365,7 @@ def make_trainer(
         data = Prefetcher(data)
     torch.manual_seed(run.config.seed + ranks.world()[0])  # dropout differs between ranks
     begins = resume.Start() if checkpoint is None else resume.load(engine, checkpoint, data)
-    return Trainer(run, engine, tokenizer, data, loss, device, hooks, begins, frozen)
+    return Trainer(run, engine, tokenizer, data, loss, device, hooks, begins, frozen, trained)
 
 
 def train(

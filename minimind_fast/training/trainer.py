@@ -28,7 +28,7 @@ from minimind_fast import ops
 from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
-from minimind_fast.training import resume, words
+from minimind_fast.training import ranks, resume, words
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import Engine
 from minimind_fast.training.log import Progress, Window, draw_loss, expert_load, peak_flops, peak_memory
@@ -36,9 +36,12 @@ from minimind_fast.training.losses import LossFunction
 from minimind_fast.training.ranks import world
 from minimind_fast.training.run import Run
 from minimind_fast.weights.checkpoint import save_pretrained
-from minimind_fast.weights.files import check_replaceable
+from minimind_fast.weights.files import Hold, check_replaceable
 
 SAVE_EVERY_S = 600  # with --save_interval 0
+# A lost terminal, and Slurm's --signal=USR1: end as for SIGTERM, and never at once.
+_WARNINGS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *_WARNINGS)
 SECOND_SIGNAL_S = 2.0  # a launcher forwards Ctrl-C as SIGTERM at once; a second signal after this means "now"
 
 
@@ -96,6 +99,7 @@ class Trainer:
         hooks: where the stage differs.
         start: where the run begins.
         frozen: fingerprint of the frozen weights, or None.
+        trained: `resume.shapes` of the model; None: not noted in checkpoints.
     """
 
     def __init__(
@@ -109,10 +113,12 @@ class Trainer:
         hooks: Hooks | None = None,
         start: resume.Start | None = None,
         frozen: str | None = None,
+        trained: dict[str, list[int]] | None = None,
     ) -> None:
         self.plan, self.config, self.engine, self.model = run, run.config, engine, engine.module
         self.tokenizer, self.data, self.loss, self.device = tokenizer, data, loss, device
         self.hooks, self.start, self.frozen = hooks or Hooks(), start or resume.Start(), frozen
+        self._trained, self._hold = trained, Hold(run.folder)
         self.rank, self.world_size = world()
         self.step, self.useful_tokens, self.nonfinite = self.start.step, self.start.useful_tokens, 0
         self.total_steps = self._count_steps()
@@ -132,7 +138,8 @@ class Trainer:
         Raises:
             TrainingStopped: too many non-finite steps in a row, out of memory, or a full disk.
         """
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        handlers = {s: signal.signal(s, self._on_signal) for s in heard}
         try:
             self._run()
         except RuntimeError as error:  # GPU and CPU allocators word it differently
@@ -146,11 +153,12 @@ class Trainer:
                 signal.signal(s, handler)
             if self.progress is not None:
                 self.progress.close()
+            self._hold.release()
 
     def _run(self) -> None:
         config = self.config
+        ranks.first(self._open_folder)
         if self.rank == 0:
-            self.progress = self._open_folder()
             tokens = getattr(self.data, "batch_tokens", config.batch_size * config.max_seq_len)
             shape = (self.model, self.device.type, self.total_steps, tokens)
             for line in words.introduction(self.plan, *shape, self.frozen is not None, self.start):
@@ -259,9 +267,15 @@ class Trainer:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         now = time.monotonic()
-        if self._stop_signal and now - self._first_signal_at > SECOND_SIGNAL_S:
+        patient = self._stop_signal in _WARNINGS  # a warning is often followed by SIGTERM, while we are still saving
+        if (
+            self._stop_signal
+            and not patient
+            and number not in _WARNINGS
+            and now - self._first_signal_at > SECOND_SIGNAL_S
+        ):
             os._exit(128 + number)
-        if not self._stop_signal:
+        if not self._stop_signal or patient:
             self._stop_signal, self._first_signal_at = number, now
 
     def _mind_nonfinite(self, finite: bool, window: Window) -> None:
@@ -336,19 +350,19 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- the run's folder
 
-    def _open_folder(self) -> Progress:
-        """Open the run's folder and log on rank 0; an older run of the same name is moved aside, never mixed in."""
+    def _open_folder(self) -> None:
+        """Hold the run's folder and open its log; an older run of the same name is moved aside, never mixed in."""
         config, folder = self.config, self.plan.folder
+        self._hold.take()
         if self.step == 0 and resume.checkpoints(self.plan.checkpoints):
             aside = next(a for i in itertools.count(1) if not (a := folder.with_name(f"{folder.name}.old{i}")).exists())
             folder.rename(aside)
-            print(f"An older run was moved from {folder} to {aside}.", flush=True)
+            ranks.say(f"An older run was moved from {folder} to {aside}.")
         if self.hooks.save_weights is None:
             check_replaceable(self.plan.weights)  # fail now, not after an hour of training
         options, sinks = config.options(), dict(use_wandb=config.use_wandb, use_swanlab=config.use_swanlab)
-        progress = Progress(folder, self.total_steps, self.step, options, folder.name, **sinks)
+        self.progress = Progress(folder, self.total_steps, self.step, options, folder.name, **sinks)
         self.plan.write()
-        return progress
 
     def _save(self) -> None:
         """Write a checkpoint to resume from, and the weights as a self-contained folder."""
@@ -360,6 +374,7 @@ class Trainer:
             "useful_tokens": self.useful_tokens,
             "data": {name: value for name, value in self._position.items() if name != "own"},
             "frozen": self.frozen,
+            **({} if self._trained is None else {"shapes": self._trained}),
             "zero_stage": self.config.zero_stage,
             "dtype": self.config.dtype,
             "options": self.config.options(),

@@ -10,12 +10,12 @@ Source: DeepSpeed 0.19's config; ZeRO: Rajbhandari et al., 2020.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from minimind_fast.data.rows import read_json
+from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
 from minimind_fast.training.config import TrainConfig
 
@@ -54,7 +54,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     dtype = precision.choose(config.dtype)
     stage = choose_zero_stage(config, world_size)
     if config.offload == "cpu" and stage == 0:
-        raise ValueError("--offload cpu needs --zero_stage 1, 2 or 3: stage 0 has no partitioned optimizer to move")
+        raise UserError("--offload cpu needs --zero_stage 1, 2 or 3: stage 0 has no partitioned optimizer to move")
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
@@ -84,7 +84,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     stage = made["zero_optimization"]["stage"]
     dtype = dtype_of(made)
     if dtype == "float16" and stage == 0:
-        raise ValueError(  # it divides by the loss scale without having multiplied by it
+        raise UserError(  # it divides by the loss scale without having multiplied by it
             "float16 at ZeRO stage 0: DeepSpeed loses small gradients there; give --zero_stage 1, 2 or 3, or leave it out"
         )
     if dtype == "bfloat16" and stage > 0:
@@ -110,12 +110,9 @@ _OURS_ONLY = ("optimizer", "scheduler", "train_batch_size")
 
 
 def _read(file: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--deepspeed_config {file}: {error}") from None
+    raw = read_json(file)
     if not isinstance(raw, dict):
-        raise ValueError(f"--deepspeed_config {file}: must hold a JSON object")
+        raise UserError(f"--deepspeed_config {file}: must hold a JSON object")
     return raw
 
 
@@ -125,9 +122,9 @@ def _overlay(made: dict[str, Any], theirs: dict[str, Any], file: str, given: fro
         option = _OPTION_OF.get(name)
         if name in _OURS_ONLY:
             say = f"use --{option}" if option else "it follows from --batch_size, --accumulation_steps and the ranks"
-            raise ValueError(f"--deepspeed_config {file}: remove {name!r}; {say}")
+            raise UserError(f"--deepspeed_config {file}: remove {name!r}; {say}")
         if option in given and made.get(key) != value:
-            raise ValueError(f"{name} = {value!r} in {file} clashes with --{option}: give one of the two")
+            raise UserError(f"{name} = {value!r} in {file} clashes with --{option}: give one of the two")
         if isinstance(value, dict) and isinstance(made.get(key), dict):
             _overlay(made[key], value, file, given, f"{name}.")
         else:

@@ -4,7 +4,7 @@ Purpose: `save_adapters` writes them, `read_adapters` reads them, `LoRA` holds t
 Principle: only what is known to leave the arithmetic y = W x + scale * B A x as it is, is read. Any other field of PEFT's
     config that is set is refused by its name, so a new kind of adapter is never taken for a plain one.
 Properties: PiSSA and OLoRA begin by taking their start out of the base, which PEFT repeats whenever it loads them;
-    `LoRA.init` says so, and `lora.py` does it. The base's fingerprint stands in the metadata of the weights, which other readers skip.
+    `LoRA.init` says so, and `lora.py` does it. The base's fingerprint is metadata of the weights, which others skip.
 
 Source: file format and kinds of Hugging Face PEFT 0.21; `.pth` of MiniMind's model_lora.py.
 """
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minimind_fast.errors import UserError
 from minimind_fast.weights.files import check_replaceable, written_aside
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,11 +71,11 @@ class LoRA:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.targets) - set(TARGETS) - {"square"})
         if unknown or not self.targets:
-            raise ValueError(
+            raise UserError(
                 f"LoRA has no target {', '.join(unknown) or 'at all'}; choose from {', '.join(TARGETS)}, square"
             )
         if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(
+            raise UserError(
                 f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {self.rank} and {self.dropout}"
             )
 
@@ -108,13 +109,13 @@ def save_adapters(
     """
     path = Path(path)
     if path.suffix == ".pth" and lora.init:
-        raise ValueError(
+        raise UserError(
             f"{path}: {lora.init} adapters also change their base, which a .pth cannot say; merge them (minimind-fast lora "
             "merge)"
         )
     oblong = sorted(name for name, (a, b) in found.items() if a.shape[1] != b.shape[0])
     if path.suffix == ".pth" and square_only and oblong:
-        raise ValueError(
+        raise UserError(
             f"{path}: MiniMind's loader puts adapters on square projections only and would pass over {len(oblong)} of "
             f"{len(found)}, such as {oblong[0]}; merge them, or train with --lora_targets square"
         )
@@ -129,7 +130,7 @@ def save_adapters(
             torch.save(tensors, aside)
         return
     if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE}):
-        raise ValueError(f"{path} holds other things than adapters, which would be lost; name a new folder")
+        raise UserError(f"{path} holds other things than adapters, which would be lost; name a new folder")
     tensors = {
         f"base_model.model.{name}.lora_A.weight": a.detach().cpu().contiguous() for name, (a, _) in found.items()
     }
@@ -174,7 +175,7 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
         try:
             raw = torch.load(path, "cpu", weights_only=True)
         except Exception as error:  # torch.load raises many types
-            raise ValueError(f"{path} cannot be read as adapters: {error}") from None
+            raise UserError(f"{path} cannot be read as adapters: {error}") from None
         found = _pairs(raw, _PTH_KEY, path)
         return found, LoRA(_rank(found, path), None, 0.0, _leaves(found, path))
     path = _folder(path)
@@ -182,11 +183,11 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         raw = load_file(path / WEIGHTS_FILE)
     except OSError as error:
-        raise ValueError(f"{path} holds no adapters: {error}") from None
+        raise UserError(f"{path} holds no adapters: {error}") from None
     except Exception as error:  # JSON's and safetensors' own
-        raise ValueError(f"{path} cannot be read as adapters: {error}") from None
+        raise UserError(f"{path} cannot be read as adapters: {error}") from None
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: only LoRA adapters can be read, not {config.get('peft_type')}")
+        raise UserError(f"{path}: only LoRA adapters can be read, not {config.get('peft_type')}")
     used = sorted(key for key, value in config.items() if value and key not in _HARMLESS)
     used += ["bias"] if config.get("bias", "none") != "none" else []
     start = config.get("init_lora_weights")
@@ -194,7 +195,7 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
     if start not in (*_PLAIN_STARTS, *BASE_CHANGES):
         used.append(f"init_lora_weights={start!r}")
     if used:
-        raise ValueError(
+        raise UserError(
             f"{path}: only plain LoRA, PiSSA and OLoRA adapters can be read, not those with {', '.join(used)}; merge them "
             "with PEFT"
         )
@@ -227,24 +228,24 @@ def _pairs(raw: Any, key: re.Pattern[str], path: Path) -> dict[str, tuple[Tensor
     for name, tensor in raw.items() if isinstance(raw, dict) else ():
         match = key.fullmatch(name)
         if match is None or not isinstance(tensor, Tensor) or tensor.dim() != 2:
-            raise ValueError(f"{path}: {name} is not part of an adapter")
+            raise UserError(f"{path}: {name} is not part of an adapter")
         halves.setdefault(match[1], {})[match[2]] = tensor
     if not halves or any(set(pair) != {"A", "B"} for pair in halves.values()):
-        raise ValueError(f"{path} does not hold an A and a B for each adapter")
+        raise UserError(f"{path} does not hold an A and a B for each adapter")
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
 
 
 def _rank(found: dict[str, tuple[Tensor, Tensor]], path: Path) -> int:
     ranks = {a.shape[0] for a, _ in found.values()} | {b.shape[1] for _, b in found.values()}
     if len(ranks) > 1:
-        raise ValueError(f"{path} has adapters of several ranks: {sorted(ranks)}")
+        raise UserError(f"{path} has adapters of several ranks: {sorted(ranks)}")
     return ranks.pop()
 
 
 def _leaves(found: dict[str, tuple[Tensor, Tensor]], path: Path) -> tuple[str, ...]:
     leaves = {name.rpartition(".")[2] for name in found}
     if leaves - set(TARGETS):
-        raise ValueError(
+        raise UserError(
             f"{path} has adapters on {', '.join(sorted(leaves - set(TARGETS)))}; known are {', '.join(TARGETS)}"
         )
     return tuple(leaf for leaf in TARGETS if leaf in leaves)

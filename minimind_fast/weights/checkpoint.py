@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minimind_fast.config import NO_TOKEN, ModelConfig
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
 from minimind_fast.weights.files import check_replaceable, old_prefix, written_aside
 from minimind_fast.weights.hf import ARCHITECTURES, from_hf_config, generation_config, to_hf_config
@@ -131,12 +132,12 @@ def save_pretrained(
     """
     path = Path(path)
     if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+        raise UserError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"weights are written as float32, bfloat16 or float16, not {dtype}")
+        raise UserError(f"weights are written as float32, bfloat16 or float16, not {dtype}")
     limit = _shard_bytes(max_shard_size)
     if format == "pth" and limit is not None:
-        raise ValueError("a .pth is one file: leave max_shard_size out, or write a folder")
+        raise UserError("a .pth is one file: leave max_shard_size out, or write a folder")
     check_replaceable(path, a_file=format == "pth")
     raw, extra = _config_files(model.config, format, tokenizer)
     if merged := model.merged_adapters:
@@ -166,7 +167,7 @@ def _config_files(config: ModelConfig, format: str, tokenizer: Any) -> tuple[dic
     if format in ARCHITECTURES:
         if tokenizer is not None:
             if tokenizer.vocab_size > config.vocab_size:
-                raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+                raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
             config = replace(config, **_ids_of(tokenizer, config))
         raw = to_hf_config(config, format)
         extra["generation_config.json"] = generation_config(config)
@@ -196,7 +197,7 @@ def _for_disk(state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype 
         if out[name].dtype == torch.float16 and tensor.dtype != torch.float16:
             lost = (out[name].isinf() & tensor.detach().cpu().isfinite()).sum()
             if lost:
-                raise ValueError(f"{name} holds {lost} values beyond float16's 65504; write bfloat16 or float32")
+                raise UserError(f"{name} holds {lost} values beyond float16's 65504; write bfloat16 or float32")
     if config.tie_word_embeddings:
         out[HEAD] = out[EMBEDDING]
     return out
@@ -229,7 +230,7 @@ def _shard_bytes(size: int | str | None) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", str(size), re.IGNORECASE)
     number = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()) if match else 0
     if number < 1:
-        raise ValueError(f"max_shard_size must be bytes or text such as 500MB or 2GiB, not {size!r}")
+        raise UserError(f"max_shard_size must be bytes or text such as 500MB or 2GiB, not {size!r}")
     return int(number)
 
 
@@ -258,7 +259,7 @@ def check_exists(path: Path) -> None:
     if not path.exists():
         old = sorted(path.parent.glob(f"{glob.escape(old_prefix(path))}*"))  # killed between a swap's two renames
         hint = f"; an interrupted save left the model before it as {old[-1]}: rename that" if old else ""
-        raise ValueError(f"{path}: no such file or folder{hint}")
+        raise UserError(f"{path}: no such file or folder{hint}")
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -275,7 +276,7 @@ def load_config(path: str | Path) -> ModelConfig:
     if kind in ARCHITECTURES:
         return from_hf_config(raw, str(file), generation)
     if kind != "minimind":
-        raise ValueError(f"{file}: model_type {kind!r} cannot be read; known are minimind, {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{file}: model_type {kind!r} cannot be read; known are minimind, {', '.join(ARCHITECTURES)}")
     if generation.get("eos_token_id") is not None:  # it wins, as in Transformers
         raw["eos_token_id"] = generation["eos_token_id"]
     return ModelConfig.from_dict(raw, str(file))
@@ -285,11 +286,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{file} must hold a JSON object")
+        raise UserError(f"{file} must hold a JSON object")
     return raw
 
 
@@ -311,16 +312,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             files = _shards(path / name) if name.endswith(".json") else [path / name]
             break
     if not files:
-        raise ValueError(f"{path}: no {WEIGHTS_FILE}, pytorch_model.bin or .pth file there")
+        raise UserError(f"{path}: no {WEIGHTS_FILE}, pytorch_model.bin or .pth file there")
     out: dict[str, Tensor] = {}
     for file in files:
         try:
             read = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
             read = weights_in(read) if path.is_file() else read
         except Exception as error:  # each reader has its own types; the user needs the file's name
-            raise ValueError(f"{file} cannot be read as weights: {error}") from None
+            raise UserError(f"{file} cannot be read as weights: {error}") from None
         if not isinstance(read, dict) or not all(isinstance(t, Tensor) for t in read.values()):
-            raise ValueError(f"{file} does not hold tensors by name")
+            raise UserError(f"{file} does not hold tensors by name")
         out.update(read)
     return out
 
@@ -328,11 +329,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _shards(index: Path) -> list[Path]:
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index} has no weight_map")
+        raise UserError(f"{index} has no weight_map")
     shards = sorted({str(name) for name in names.values()})
     absent = [name for name in shards if Path(name).name != name or not index.with_name(name).is_file()]
     if absent:
-        raise ValueError(f"{index} names files that are not beside it: {', '.join(absent)}")
+        raise UserError(f"{index} names files that are not beside it: {', '.join(absent)}")
     return [index.with_name(name) for name in shards]
 
 
@@ -395,7 +396,7 @@ def load_disk_weights(model: MiniMind, disk: dict[str, Tensor], where: str) -> N
     if config.tie_word_embeddings and HEAD in disk:
         embedding = disk.setdefault(EMBEDDING, disk[HEAD])
         if not torch.equal(disk[HEAD], embedding):
-            raise ValueError(
+            raise UserError(
                 f'{where}: {HEAD} and {EMBEDDING} differ, but the config ties them; set "tie_word_embeddings": false there'
             )
     elif config.tie_word_embeddings and EMBEDDING in disk:
@@ -404,13 +405,13 @@ def load_disk_weights(model: MiniMind, disk: dict[str, Tensor], where: str) -> N
     if missing or extra:
         lines = [f"missing: {', '.join(missing)}"] if missing else []
         lines += [f"not part of this model: {', '.join(extra)}"] if extra else []
-        raise ValueError(f"{where} does not hold this model; {'; '.join(lines)}")
+        raise UserError(f"{where} does not hold this model; {'; '.join(lines)}")
     wrong = [
         f"{name} is {tuple(disk[name].shape)}, expected {tuple(part.shape)}"
         for name, part in wanted.items()
         if disk[name].shape != part.shape
     ]
     if wrong:
-        raise ValueError(f"{where} does not fit the config: {'; '.join(wrong)}")
+        raise UserError(f"{where} does not fit the config: {'; '.join(wrong)}")
     for name, part in wanted.items():
         part.copy_(disk[name])  # a view of the parameter in memory

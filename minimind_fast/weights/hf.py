@@ -20,6 +20,7 @@ import math
 from typing import Any
 
 from minimind_fast.config import YARN, ModelConfig, ids_on_disk, token_ids
+from minimind_fast.errors import UserError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
@@ -75,7 +76,7 @@ def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
     if reasons:
         fits = fitting_format(config)
         instead = f"{fits!r} can" if fits else "only 'minimind' and 'pth' can"
-        raise ValueError(f"this model cannot be written as {format!r}: {'; '.join(reasons)}; {instead}")
+        raise UserError(f"this model cannot be written as {format!r}: {'; '.join(reasons)}; {instead}")
     raw: dict[str, Any] = {
         "model_type": format,
         "architectures": [ARCHITECTURES[format]],
@@ -181,7 +182,7 @@ def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] |
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in required if name not in raw]
     if missing:
-        raise ValueError(f"{where}: {kind} without {', '.join(missing)}")
+        raise UserError(f"{where}: {kind} without {', '.join(missing)}")
     values: dict[str, Any] = {
         "generation": 2 if kind == "llama" else 3,
         "qk_norm": kind != "llama",
@@ -206,12 +207,12 @@ def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] |
         rope, rope_reasons = _rope_from_hf(raw, values["max_position_embeddings"])
         values.update(rope)
         if reasons := reasons + rope_reasons:
-            raise ValueError(f"this {kind} model computes what MiniMind does not: {'; '.join(reasons)}")
+            raise UserError(f"this {kind} model computes what MiniMind does not: {'; '.join(reasons)}")
         config = ModelConfig(**values)
         if _yarn_clamped_differently(config):
-            raise ValueError("YaRN with this head_dim, rope_theta and original length is cut off elsewhere in MiniMind")
+            raise UserError("YaRN with this head_dim, rope_theta and original length is cut off elsewhere in MiniMind")
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return config
 
 

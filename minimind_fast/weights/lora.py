@@ -1,7 +1,7 @@
 """LoRA: small trained matrices beside a MiniMind's frozen ones.
 
 Purpose: `apply` puts adapters on chosen projections and freezes the rest; `merge` adds them into the weights;
-    `load_adapters` takes them from files, which `adapter_files.py` reads and writes; `minimind-fast lora` does it all with files.
+    `load_adapters` takes them from files (`adapter_files.py`); `minimind-fast lora` does it all with files.
 Principle: y = W x + (alpha / rank) * B A dropout(x). A (rank, in) is drawn from N(0, 0.02) and B (out, rank) is zero, so
     training starts from the base model. q, k and v share one matmul here, as do gate and up; each still has its own A and
     B, acting on its rows of the fused output, so files fit models with separate projections.
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind_fast.errors import UserError
 from minimind_fast.model import INIT_STD, MLP, Attention, MiniMind
 from minimind_fast.weights.adapter_files import ATTENTION, TARGETS, LoRA, read_adapters, recorded_base, save_adapters
 
@@ -145,12 +146,12 @@ def apply(model: MiniMind, lora: LoRA) -> list[str]:
                 names.append(p.name)
     absent = set(lora.targets) - {"square"} - {name.rpartition(".")[2] for name in names}
     if absent:
-        raise ValueError(
+        raise UserError(
             f"this model has no {', '.join(sorted(absent))} for adapters: its feed-forward layers are experts, which LoRA "
             f"leaves alone; choose from {', '.join(ATTENTION)}"
         )
     if not names:
-        raise ValueError("this model has no square projection; name the targets")
+        raise UserError("this model has no square projection; name the targets")
     model.base_fingerprint = base_fingerprint(model)
     _attach(model, set(names), lora)
     return names
@@ -158,7 +159,7 @@ def apply(model: MiniMind, lora: LoRA) -> list[str]:
 
 def _attach(model: MiniMind, names: set[str], lora: LoRA) -> None:
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
-        raise ValueError("the model has adapters already: merge them first")
+        raise UserError("the model has adapters already: merge them first")
     model.requires_grad_(False)
     for module, attribute, projections in list(_layers(model)):
         if any(p.name in names for p in projections):
@@ -231,12 +232,12 @@ def load_adapters(model: MiniMind, path: str | Path, any_base: bool = False) -> 
     }
     absent = sorted(found.keys() - shapes.keys())
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{path}: the model has no {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''} for adapters"
         )
     for name, (a, b) in found.items():
         if (a.shape[1], b.shape[0]) != shapes[name]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} maps {a.shape[1]} to {b.shape[0]} features, the model's {shapes[name][0]} to "
                 f"{shapes[name][1]}: these adapters belong to another model"
             )
@@ -267,11 +268,11 @@ def _start(weight: Tensor, lora: LoRA) -> Tensor:
 
 def _check_base(model: MiniMind, path: str | Path, found: dict[str, tuple[Tensor, Tensor]]) -> None:
     if _adapters_digest(found) in model.merged_adapters:
-        raise ValueError(f"{path}: these adapters are merged into this model already; --any_base adds them once more")
+        raise UserError(f"{path}: these adapters are merged into this model already; --any_base adds them once more")
     name, recorded = recorded_base(path)
     if recorded and not set(recorded.split()) & set(base_fingerprint(model).split()):
         named = f" ({name})" if name else ""
-        raise ValueError(
+        raise UserError(
             f"{path}: these adapters were trained on other weights{named} than this model's: another model, one trained "
             "further, or one with adapters merged already; name their base, or add --any_base"
         )

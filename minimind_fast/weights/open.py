@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.weights.checkpoint import check_exists, tokenizer_fingerprint
 
 
@@ -31,11 +32,11 @@ def tokenizer_of(weights: Path | None, given: str | Path | None, option: str, de
         return Tokenizer.load(given)
     if weights is None:
         if default is None:
-            raise ValueError(f"give {option}, a folder with tokenizer.json")
+            raise UserError(f"give {option}, a folder with tokenizer.json")
         return Tokenizer.load(default)
     check_exists(weights)
     if not (weights / "tokenizer.json").is_file():
-        raise ValueError(f"{weights} has no tokenizer with it: give {option}, the folder that it was trained with")
+        raise UserError(f"{weights} has no tokenizer with it: give {option}, the folder that it was trained with")
     return Tokenizer.load(weights)
 
 
@@ -56,7 +57,7 @@ def check_match(weights: Path, tokenizer: Tokenizer, advice: str) -> None:
     if own is None and (weights / "tokenizer.json").is_file():  # written by another program
         own = Tokenizer.load(weights).fingerprint
     if own not in (None, tokenizer.fingerprint):
-        raise ValueError(
+        raise UserError(
             f"{weights} was trained with tokenizer {own}, this one is {tokenizer.fingerprint}: its ids would mean other "
             f"words; {advice}"
         )
@@ -69,7 +70,7 @@ def check_size(tokenizer: Tokenizer, rows: int) -> None:
         ValueError: too many ids.
     """
     if tokenizer.vocab_size > rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model only {rows}: give the tokenizer that belongs to "
             "the weights"
         )

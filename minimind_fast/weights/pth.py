@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minimind_fast.config import YARN, ModelConfig
+from minimind_fast.errors import UserError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 HEADS = 8  # of every MiniMind
@@ -57,12 +58,12 @@ def shape_of(tensors: dict[str, Tensor], where: str, **told: Any) -> ModelConfig
     def rows(name: str) -> int:
         tensor = tensors.get(name)
         if tensor is None or tensor.dim() != 2:
-            raise ValueError(f"{where} is not a MiniMind's weights: it has no matrix {name}")
+            raise UserError(f"{where} is not a MiniMind's weights: it has no matrix {name}")
         return tensor.shape[0]
 
     embedding = tensors.get(EMBEDDING, tensors.get(HEAD))
     if embedding is None or embedding.dim() != 2:
-        raise ValueError(f"{where} is not a MiniMind's weights: it has no matrix {EMBEDDING}")
+        raise UserError(f"{where} is not a MiniMind's weights: it has no matrix {EMBEDDING}")
     first = "model.layers.0."
     norm = tensors.get(f"{first}self_attn.q_norm.weight")
     found: dict[str, Any] = dict(
@@ -79,7 +80,7 @@ def shape_of(tensors: dict[str, Tensor], where: str, **told: Any) -> ModelConfig
     heads = told.get("num_attention_heads") or (q // size if size else HEADS)
     size = size or max(q // heads, 1)
     if heads * size != q or k % size:
-        raise ValueError(
+        raise UserError(
             f"{where}: {q} rows of q and {k} of k are not {heads} heads; say --num_attention_heads and --num_key_value_heads"
         )
     found.update(num_attention_heads=heads, head_dim=size, num_key_value_heads=k // size)

@@ -11,24 +11,26 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where the modules of the package lie: kernels and stages stand at the top level and are links in it.
 PLACES = {"minimind_fast": "minimind_fast", "kernels": "minimind_fast.kernels", "train": "minimind_fast.stages"}
 # Room -> the rooms that it may import. A room is a folder of the package, or a module that lies in none.
-BELOW_MODEL = {"ops", "data", "config", "plugins"}
+BELOW_MODEL = {"ops", "data", "config", "plugins", "errors"}
 BELOW_TRAINING = {"infer", "weights", "model"} | BELOW_MODEL
 MAY_IMPORT = {
-    "config": set(),
-    "plugins": set(),
+    "errors": set(),
+    "console": set(),
+    "config": {"errors"},
+    "plugins": {"errors"},
     "kernels": {"config"},
-    "data": {"config"},
-    "ops": {"config"},  # kernels are loaded by name
-    "model": {"ops", "config"},
+    "data": {"config", "errors"},
+    "ops": {"config", "errors"},  # kernels are loaded by name
+    "model": {"ops", "config", "errors"},
     "weights": {"model"} | BELOW_MODEL,
     "infer": {"weights", "model"} | BELOW_MODEL,
     "serve": BELOW_TRAINING,
-    "training": BELOW_TRAINING,
+    "training": {"console"} | BELOW_TRAINING,
     "rl": {"training"} | BELOW_TRAINING,
     "stages": {"rl", "training"} | BELOW_TRAINING,
     "proof": {"kernels", "stages", "rl", "training", "serve"} | BELOW_TRAINING,
     "commands": {"proof", "stages", "rl", "training", "serve"} | BELOW_TRAINING,
-    "cli": {""},  # for the version; commands are loaded by name
+    "cli": {"", "errors", "console"},  # for the version; commands are loaded by name
     "": {"training"} | BELOW_TRAINING,  # the front door: `import minimind_fast as mm`
 }
 MOST_LINES, MOST_MODULES = 450, 13

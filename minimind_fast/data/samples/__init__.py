@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minimind_fast.errors import UserError
+
 FOLDER = Path(__file__).parent
 
 
@@ -26,5 +28,5 @@ def path(name: str) -> Path:
     found = FOLDER / name
     if not found.exists():
         there = sorted(p.name for p in FOLDER.iterdir() if p.suffix == ".jsonl" or p.is_dir())
-        raise ValueError(f"no sample {name!r}; there are {', '.join(there)}")
+        raise UserError(f"no sample {name!r}; there are {', '.join(there)}")
     return found
