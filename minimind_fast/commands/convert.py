@@ -26,7 +26,7 @@ from minimind_fast.weights.checkpoint import (
     save_pretrained,
 )
 from minimind_fast.weights.files import written_aside
-from minimind_fast.weights.gguf import GGUF_DTYPES, save_gguf
+from minimind_fast.weights.gguf import save_gguf
 from minimind_fast.weights.hf import ARCHITECTURES, fitting_format, obstacles
 from minimind_fast.weights.lora import read_adapters, save_adapters
 from minimind_fast.weights.ollama import modelfile
@@ -53,8 +53,8 @@ def main_export(argv: list[str]) -> int:
         "--format",
         default="auto",
         choices=("auto", *FORMATS, "gguf"),
-        help="auto: the Hugging Face format that holds this model (llama, qwen3 or qwen3_moe); gguf: for llama.cpp and Ollama "
-        "(default: auto)",
+        help="auto: the Hugging Face format that holds this model (llama, qwen3 or qwen3_moe); gguf: for llama.cpp and "
+        "Ollama (default: auto)",
     )
     add_lora_option(parser)
     return _convert(parser.parse_args(argv))

@@ -17,10 +17,8 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.data.tokenizer import Tokenizer
 
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Qwen2's and Llama 3's patterns differ in the number of digits that a word may have.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _split_by(pattern: str) -> list[dict[str, Any]]:
@@ -32,8 +30,8 @@ def _split_by(pattern: str) -> list[dict[str, Any]]:
 _RULES = {
     "gpt-2": [_GPT2],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
-    "qwen2": _split_by(_QWEN2),
-    "llama-bpe": _split_by(_LLAMA3),
+    "qwen2": _split_by(_WORDS % r"\p{N}"),
+    "llama-bpe": _split_by(_WORDS % r"\p{N}{1,3}"),
 }
 
 

@@ -2,10 +2,10 @@
 
 Purpose: `modelfile` names the file, lays out chats, stops at the end of a turn, and samples as our server does.
 Principle: Ollama reads no Jinja; it has templates in Go's language. So the tokenizer's template is measured: it renders
-    chats of marks, and what stands between the marks is the layout of a turn, of tools, calls and results. The layout is then
-    written down in Go's language.
-Properties: the pieces, laid together, must give the template's own text, or the Modelfile has no template and a note says so.
-    Tools and calls differ in spaces: Go writes JSON without any.
+    chats of marks, and what stands between the marks is the layout of a turn, of tools, calls and results. The layout is
+    then written down in Go's language.
+Properties: the pieces, laid together, must give the template's own text, or the Modelfile has no template and a note says
+    so. Tools and calls differ in spaces: Go writes JSON without any.
 
 Source: Ollama's documentation of Modelfiles and templates. It finds the tags of thoughts around `.Thinking` and those of
     calls in the first text below `.ToolCalls`, which fixes where these stand.
@@ -13,6 +13,7 @@ Source: Ollama's documentation of Modelfiles and templates. It finds the tags of
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ class Layout:
         with_tools = text(system, user, tools=tools)
         if with_tools == text(system, user):
             return
-        shown = ['{"type": "function", "function": {"name": "%s", "parameters": {}}}' % name for name in _NAMES]
+        shown = [json.dumps(tool) for tool in tools]
         head, rest = _around(with_tools, shown[0])
         gap, tail = _around(rest, shown[1])
         self.tools = (*_around(head, _SYSTEM), gap, _before(tail, turn))
@@ -162,7 +163,7 @@ class Layout:
         ]
         if any(bad in piece for piece in pieces for bad in ("{{", '"""')):
             raise ValueError("the chat template's own text holds Go's braces or three quotes")
-        turns = _when('eq .Role "user"', "%s{{ .Content }}%s" % self.user, closed=False)
+        turns = _when('eq .Role "user"', "{{ .Content }}".join(self.user), closed=False)
         turns += '{{ else if eq .Role "assistant" }}' + self._answer_in_go()
         if self.result:
             first, again, close, end = self.result
@@ -183,7 +184,7 @@ class Layout:
         )
 
     def _system_in_go(self) -> str:
-        plain = _when(".System", "%s{{ .System }}%s" % self.system, self.no_system)
+        plain = _when(".System", "{{ .System }}".join(self.system), self.no_system)
         if not self.tools:
             return plain
         before, after, gap, end = self.tools
@@ -205,11 +206,12 @@ class Layout:
         out += "{{ .Content }}"
         if self.call:
             lead, gap = self.call_gap
-            call = "%s{{ .Function.Name }}%s{{ .Function.Arguments }}%s" % self.call
+            name, arguments, end = self.call
+            call = name + "{{ .Function.Name }}" + arguments + "{{ .Function.Arguments }}" + end
             if lead:  # by a variable: the first branch on .ToolCalls must open with the tag
                 out += "{{ $calls := .ToolCalls }}" + _when("and .Content $calls", lead)
-            first, others = "{{ range slice .ToolCalls 0 1 }}%s{{ end }}", "{{ range slice .ToolCalls 1 }}%s%s{{ end }}"
-            out += _when(".ToolCalls", first % call + others % (gap, call))
+            first = "{{ range slice .ToolCalls 0 1 }}" + call + "{{ end }}"
+            out += _when(".ToolCalls", first + "{{ range slice .ToolCalls 1 }}" + gap + call + "{{ end }}")
         return out + _when("$next", closing)
 
 
@@ -217,7 +219,7 @@ def _when(condition: str, text: str, otherwise: str = "", closed: bool = True) -
     """Text under a condition, in Go's language."""
     if not (text or otherwise):
         return ""
-    out = "{{ if %s }}%s" % (condition, text) + ("{{ else }}" + otherwise) * bool(otherwise)
+    out = "{{ if " + condition + " }}" + text + ("{{ else }}" + otherwise) * bool(otherwise)
     return out + "{{ end }}" * closed
 
 

@@ -34,20 +34,29 @@ MODELS = {
     "3-untied": ("qwen3", dict(generation=3, tie_word_embeddings=False)),
     "3-wide-heads": ("qwen3", dict(generation=3, head_dim=24)),
     "3-yarn": ("qwen3", dict(generation=3, rope_scaling={**SHORT_YARN, "attention_factor": 1.0})),
-    "3-yarn-within-its-length": ("qwen3", dict(generation=3, rope_scaling={**SHORT_YARN, "factor": 16.0}, max_position_embeddings=64)),
+    "3-yarn-within-its-length": (
+        "qwen3",
+        dict(generation=3, rope_scaling={**SHORT_YARN, "factor": 16.0}, max_position_embeddings=64),
+    ),
     "2-moe": ("bailingmoe", dict(generation=2, **MIXTURE)),
     "2-moe-raw": ("bailingmoe", dict(generation=2, **MIXTURE, norm_topk_prob=False, num_shared_experts=2)),
-    "2-moe-not-shared": ("bailingmoe", dict(generation=2, **MIXTURE, num_shared_experts=0, num_experts=5, num_experts_per_tok=3)),
+    "2-moe-not-shared": (
+        "bailingmoe",
+        dict(generation=2, **MIXTURE, num_shared_experts=0, num_experts=5, num_experts_per_tok=3),
+    ),
     "2-moe-wide-heads": ("bailingmoe", dict(generation=2, **MIXTURE, head_dim=32, tie_word_embeddings=False)),
     "2-moe-yarn": ("bailingmoe", dict(generation=2, **MIXTURE, rope_scaling=SHORT_YARN)),
     "3-moe": ("qwen3moe", dict(generation=3, **MIXTURE)),
     "3-moe-top3": ("qwen3moe", dict(generation=3, **MIXTURE, num_experts=6, num_experts_per_tok=3)),
     "3-moe-wide-heads": ("qwen3moe", dict(generation=3, **MIXTURE, head_dim=32)),
     "3-moe-raw": ("bailingmoe2", dict(generation=3, **MIXTURE, norm_topk_prob=False)),
-    "3-moe-raw-shared": ("bailingmoe2", dict(generation=3, **MIXTURE, norm_topk_prob=False, num_experts_per_tok=2, num_shared_experts=2)),
+    "3-moe-raw-shared": (
+        "bailingmoe2",
+        dict(generation=3, **MIXTURE, norm_topk_prob=False, num_experts_per_tok=2, num_shared_experts=2),
+    ),
     "3-moe-shared": ("bailingmoe2", dict(generation=3, **MIXTURE, num_experts_per_tok=2, num_shared_experts=1)),
     "3-moe-raw-yarn": ("bailingmoe2", dict(generation=3, **MIXTURE, norm_topk_prob=False, rope_scaling=SHORT_YARN)),
-}  # fmt: skip
+}
 PIECES = [
     *(
         " ",
@@ -198,15 +207,14 @@ def test_what_these_models_differ_in_matters(a, b):
     assert (ours(model, prompt) - ours(other, prompt)).abs().max() > 0.01
 
 
-def rounded(want: np.ndarray, kind: str) -> np.ndarray:
-    """What a file in this type says of these numbers."""
+def check_rounded(found: np.ndarray, want: np.ndarray, kind: str) -> None:
     if kind == "Q8_0":  # 32 at a time: whole numbers up to 127, and a float16 scale
-        blocks = want.reshape(-1, 32).astype(np.float32)
-        largest = np.abs(blocks).max(1, keepdims=True)
-        whole = np.round(blocks.astype(np.float64) * 127 / largest).astype(np.float32)
-        return (whole * (largest / 127).astype(np.float16).astype(np.float32)).reshape(want.shape)
+        largest = np.abs(want.reshape(-1, 32)).max(1, keepdims=True)
+        half_a_step, of_the_scale = 0.5 / 127, 2**-11
+        assert (np.abs(found - want).reshape(-1, 32) <= (half_a_step + of_the_scale) * 1.001 * largest).all()
+        return
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-    return torch.from_numpy(want).to(dtype).float().numpy()
+    np.testing.assert_array_equal(found, torch.from_numpy(want).to(dtype).float().numpy())
 
 
 @pytest.mark.parametrize("dtype", GGUF_DTYPES)
@@ -223,7 +231,7 @@ def test_the_stored_numbers(name, dtype, tmp_path):
         whole = want.ndim == 1 or "ffn_gate_inp" in tensor.name
         kind = "F32" if whole else "F16" if dtype == "q8_0" and want.shape[-1] % 32 else dtype.upper()
         assert tensor.tensor_type.name == kind
-        np.testing.assert_array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), rounded(want, kind))
+        check_rounded(gguf.dequantize(tensor.data, tensor.tensor_type), want, kind)
         kinds.add(kind)
     assert dtype.upper() in kinds and (dtype != "q8_0" or "moe" in name or "F16" in kinds)
 
@@ -235,7 +243,7 @@ def test_llama_cpp_runs_the_smaller_dtypes(name, dtype, bound, tmp_path):
     model = tiny(MODELS[name][1])
     server = LlamaCpp(written(model, tmp_path, dtype=dtype))
     prompt = prompts(model, 30)[0]
-    assert (server.logprobs(prompt) - ours(model, prompt)).abs().max() < bound < 0.5 * ours(model, prompt).std()
+    assert (server.logprobs(prompt) - ours(model, prompt)).abs().max() < bound < 0.6 * ours(model, prompt).std()
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -269,8 +277,10 @@ def test_tokens_are_the_same(name, tmp_path, request):
 
 
 CORPUS = [
-    f"It's {i} times {i * i}, we'll see 你好 {'x' * (i % 7)}\n\n  and   {i:05d}.\r\nÉté  1{i}" for i in range(400)
+    f"It's {i} times {i * i}, we'll see 你好 {'x' * (i % 7)}\n\n  and   {i:05d}.\r\nÉté  1{i}" for i in range(200)
 ]
+with open(samples.path("pretrain_val.jsonl"), encoding="utf-8") as lines:
+    CORPUS += [json.loads(line)["text"] for line in itertools.islice(lines, 200)]
 
 
 @pytest.mark.parametrize("split_digits", [True, False])
@@ -371,13 +381,21 @@ def test_a_chat_with_tools(tmp_path):
     torch.manual_seed(0)
     model = mm.MiniMind(ModelConfig.preset("tiny", hidden_size=64, num_hidden_layers=2, num_attention_heads=4)).train()
     ids = torch.tensor([SAMPLE.encode(SAMPLE.render_chat(CHAT, tools=TOOLS))])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        loss = -model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean()
+    targets = ids[:, 1:].clone()
+    for begin, end in ((0, 2), (3, 4)):  # only what the assistant says is learned
+        start = SAMPLE.encode(SAMPLE.render_chat(CHAT[:begin], tools=TOOLS)) if begin else []
+        upto = SAMPLE.encode(SAMPLE.render_chat(CHAT[:end], tools=TOOLS, add_generation_prompt=True))
+        targets[:, max(len(start) - 1, 0) : len(upto) - 1] = mm.IGNORE_INDEX
+    assert 20 < (targets != mm.IGNORE_INDEX).sum() < 80
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        loss = -model(ids[:, :-1], targets=targets).logprobs.sum() / (targets != mm.IGNORE_INDEX).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < 0.05
+        if loss < 0.02:
+            break
+    assert loss < 0.02
     server = LlamaCpp(written(model.eval(), tmp_path), context=1024)
     options = dict(tools=TOOLS, temperature=0, max_tokens=100, chat_template_kwargs={"enable_thinking": False})
     first = server.ask("/v1/chat/completions", messages=CHAT[:2], **options)["choices"][0]
@@ -440,7 +458,7 @@ def test_export(option, stored, run, tmp_path, capsys):
     for out, file, beside in [
         ("a.gguf", "a.gguf", "a.Modelfile"),
         ("folder", "folder/model.gguf", "folder/Modelfile"),
-    ]:
+    ][:: 1 if option == "auto" else 2]:
         arguments = [str(run), str(tmp_path / out), "--format", "gguf", "--dtype", option]
         assert convert.main_export(arguments) == 0
         assert f"{tmp_path / file}: gguf, {stored.lower()}" in capsys.readouterr().out

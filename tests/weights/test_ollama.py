@@ -93,7 +93,7 @@ def go(tmp_path_factory):
         pytest.skip("needs Go to run Ollama's template")
     folder = tmp_path_factory.mktemp("go")
     (folder / "main.go").write_text(GO)
-    environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
+    environment = {**os.environ, "GO111MODULE": "off"}
     subprocess.run(["go", "build", "-o", "run", "main.go"], cwd=folder, check=True, env=environment)
 
     def run(cases: list[dict]) -> list[str]:
