@@ -23,10 +23,15 @@ SERVE = [
     "uvicorn>=0.30",  # runs them
 ]
 
+GGUF = [
+    "gguf>=0.17",  # the container format of llama.cpp and Ollama, for `minimind-fast export --format gguf`
+]
+
 EXTRAS = {
     # flash-attn builds against the CUDA toolkit; without it PyTorch's own varlen flash attention is used.
     "flash": ["flash-attn>=2.7"],
     "serve": SERVE,
+    "gguf": GGUF,
     "wandb": ["wandb"],
     "swanlab": ["swanlab"],
     "test": [
@@ -38,6 +43,8 @@ EXTRAS = {
         "transformers>=5,<6",  # tests only: exports and tokenizers are checked against it
         "peft>=0.17",  # tests only: loads our adapters
         *SERVE,
+        *GGUF,
+        "xllamacpp>=2026.10",  # tests only: llama.cpp itself opens our GGUF files
         "openai>=1.60",  # tests only: OpenAI's client talks to our server
         "httpx>=0.27",  # tests and the serving benchmark: requests that OpenAI's client cannot send
         "ruff>=0.9",

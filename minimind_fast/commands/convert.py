@@ -1,6 +1,6 @@
 """`minimind-fast export`, `import` and `lora`: convert models and adapters between formats.
 
-Purpose: take a trained model to other tools (Transformers, vLLM, llama.cpp's converter, lm-eval), or bring one from there.
+Purpose: take a trained model to other tools (Transformers, vLLM, llama.cpp, Ollama, lm-eval), or bring one from there.
 Principle: open what PATH names, write it in the requested format; `weights/checkpoint.py` and `weights/hf.py` do both.
 Properties: no partial output; an existing model is replaced only with --overwrite, anything else never. Weights are not
     changed unless --dtype is given.
@@ -33,10 +33,15 @@ from minimind_fast.weights.checkpoint import (
     resolve_folder,
     save_pretrained,
 )
+from minimind_fast.weights.files import written_aside
+from minimind_fast.weights.gguf import save_gguf
 from minimind_fast.weights.hf import ARCHITECTURES, fitting_format, obstacles
+from minimind_fast.weights.ollama import modelfile
 from minimind_fast.weights.pth import read_differently
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+DTYPES.update({short: dtype for dtype, short in _SHORT.items()})
 
 
 def main_export(argv: list[str]) -> int:
@@ -51,12 +56,13 @@ def main_export(argv: list[str]) -> int:
     Raises:
         ValueError: something cannot be read, represented or written.
     """
-    parser = _parser("export", "Write a model for Transformers and the tools that read its folders.")
+    parser = _parser("export", "Write a model for Transformers, llama.cpp and the tools that read their files.", "q8_0")
     parser.add_argument(
         "--format",
         default="auto",
-        choices=("auto", *FORMATS),
-        help="auto: the Hugging Face format that holds this model (llama, qwen3 or qwen3_moe) (default: auto)",
+        choices=("auto", *FORMATS, "gguf"),
+        help="auto: the Hugging Face format that holds this model (llama, qwen3 or qwen3_moe); gguf: for llama.cpp and "
+        "Ollama (default: auto)",
     )
     text = "write a .pth though MiniMind's own config would compute something else; its MiniMindConfig is edited then"
     parser.add_argument("--edited_config", action="store_true", help=text)
@@ -81,12 +87,13 @@ def main_import(argv: list[str]) -> int:
     return _convert(parser.parse_args(argv))
 
 
-def _parser(command: str, text: str) -> argparse.ArgumentParser:
+def _parser(command: str, text: str, *dtypes: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"minimind-fast {command}", description=text)
     add = parser.add_argument
     add("path", metavar="PATH", help="folder with a model, a run's folder, or MiniMind's .pth")
-    add("out", metavar="OUT", help="folder to write (a file for --format pth)")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the weights (default: auto, as stored)")
+    add("out", metavar="OUT", help="folder to write (a file for --format pth; for gguf either)")
+    text = "of the weights (default: auto, as stored)" + "; q8_0 is 8 bits, for gguf only" * bool(dtypes)
+    add("--dtype", default="auto", choices=("auto", *DTYPES, *dtypes), help=text)
     add("--max_shard_size", metavar="SIZE", help="split larger weights into files of this size, such as 500MB")
     add("--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: with the model)")
     add("--overwrite", action="store_true", help="replace an existing model")
@@ -97,8 +104,13 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
 
 def _convert(args: argparse.Namespace) -> int:
     source, out = resolve_folder(args.path), Path(args.out)
-    _check_places(source, out, args.format == "pth", args.overwrite)
+    if args.dtype not in ("auto", *DTYPES) and args.format != "gguf":
+        raise ValueError(f"--dtype {args.dtype} is for --format gguf only")
+    a_file = args.format == "pth" or (args.format == "gguf" and out.suffix == ".gguf")
+    _check_places(source, out, a_file, args.overwrite)
     model, tokenizer = _open(args, source)
+    if args.format == "gguf":
+        return _export_gguf(model, tokenizer, out, args.dtype)
     format = args.format
     if format == "auto":
         format = fitting_format(model.config)
@@ -114,6 +126,25 @@ def _convert(args: argparse.Namespace) -> int:
     if tokenizer is None and format != "pth":
         print("note: no tokenizer with the model; written without one (name it with --tokenizer)", file=sys.stderr)
     print(f"{out}: {format}, {str(dtype).removeprefix('torch.')}, {model.num_parameters() / 1e6:.1f}M parameters")
+    return 0
+
+
+def _export_gguf(model: MiniMind, tokenizer: Tokenizer | None, out: Path, dtype: str) -> int:
+    """Write OUT.gguf with OUT.Modelfile beside it, or a folder with model.gguf and Modelfile."""
+    if tokenizer is None:
+        raise ValueError("a GGUF file holds its tokenizer: name the tokenizer's folder with --tokenizer")
+    file, beside = (
+        (out, out.with_suffix(".Modelfile")) if out.suffix == ".gguf" else (out / "model.gguf", out / "Modelfile")
+    )
+    stored = model.lm_head.weight.dtype if dtype == "auto" else DTYPES.get(dtype)
+    dtype = _SHORT.get(stored, dtype)  # type: ignore[arg-type]
+    save_gguf(model, file, tokenizer, dtype, name=out.stem)
+    text, note = modelfile(tokenizer, file.name)
+    with written_aside(beside) as aside:
+        aside.write_text(text, encoding="utf-8")
+    if note:
+        print(f"note: {beside}: {note}", file=sys.stderr)
+    print(f"{file}: gguf, {dtype}, {model.num_parameters() / 1e6:.1f}M parameters; for Ollama: {beside}")
     return 0
 
 

@@ -43,12 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_context", type=int, default=2048, help="tokens of prompt and answer together (default: 2048)")
     add("--max_queue", type=int, default=64, help="requests that wait; more get status 429 (default: 64)")
     add("--prefill_chunk", type=int, default=256, help="prompt tokens between two tokens of the others (default: 256)")
-    add("--max_output", type=int, default=2048, help="the most tokens a client may ask for (default: 2048)")
+    add("--max_output", type=int, default=2048, help="the most tokens a client gets (default: 2048)")
     add("--max_new_tokens", type=int, default=512, help="for clients that ask for no number (default: 512)")
     add("--max_body", type=int, default=1 << 20, help="bytes of a request (default: 1048576)")
     add("--timeout", type=float, default=300, help="seconds from a request to the end of its answer (default: 300)")
     add("--temperature", type=float, default=0.7, help="for clients that send none (default: 0.7)")
     add("--top_p", type=float, default=0.9, help="for clients that send none (default: 0.9)")
+    add("--strict", action="store_true", help="refuse other models' names, MiniMind's own fields, and too many tokens")
     add("--thinking", action="store_true", help="think before each answer, unless a client says otherwise")
     return parser
 
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> int:
         args.max_new_tokens,
         args.timeout,
         local,
-        Defaults(args.temperature, args.top_p, args.thinking),
+        Defaults(args.temperature, args.top_p, args.thinking, args.strict),
     )
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     # Bind here rather than in uvicorn, for a clear error if the port is in use and to report port 0's choice.

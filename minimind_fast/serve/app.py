@@ -65,7 +65,8 @@ class Service:
         default_output_tokens: limit for an answer if the client sets none.
         timeout_s: from the request to the end of its answer.
         local: only this machine can connect.
-        defaults: sampling settings that the client omits.
+        defaults: sampling settings that the client omits, and whether requests are taken strictly: another model's name and
+            more tokens than there is room for are then refused. MiniMind's own clients ask for both.
     """
 
     tokenizer: Tokenizer
@@ -103,6 +104,8 @@ class Service:
                 "context_length_exceeded",
             )
         new = min(self.default_output_tokens, room) if ask.max_tokens is None else ask.max_tokens
+        if not self.defaults.strict:  # an answer that is cut short has finish_reason "length"
+            new = min(new, self.max_output_tokens, room)
         if new > self.max_output_tokens:
             raise bad(f"max_tokens must be at most {self.max_output_tokens}, not {new}", "max_tokens")
         if new > room:
@@ -179,7 +182,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{name:path}", dependencies=[Depends(check_key)])
     async def model(name: str) -> Response:
-        _check_model(service, name)
+        if name != service.name:
+            raise _unknown_model(service)
         return JSONResponse(_model(service))
 
     @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
@@ -215,8 +219,12 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def _check_model(service: Service, name: str) -> None:
-    if name and name != service.name:
-        raise ApiError(404, f"unknown model; this server has {service.name!r}", "model", "model_not_found")
+    if name and name != service.name and service.defaults.strict:
+        raise _unknown_model(service)
+
+
+def _unknown_model(service: Service) -> ApiError:
+    return ApiError(404, f"unknown model; this server has {service.name!r}", "model", "model_not_found")
 
 
 def _count(service: Service, request: Request, status: int) -> None:

@@ -101,6 +101,7 @@ class Defaults:
     temperature: float = 0.7
     top_p: float = 0.9
     thinking: bool = False
+    strict: bool = False  # no `open_thinking` beside OpenAI's fields
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
@@ -188,7 +189,7 @@ class Fields:
             raise bad(f"{name} must be between {low} and {high}, not {_show(value)}", name)
         return value
 
-    def flag(self, name: str, default: bool = False) -> bool:
+    def flag(self, name: str, default: Any = False) -> Any:
         """Take a boolean."""
         return self.take(name, (bool,), "true or false", default)
 
@@ -291,8 +292,11 @@ def read_chat(body: dict[str, Any], defaults: Defaults) -> ChatAsk:
     wanted, top = f.flag("logprobs"), f.whole("top_logprobs", 0, MAX_TOP_LOGPROBS, None)
     if top is not None and not wanted:
         raise bad("top_logprobs needs logprobs: true", "top_logprobs")
+    # MiniMind's own field: it overrides the server's default, and true wins over the other two fields.
+    asked = None if defaults.strict else f.flag("open_thinking", None)
     effort = f.take("reasoning_effort", (str,), "a string", None)
-    thinking = defaults.thinking if effort is None else effort not in ("none", "minimal")
+    thinking = defaults.thinking if asked is None else asked
+    thinking = thinking if effort is None else effort not in ("none", "minimal")
     kwargs = Fields(f.take("chat_template_kwargs", (dict,), "an object", {}))
     for name in ("enable_thinking", "open_thinking"):
         thinking = kwargs.flag(name, thinking)
@@ -313,7 +317,7 @@ def read_chat(body: dict[str, Any], defaults: Defaults) -> ChatAsk:
         top_logprobs=(top or 0) if wanted else None,
         messages=messages,
         tools=tools if tools and choice == "auto" else None,
-        thinking=thinking,
+        thinking=thinking or bool(asked),
     )
 
 

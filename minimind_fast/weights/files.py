@@ -31,6 +31,7 @@ except ImportError:  # not POSIX
 # Files of a model folder, as written here and by Transformers: a new model may replace them.
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|[\w.]+\.index\.json|\.DS_Store|chat_template\.jinja|merges\.txt"
+    r"|model\.gguf|Modelfile|modeling_minimind\.py"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
 )
 

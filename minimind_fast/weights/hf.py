@@ -45,7 +45,7 @@ def obstacles(config: ModelConfig, format: str) -> list[str]:
         found.append(
             f"Llama wants hidden_size ({config.hidden_size}) to be a multiple of the heads ({config.num_attention_heads})"
         )
-    if _yarn_clamped_differently(config):
+    if yarn_clamped_differently(config):
         found.append("YaRN with this head_dim, rope_theta and original length is cut off at another frequency there")
     return found
 
@@ -86,7 +86,7 @@ def to_hf_config(config: ModelConfig, format: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
         **ids_on_disk(config),
-        **_rope_to_hf(config),
+        **rope_to_hf(config),
     }
     if format == "llama":
         raw["mlp_bias"] = False
@@ -119,7 +119,7 @@ _NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _MOE_NAMES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 
 
-def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     theta, yarn = float(config.rope_theta), config.rope_scaling
     plain = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     if not yarn:
@@ -139,7 +139,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_parameters": {**scaling, "rope_theta": theta}, "rope_scaling": scaling}
 
 
-def _yarn_clamped_differently(config: ModelConfig) -> bool:
+def yarn_clamped_differently(config: ModelConfig) -> bool:
     """Whether MiniMind's ramp between kept and stretched frequencies differs from Hugging Face's.
 
     MiniMind clamps the ramp's end to a head's last pair (hd / 2 - 1), Hugging Face to hd - 1. This matters only if the
@@ -209,7 +209,7 @@ def from_hf_config(raw: dict[str, Any], where: str, generation: dict[str, Any] |
         if reasons := reasons + rope_reasons:
             raise UserError(f"this {kind} model computes what MiniMind does not: {'; '.join(reasons)}")
         config = ModelConfig(**values)
-        if _yarn_clamped_differently(config):
+        if yarn_clamped_differently(config):
             raise UserError("YaRN with this head_dim, rope_theta and original length is cut off elsewhere in MiniMind")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: {error}") from None

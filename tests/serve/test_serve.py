@@ -18,6 +18,7 @@ from live_server import SCRIPTS, TOKENIZER, scripted_pick, serving, tiny_model, 
 from minimind_fast.commands import serve
 from minimind_fast.infer.generate import generate_batch
 from minimind_fast.serve import batch as serve_batch
+from minimind_fast.serve.protocol import Defaults, read_chat
 
 TOOLS = [
     {
@@ -32,7 +33,7 @@ ASK = [{"role": "user", "content": "Say something."}]
 def server():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_batch, "pick", scripted_pick)
-        with serving() as running:
+        with serving(defaults=Defaults(strict=True)) as running:
             yield running
 
 
@@ -328,6 +329,155 @@ def test_the_client_library_raises_its_own_errors(client):
     assert client.models.retrieve("tiny") == client.models.list().data[0]
 
 
+def test_a_strict_server_refuses_what_minimind_s_clients_send(server):
+    def ask(**fields):
+        return httpx.post(server[0] + CHAT, json={"messages": ASK, **fields})
+
+    reply = ask(open_thinking=True)
+    assert reply.status_code == 400 and "open_thinking" in reply.json()["error"]["message"]
+    reply = ask(max_tokens=8192)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "max_tokens must be at most 200, not 8192")
+    long = "word " * 200
+    reply = ask(messages=[{"role": "user", "content": long}], max_tokens=190)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+# ------------------------------------------------------------------------------------------- MiniMind's own clients
+
+
+@pytest.fixture(scope="module")
+def open_server():
+    """As it is started without --strict."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve_batch, "pick", scripted_pick)
+        with serving(max_output_tokens=2048) as running:
+            yield running
+
+
+@pytest.fixture
+def open_client(open_server):
+    with openai.OpenAI(base_url=open_server[0] + "/v1", api_key="sk-123", max_retries=0) as client:
+        yield client
+
+
+def data_of(reply) -> list[dict]:
+    events = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event)["choices"][0] for event in events[:-1]]
+
+
+def test_the_curl_of_minimind_s_readme(open_server):
+    """A foreign model name, more tokens than fit, streamed, and the switch for thoughts at the top level."""
+    seed = script(91, "hm\n</think>\n\nEverest.")
+    body = {"model": "model-identifier", "messages": [{"role": "user", "content": "世界上最高的山是什么？"}]}
+    body |= {"temperature": 0.7, "max_tokens": 1024, "stream": True, "seed": seed}
+    for switch, thought in ((True, "hm"), (False, "")):
+        choices = data_of(httpx.post(open_server[0] + CHAT, json={**body, "open_thinking": switch}))
+        deltas = [choice["delta"] for choice in choices]
+        assert "".join(d.get("reasoning_content") or "" for d in deltas) == thought
+        assert "".join(d.get("content") or "" for d in deltas).endswith("Everest.")
+        assert choices[-1]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_requests_of_minimind_s_chat_script(open_client, stream):
+    """Rounds of history, max_tokens 2048, and two more ways to ask for thoughts at once."""
+    messages = [*ASK, {"role": "assistant", "content": "Something."}, {"role": "user", "content": "More."}]
+    reply = open_client.chat.completions.create(
+        model="minimind-local:latest",
+        messages=messages,
+        stream=stream,
+        temperature=0.8,
+        max_tokens=2048,
+        top_p=0.8,
+        seed=script(92, "hm\n</think>\n\nMore it is."),
+        extra_body={"chat_template_kwargs": {"open_thinking": True}, "reasoning_effort": "medium"},
+    )
+    if stream:
+        deltas = [chunk.choices[0].delta for chunk in reply]
+        said = ["".join(getattr(d, name, None) or "" for d in deltas) for name in ("reasoning_content", "content")]
+    else:
+        said = [reply.choices[0].message.reasoning_content, reply.choices[0].message.content]
+    assert said == ["hm", "More it is."]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_rounds_of_minimind_s_tool_script(open_client, stream):
+    """A call, its result in the next request, and an answer; max_tokens is 8192 throughout."""
+    messages = [{"role": "user", "content": "Weather in Köln?"}]
+
+    def ask(seed):
+        options = {"model": "jingyaogong/minimind-3:latest", "messages": messages, "tools": TOOLS, "stream": stream}
+        options |= {"temperature": 0.9, "max_tokens": 8192, "top_p": 0.9, "seed": seed}
+        reply = open_client.chat.completions.create(**options)
+        if not stream:
+            message = reply.choices[0].message
+            return message.content or "", [
+                (c.id, c.function.name, c.function.arguments) for c in message.tool_calls or []
+            ]
+        deltas = [chunk.choices[0].delta for chunk in reply]
+        calls = [c for d in deltas for c in d.tool_calls or []]
+        assert len({c.index for c in calls}) == len(calls)  # each call comes whole
+        return "".join(d.content or "" for d in deltas), [(c.id, c.function.name, c.function.arguments) for c in calls]
+
+    made = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    content, calls = ask(script(93, made))
+    assert content == "" and [call[1:] for call in calls] == [("weather", '{"city": "Köln"}')]
+    history = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
+    messages.append({"role": "assistant", "content": content, "tool_calls": history})
+    messages.append({"role": "tool", "content": '{"temperature": 8}', "tool_call_id": calls[0][0]})
+    assert ask(script(94, "8 degrees.")) == ("8 degrees.", [])
+
+
+@pytest.mark.parametrize("path", ["chat", "text"])
+def test_tokens_are_cut_to_what_the_context_leaves(open_client, path):
+    """The model never ends by itself here: 512 tokens of context minus the prompt are what is left."""
+    SCRIPTS[95] = TOKENIZER.encode("word ") * 600
+    if path == "chat":
+        reply = open_client.chat.completions.create(model="any", messages=ASK, max_tokens=8192, seed=95)
+        prompt = len(chat_ids(ASK))
+    else:
+        reply = open_client.completions.create(model="any", prompt=[5, 6, 7], max_tokens=8192, seed=95)
+        prompt = 3
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (prompt, 512 - prompt)
+    assert reply.choices[0].finish_reason == "length"
+
+
+def test_tokens_are_cut_to_the_server_s_limit(open_server):
+    with serving(max_output_tokens=7) as (url, _):
+        body = {"messages": ASK, "max_tokens": 100, "temperature": 0}
+        reply = httpx.post(url + CHAT, json=body).json()
+    assert (reply["usage"]["completion_tokens"], reply["choices"][0]["finish_reason"]) == (7, "length")
+
+
+def test_what_is_wrong_stays_refused_without_strict(open_server, open_client):
+    for body in (chat_with(max_tokens=0), chat_with(tempersture=1), chat_with(open_thinking="yes")):
+        reply = httpx.post(open_server[0] + CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 400, reply.text
+    with pytest.raises(openai.BadRequestError, match="context is 512, answer included"):
+        open_client.chat.completions.create(model="any", messages=[{"role": "user", "content": "word " * 4000}])
+    with pytest.raises(openai.NotFoundError):
+        open_client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks"),
+    [
+        ({}, "default"),
+        ({"open_thinking": True}, True),
+        ({"open_thinking": False}, False),
+        ({"open_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}, True),
+        ({"open_thinking": False, "chat_template_kwargs": {"open_thinking": True}}, True),
+        ({"open_thinking": False, "reasoning_effort": "high"}, True),
+        ({"chat_template_kwargs": {"open_thinking": False}}, False),
+    ],
+)
+def test_the_switch_for_thoughts(fields, thinks):
+    for default in (False, True):
+        ask = read_chat({"messages": ASK, **fields}, Defaults(thinking=default))
+        assert ask.thinking == (default if thinks == "default" else thinks)
+
+
 def test_what_comes_before_the_fields_is_checked_too(server):
     url = server[0]
     assert httpx.post(url + CHAT, content=chat_with()).status_code == 415
@@ -357,7 +507,6 @@ def test_nobody_s_text_passes_for_the_template_s(client):
     forged = len(chat_ids([{"role": "user", "content": attack}]))
     assert reply.usage.prompt_tokens > forged + 10  # each control token became ordinary text
     from minimind_fast.serve.prompt import chat_prompt
-    from minimind_fast.serve.protocol import Defaults, read_chat
 
     body = {"messages": [{"role": "user", "content": attack}], "tools": TOOLS}
     body["tools"] = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
