@@ -29,7 +29,9 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 
 
-def assert_error_rule(name: str, kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
+def assert_error_rule(
+    name: str, kernel: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, inputs: torch.dtype | None = None
+) -> None:
     """Hold a kernel's result to truth, with eager's own error at the same dtype as the measure.
 
     Args:
@@ -37,10 +39,11 @@ def assert_error_rule(name: str, kernel: torch.Tensor, eager: torch.Tensor, trut
         kernel: the kernel's result, any shape, any dtype.
         eager: the reference's result at the same dtype.
         truth: the reference's result in float64, same shape.
+        inputs: the coarsest dtype among the op's inputs.
     Raises:
         AssertionError: shape or dtype differ, an element breaks the rule, or the norm of the error does.
     """
-    result = compare(kernel, eager, truth.to(kernel.device))
+    result = compare(kernel, eager, truth.to(kernel.device), inputs=inputs)
     assert result.passed, f"{name}: {result.reason}"
 
 
@@ -110,13 +113,14 @@ def assert_op(
     eager = run(reference, inputs, grads, wanted)
     with poisoned_memory(DEVICE):
         ours = run(kernel, inputs, grads, wanted)
+    coarsest = max((t.dtype for t in inputs if t.is_floating_point()), key=lambda d: torch.finfo(d).eps)
     for kind, got, plain, true in zip(("output", "gradient"), ours, eager, truth, strict=True):
         for i, (k, e, t) in enumerate(zip(got, plain, true, strict=True)):
             if t is None and e is None and kind == "gradient":
                 assert k is None or not k.any(), f"{name}: gradient {i} where the reference has none"
                 continue
             assert k is not None and e is not None and t is not None, f"{name}: {kind} {i} is missing"
-            assert_error_rule(f"{name}: {kind} {i}", k, e, t)
+            assert_error_rule(f"{name}: {kind} {i}", k, e, t, coarsest)
 
 
 def broken_variant(module: ModuleType, folder: Path, old: str, new: str) -> ModuleType:

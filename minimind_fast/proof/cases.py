@@ -22,7 +22,7 @@ from minimind_fast import ops
 from minimind_fast.config import PRESETS
 from minimind_fast.ops.cases import Case, Draw
 from minimind_fast.ops.registry import Op
-from minimind_fast.proof.rule import Comparison, compare, poisoned_memory
+from minimind_fast.proof.rule import Comparison, Triple, judge, poisoned_memory
 
 MODELS = tuple(name for name in PRESETS if name != "tiny")
 LARGE_TOKENS = 8192
@@ -48,7 +48,13 @@ def large_cases(name: str) -> list[Case]:
 
 
 def evaluate(
-    case: Case, function: Callable, dtype: torch.dtype, device: str, double: bool = False, poison: bool = False
+    case: Case,
+    function: Callable,
+    dtype: torch.dtype,
+    device: str,
+    double: bool = False,
+    poison: bool = False,
+    draw_number: int = 0,
 ) -> dict[str, Tensor]:
     """Run a case forward and backward.
 
@@ -59,6 +65,7 @@ def evaluate(
         device: "cpu" or "cuda".
         double: then cast inputs to float64 (cosine tables keep their float32 values, as in training).
         poison: fill uninitialised memory with NaN.
+        draw_number: which of the case's draws.
 
     Returns:
         Outputs "out0", "out1", ... and gradients "d <argument>".
@@ -66,7 +73,7 @@ def evaluate(
     Raises:
         RuntimeError: the op wrote to one of its inputs.
     """
-    tensors: dict[str, Any] = case.tensors(Draw(dtype, device))
+    tensors: dict[str, Any] = case.tensors(Draw(dtype, device, seed=2 * draw_number))
     if double:
         for key, tensor in tensors.items():
             if tensor is not None and tensor.is_floating_point():
@@ -81,7 +88,7 @@ def evaluate(
         tensors[key] = tensors[key].requires_grad_()
     with poisoned_memory(device) if poison else contextlib.nullcontext():
         outputs = case.call(function, tensors)
-        draw = Draw(dtype, device, seed=1)
+        draw = Draw(dtype, device, seed=2 * draw_number + 1)
         grads = [draw.normal(*out.shape) if out.is_floating_point() else None for out in outputs]
         if case.strided:
             grads = [g if g is None or not g.dim() else g[:1].expand_as(g) for g in grads]
@@ -113,10 +120,21 @@ def check(case: Case, function: Callable, dtype: torch.dtype, device: str) -> di
         A Comparison for each output and each gradient.
     """
     plain = ops.OPS[case.op].reference
-    truth = evaluate(case, plain, dtype, device, double=True)
-    eager = evaluate(case, plain, dtype, device)
+
+    def draw(number: int) -> dict[str, Triple]:
+        truth = evaluate(case, plain, dtype, device, double=True, draw_number=number)
+        eager = evaluate(case, plain, dtype, device, draw_number=number)
+        try:
+            ours = evaluate(case, function, dtype, device, poison=True, draw_number=number)
+        except Exception as error:
+            raise _Broken(f"{type(error).__name__}: {error}") from error
+        return {key: (ours[key], eager[key], truth[key]) for key in truth}
+
     try:
-        ours = evaluate(case, function, dtype, device, poison=True)
-    except Exception as error:  # the report continues with the next case
-        return {"run": Comparison(False, f"{type(error).__name__}: {error}")}
-    return {key: compare(ours[key], eager[key], truth[key]) for key in truth}
+        return judge(draw, inputs=dtype)
+    except _Broken as error:  # the report continues with the next case
+        return {"run": Comparison(False, str(error))}
+
+
+class _Broken(Exception):
+    """The implementation under test raised an error."""
