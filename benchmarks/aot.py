@@ -46,37 +46,13 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.ops.cases import Case, Draw
 from minimind_fast.proof.cases import MODELS
 from minimind_fast.proof.roofline import op_work
+from minimind_fast.proof.targets import TARGETS, Target, as_card
 
 TOKENS = 65536
 COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12  # measured on an H200
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
-class Target:
-    """A GPU to compile for."""
-
-    name: str
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit_bytes: int  # that one block may have
-    multiprocessors: int
-
-
-TARGETS = {
-    t.name: t
-    for t in (
-        Target("sm_75", "cuda", 75, 32, 64 * 1024, 40),  # T4
-        Target("sm_80", "cuda", 80, 32, 163 * 1024, 108),  # A100
-        Target("sm_86", "cuda", 86, 32, 99 * 1024, 84),  # RTX 3090
-        Target("sm_89", "cuda", 89, 32, 99 * 1024, 128),  # RTX 4090
-        Target("sm_90", "cuda", 90, 32, 227 * 1024, 132),  # H100, H200
-        Target("sm_100", "cuda", 100, 32, 227 * 1024, 148),  # B200
-        Target("sm_120", "cuda", 120, 32, 99 * 1024, 170),  # RTX 5090
-        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 304),  # MI300X
-    )
-}
 # For float16 and dense models only: a mixture's dots spill there, so that `ops` takes the reference.
 ON_REQUEST = ("sm_75",)
 
@@ -131,32 +107,9 @@ def _no_card(target: Target):
     def run(self, *args, grid, warmup, **options):
         launches.append((self, args, options, grid))
 
-    properties = SimpleNamespace(
-        multi_processor_count=target.multiprocessors,
-        shared_memory_per_block_optin=target.shared_limit_bytes,
-        major=target.arch // 10 if isinstance(target.arch, int) else 9,
-        minor=target.arch % 10 if isinstance(target.arch, int) else 4,
-        L2_cache_size=50 << 20,
-        warp_size=target.warp_size,
-        total_memory=80 << 30,
-    )
     # The fake tensors are the CPU's, because PyTorch without CUDA has no autograd for others; they say otherwise.
-    patches = [
-        (JITFunction, "run", run),
-        (FakeTensor, "is_cuda", True),
-        (torch.cuda, "device_of", lambda *_: contextlib.nullcontext()),
-        (torch.cuda, "get_device_properties", lambda *_: properties),
-        (torch.cuda, "get_device_capability", lambda *_: (properties.major, properties.minor)),
-    ]
-    missing = object()
-    before = [(owner, name, owner.__dict__.get(name, missing)) for owner, name, _ in patches]
-    for owner, name, value in patches:
-        setattr(owner, name, value)
-    try:
+    with as_card(target, FakeTensor, run, JITFunction):
         yield launches
-    finally:
-        for owner, name, value in before:
-            delattr(owner, name) if value is missing else setattr(owner, name, value)
 
 
 def _let_fakes_run_the_launchers(op: str) -> None:
