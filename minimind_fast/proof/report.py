@@ -4,7 +4,8 @@ Purpose: what `minimind-fast verify` prints and writes.
 Principle: a row holds a Comparison for each output and each gradient.
 Properties: one process an op and one a model, several at a time: compiling is most of the time, and on a CPU Triton
     chooses its interpreter at its import. There small cases run in float32 and float16: the interpreter is wrong in
-    bfloat16. A process that dies is a row that failed.
+    bfloat16. "ptx:sm_90" and its like compile for that card and execute the PTX on the CPU, in all three; what was
+    found on the way fails a row. A process that dies is a row that failed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,13 +40,21 @@ def report(
     Args:
         names: ops.
         dtypes: keys of DTYPES.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or "ptx:" and a card.
         alone: each op by itself.
         presets: of MODELS: whole models.
 
     Yields:
         One row a case and dtype: op, case, dtype, results (a Comparison for each tensor), passed, seconds.
     """
+
+    if device.startswith("ptx:"):
+        from minimind_fast.proof.ptx.launch import executed  # imports Triton, for its compiler
+
+        with executed(device.removeprefix("ptx:")) as record:
+            for row in report(names, dtypes, "cpu", alone, presets):
+                yield _with_record(row, record.take())
+        return
 
     def finish(row: dict[str, Any], dtype: str, started: float) -> dict[str, Any]:
         passed = all(result.passed for result in row["results"].values())
@@ -65,6 +75,43 @@ def report(
             for row in check_model(preset, DTYPES[dtype], device, names):
                 yield finish(row, dtype, started)
                 started = time.perf_counter()
+
+
+def _with_record(row: dict[str, Any], record: Any) -> dict[str, Any]:
+    """A row with what ran for it; each finding is a failure."""
+    faults = {f"finding {i}": Comparison(False, str(found)) for i, found in enumerate(record.findings.values(), 1)}
+    ran = {name: dict(getattr(record, name)) for name in ("opcodes", "launches", "programs")}
+    return {**row, "results": {**row["results"], **faults}, "passed": row["passed"] and not faults, "executed": ran}
+
+
+def executed_summary(rows: Sequence[dict[str, Any]]) -> str:
+    """What ran, over all rows: launches, programs, matrix instructions, opcodes.
+
+    Args:
+        rows: of `report` with "ptx:".
+
+    Returns:
+        A few lines; "" if nothing was executed so.
+    """
+    total: dict[str, Counter[str]] = {name: Counter() for name in ("opcodes", "launches", "programs")}
+    for row in rows:
+        for name, counts in row.get("executed", {}).items():
+            total[name].update(counts)
+    if not total["opcodes"]:
+        return ""
+    matmuls: Counter[str] = Counter()
+    for opcode, times in total["opcodes"].items():
+        if opcode.startswith(("mma.sync", "wgmma.mma_async")):
+            matmuls[opcode.split(".")[0]] += times
+    kernels = ", ".join(f"{name} {times}" for name, times in sorted(total["launches"].items()))
+    lines = [
+        f"Executed from PTX: {total['launches'].total():,} launches, {total['programs'].total():,} programs, "
+        f"{total['opcodes'].total():,} warp instructions.",
+        "Matrix instructions: " + (", ".join(f"{name} {n:,}" for name, n in sorted(matmuls.items())) or "none") + ".",
+        f"Launches: {kernels}.",
+        f"{len(total['opcodes'])} opcodes: {', '.join(sorted(total['opcodes']))}.",
+    ]
+    return "\n".join(lines)
 
 
 HEADER = (
@@ -130,6 +177,9 @@ def report_by_processes(
     env = dict(os.environ)
     if device == "cpu":  # Triton chooses the interpreter at its import
         env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    if device.startswith("ptx:"):
+        env.pop("TRITON_INTERPRET", None)
+        env["OMP_NUM_THREADS"] = "1"
     same = ["--dtype", ",".join(dtypes), "--device", device, "--jobs", "0"]
     tasks = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
     if models != "no":

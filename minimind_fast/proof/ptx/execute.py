@@ -22,7 +22,7 @@ from minimind_fast.proof.ptx.lanes import Lanes, Launch, Mask, Reader, predicate
 from minimind_fast.proof.ptx.parse import Instruction, Program, UnknownPtx, vector
 
 FAMILIES = (arithmetic, convert, matrices, moves, warp, wgmma)  # their import fills the table
-LANES_AT_ONCE = 2048  # numpy's overhead is small by then, and registers stay in a core's cache
+LANES_AT_ONCE = 8192  # numpy's overhead is small by then, and registers stay in a core's cache
 STEP, BRANCH, RETURN, BARRIER = range(4)
 
 
@@ -120,7 +120,8 @@ class _Flow:
 
     def __init__(self, lanes: Lanes) -> None:
         self.lanes, self.size = lanes, lanes.size
-        self.at, self.each = 0, None  # type: int, np.ndarray | None
+        self.at = 0
+        self.each: np.ndarray | None = None
         self.alive, self.waiting = np.ones(self.size, bool), np.zeros(self.size, bool)
 
     def next(self) -> tuple[int, Mask] | None:
@@ -152,7 +153,7 @@ class _Flow:
         if self.each is None:
             self.each = np.where(taken, to, otherwise)
         else:
-            self.each = np.where(active & taken, to, np.where(active, otherwise, self.each))
+            self.each[active] = np.where(taken, to, otherwise)[active]
 
     def end(self, active: Mask, done: np.ndarray, otherwise: int) -> None:
         """Some of the active lanes return."""

@@ -93,6 +93,8 @@ class Lanes:
 
     def full(self, values: Values) -> np.ndarray:
         """One number for all lanes -> an array of all."""
+        if isinstance(values, np.ndarray) and values.shape:
+            return values
         return np.broadcast_to(values, (self.size,))
 
     def chosen(self, mask: Mask) -> np.ndarray:

@@ -104,8 +104,8 @@ def _execute(record: Record, compiled: Any, named: dict[str, Any], grid: Any, ch
     # Triton's own last parameters, scratch memory for instruments, are null.
     names = [parameter for parameter, _, _ in program.parameters]
     parameters = dict(zip(names, [*given, *[bytes(8)] * (len(names) - len(given))], strict=True))
-    sizes = list(grid(named) if callable(grid) else grid)
-    x, y, z = [int(n) for n in sizes] + [1] * (3 - len(sizes))
+    sizes: Any = grid(named) if callable(grid) else grid
+    x, y, z = [*map(int, sizes), 1, 1][:3]
     threads = compiled.metadata.num_warps * 32
     launch = Launch(program, (x, y, z), threads, compiled.metadata.shared, parameters, memory, record, name)
     run(launch, code)

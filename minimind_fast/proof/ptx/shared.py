@@ -208,17 +208,18 @@ class SharedMemory:
             cells = slice(program * self.stride // self.cell, (program + 1) * self.stride // self.cell)
             self.unfenced[cells] = False
 
-    def matmul_reads(self, lane: int, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """16-bit elements that a group of four warps reads by itself.
+    def matmul_reads(self, lane: int, at: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Elements that a group of four warps reads by itself.
 
         Args:
             lane: the first of its lanes.
             at: (rows, columns) bytes in the program's memory.
+            size: bytes of an element.
 
         Returns:
-            (rows, columns) uint16, and the cells that it will read until its wait.
+            (rows, columns) unsigned, and the cells that it will read until its wait.
         """
-        bad = (at < 0) | (at + 2 > self.size)
+        bad = (at < 0) | (at + size > self.size)
         if bad.any():
             self.lanes.note("shared memory out of bounds", lane, f"matmul, byte {int(at[bad][0])} of {self.size}")
             at = np.where(bad, 0, at)
@@ -238,7 +239,7 @@ class SharedMemory:
                 self.lanes.note(kind, lane, f"matmul's operand, byte {byte}")
         self.reader[cells] = self.epoch[self.lanes.program_of[lane]] * _WARPS + _SEVERAL
         self.in_matmul[cells] += 1
-        return self.bytes.view(np.uint16)[place // 2], cells
+        return self.bytes.view(UNSIGNED[size])[place // size], cells
 
     def matmul_done(self, cells: np.ndarray) -> None:
         """The wait for a matmul is over."""

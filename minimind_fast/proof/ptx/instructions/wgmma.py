@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from minimind_fast.proof.ptx.formats import from_half, unpack
+from minimind_fast.proof.ptx.formats import cut_to_tf32, from_half, unpack
 from minimind_fast.proof.ptx.instructions.matrices import GROUP, INNER, whole_warps
 from minimind_fast.proof.ptx.instructions.table import Step, instruction
 from minimind_fast.proof.ptx.lanes import Lanes, predicate, reader
@@ -28,7 +28,7 @@ _SWIZZLE_BYTES = {1: 128, 2: 64, 3: 32}  # by bits 62 and 63
 
 
 @lru_cache(maxsize=4096)
-def element_addresses(descriptor: int, rows: int, k: int, turned: bool) -> np.ndarray:
+def element_addresses(descriptor: int, rows: int, k: int, turned: bool, size: int = 2) -> np.ndarray:
     """Where the elements of an operand lie.
 
     Args:
@@ -36,6 +36,7 @@ def element_addresses(descriptor: int, rows: int, k: int, turned: bool) -> np.nd
         rows: M or N.
         k: columns.
         turned: stored with k outside.
+        size: bytes of an element.
 
     Returns:
         (rows, k) int64 bytes in the program's shared memory.
@@ -49,20 +50,24 @@ def element_addresses(descriptor: int, rows: int, k: int, turned: bool) -> np.nd
     if mode == 0:
         if turned:
             raise UnknownPtx("wgmma with an operand that is transposed and not swizzled")
-        return start + r // 8 * stride + c // 8 * leading + r % 8 * 16 + c % 8 * 2
+        piece = 16 // size  # elements of a row of the smallest tile
+        return start + r // 8 * stride + c // piece * leading + r % 8 * 16 + c % piece * size
     width = _SWIZZLE_BYTES[mode]
     if turned:
-        across = width // 2
-        at = start + r // across * leading + c // 8 * stride + c % 8 * width + r % across * 2
+        across = width // size
+        at = start + r // across * leading + c // 8 * stride + c % 8 * width + r % across * size
     else:
-        at = start + r // 8 * stride + r % 8 * width + c * 2
+        at = start + r // 8 * stride + r % 8 * width + c * size
     return at ^ ((at >> 7 & width // 16 - 1) << 4)
 
 
-@instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k16\.f32\.(?P<type>f16|bf16)\.(?P<other>f16|bf16)")
+@instruction(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?P<k>8|16)\.f32\.(?P<type>f16|bf16|tf32)\.(?P<other>f16|bf16|tf32)"
+)
 def _multiply(program: Program, one: Instruction, match: re.Match[str]) -> Step:
-    kind, n, k = match["type"], int(match["n"]), 16
-    if match["other"] != kind:
+    kind, n, k = match["type"], int(match["n"]), int(match["k"])
+    size = 4 if kind == "tf32" else 2
+    if match["other"] != kind or k != 32 // size:
         raise UnknownPtx(f"opcode {one.opcode!r}")
     slots = [program.registers[name][0] for name in vector(one.operands[0])]
     from_registers = one.operands[1][0] == "{"
@@ -71,7 +76,7 @@ def _multiply(program: Program, one: Instruction, match: re.Match[str]) -> Step:
     describe_b = reader(program, one.operands[2], np.uint64)
     keep = predicate(program, one.operands[3])
     scale = int(one.operands[4]) * int(one.operands[5])
-    turns = [bool(int(flag)) for flag in one.operands[6:]]
+    turns = [bool(int(flag)) for flag in one.operands[6:]] or [False, False]  # tf32 has no such flags
     turned_a, turned_b = (False, turns[0]) if from_registers else turns
     warp, lane = np.divmod(np.arange(GROUP_LANES), 32)
 
@@ -79,17 +84,21 @@ def _multiply(program: Program, one: Instruction, match: re.Match[str]) -> Step:
         descriptors = lanes.full(describe(lanes))[first : first + GROUP_LANES]
         if (descriptors != descriptors[0]).any():
             lanes.note("a matmul's descriptor differs between lanes", first, "")
-        bits, cells = lanes.shared.matmul_reads(first, element_addresses(int(descriptors[0]), rows, k, turned))
+        at = element_addresses(int(descriptors[0]), rows, k, turned, size)
+        bits, cells = lanes.shared.matmul_reads(first, at, size)
         held.append(cells)
-        return from_half(bits, kind).astype(np.float64)
+        return (cut_to_tf32(bits) if kind == "tf32" else from_half(bits, kind)).astype(np.float64)
 
     def fragment(lanes: Lanes, first: int) -> np.ndarray:
         A = np.zeros((64, k))
         for r, read in enumerate(fragments):
-            low, high = unpack(lanes.full(read(lanes))[first : first + GROUP_LANES], kind)
+            bits = lanes.full(read(lanes))[first : first + GROUP_LANES]
             row = 16 * warp + GROUP[lane] + 8 * (r & 1)
-            column = 2 * INNER[lane] + 8 * (r >> 1)
-            A[row, column], A[row, column + 1] = low, high
+            if kind == "tf32":
+                A[row, INNER[lane] + 4 * (r >> 1)] = cut_to_tf32(bits)
+            else:
+                column = 2 * INNER[lane] + 8 * (r >> 1)
+                A[row, column], A[row, column + 1] = unpack(bits, kind)
         return A
 
     def step(lanes, mask):
