@@ -180,10 +180,13 @@ def report_by_processes(
     if device.startswith("ptx:"):
         env.pop("TRITON_INTERPRET", None)
         env["OMP_NUM_THREADS"] = "1"
-    same = ["--dtype", ",".join(dtypes), "--device", device, "--jobs", "0"]
-    tasks = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
+    # Executed PTX takes its time in processor seconds, so dtypes are spread as well.
+    split = [[dtype] for dtype in dtypes] if device.startswith("ptx:") else [list(dtypes)]
+    parts = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
     if models != "no":
-        tasks += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
+        parts += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
+    tasks = [[*part, "--dtype", ",".join(some)] for part in parts for some in split]
+    same = ["--device", device, "--jobs", "0"]
 
     def run(task: list[str]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
