@@ -44,7 +44,7 @@ from benchmarks.record import write
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.ops.cases import Case, Draw
-from minimind_fast.proof.cases import MODELS
+from minimind_fast.proof.cases import CASES, MODELS, large_cases
 from minimind_fast.proof.roofline import op_work
 from minimind_fast.proof.targets import TARGETS, Target, as_card
 
@@ -257,7 +257,29 @@ def resident_warps(row: dict[str, Any]) -> int:
     return blocks * warps
 
 
-def compile_target(name: str, presets: list[str], names: list[str], dtype: str) -> list[dict[str, Any]]:
+def cases_of(op: str, presets: list[str], shapes: str) -> list[tuple[str, Case]]:
+    """What is compiled of an op.
+
+    Args:
+        op: its name.
+        presets: models.
+        shapes: "training": as a training step calls it. "all": also with one token and with a number that 16 does not
+            divide (Triton makes a constant of a 1 and drops wide loads there), and on all cases of `verify`, the large
+            ones too.
+
+    Returns:
+        (model or case, case).
+    """
+    tokens = [TOKENS] if shapes == "training" else [TOKENS, TOKENS + 3, 1]
+    found = [(p, ops.OPS[op].preset_case(p, t, training=True)) for t in tokens for p in presets]
+    if shapes == "all":
+        found += [(case.name, case) for case in [*CASES[op], *large_cases(op)]]
+    return [(label, case) for label, case in found if case is not None]
+
+
+def compile_target(
+    name: str, presets: list[str], names: list[str], dtype: str, shapes: str = "training"
+) -> list[dict[str, Any]]:
     """Record and compile every launch for one target.
 
     Args:
@@ -265,6 +287,7 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
         presets: models.
         names: ops.
         dtype: "bfloat16", "float16" or "float32".
+        shapes: of `cases_of`.
 
     Returns:
         One row a compiled kernel, its launches summed.
@@ -273,11 +296,12 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
     row: dict[str, Any]
     torch.set_num_threads(1)
     for op in names:
-        for preset in presets:
-            case = ops.OPS[op].preset_case(preset, TOKENS, training=True)
+        for preset, case in cases_of(op, presets, shapes):
+            if case.only and dtype not in case.only:
+                continue
             same = {"op": op, "preset": preset, "target": name, "dtype": dtype}
             try:
-                launches = [] if case is None else record(case, preset, getattr(torch, dtype), target)
+                launches = record(case, preset, getattr(torch, dtype), target)
             except Exception as error:  # a row of the table, and a failure of the run
                 fault = f"the launcher raised {type(error).__name__}: {str(error)[:300]}"
                 row = {**same, "direction": "", "kernel": op, "error": fault}
@@ -418,6 +442,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--presets", default=",".join(MODELS), help=f"of {', '.join(MODELS)} (default: all)")
     parser.add_argument("--ops", default=",".join(ops.NAMES), help=f"of {', '.join(ops.NAMES)} (default: all)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--shapes", default="training", choices=("training", "all"), help="all: verify's cases, T = 1, ..."
+    )
     parser.add_argument("--out", default="", metavar="FOLDER", help="write kernels_aot.json and kernels_aot.md there")
     args = parser.parse_args(argv)
     asked = {key: getattr(args, key).split(",") for key in ("targets", "presets", "ops")}
@@ -429,7 +456,8 @@ def main(argv: list[str] | None = None) -> int:
     # A fresh process for each target: Triton keeps the first target's kernels in memory.
     workers = min(len(asked["targets"]), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = [pool.submit(compile_target, t, asked["presets"], asked["ops"], args.dtype) for t in asked["targets"]]
+        same = asked["presets"], asked["ops"], args.dtype, args.shapes
+        jobs = [pool.submit(compile_target, t, *same) for t in asked["targets"]]
         for name, job in zip(asked["targets"], jobs, strict=True):
             mine = job.result()
             rows += mine
@@ -438,7 +466,8 @@ def main(argv: list[str] | None = None) -> int:
             for row in mine:
                 for problem in row["problems"]:
                     print(f"    {row['preset']} {row['kernel']} ({row['direction']}): {problem}", flush=True)
-    summary = ops_table([row for row in rows if row["target"] == "sm_90"])
+    training = args.shapes == "training"
+    summary = ops_table([row for row in rows if row["target"] == "sm_90"]) if training else []
     if args.out:
         folder = Path(args.out)
         for row in rows:

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="minimind-fast verify", description=main.__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--ops", default=",".join(ops.NAMES), help="ops to check, joined by commas (default: all)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only the cases with this in their names")
     parser.add_argument("--dtype", default="", help=f"of {', '.join(DTYPES)}, joined by commas (default: all that can)")
     parser.add_argument(
         "--device", default="", help=f"{', '.join(DEVICES)} (default: cuda where there is one, else cpu)"
@@ -88,9 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     print(HEADER)
     rows = []
     if jobs:
-        found = report_by_processes(names, dtypes, device, args.models, presets, jobs)
+        found = report_by_processes(names, dtypes, device, args.models, presets, jobs, args.case)
     else:
-        found = report(names, dtypes, device, args.models != "only", presets if args.models != "no" else ())
+        found = report(names, dtypes, device, args.models != "only", presets if args.models != "no" else (), args.case)
     for row in found:
         rows.append(row)
         print(format_row(row), flush=True)

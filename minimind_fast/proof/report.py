@@ -33,7 +33,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def report(
-    names: Sequence[str], dtypes: Sequence[str], device: str, alone: bool = True, presets: Sequence[str] = MODELS
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    device: str,
+    alone: bool = True,
+    presets: Sequence[str] = MODELS,
+    only: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Check ops, then whole models.
 
@@ -43,6 +48,7 @@ def report(
         device: "cpu", "cuda", or "ptx:" and a card.
         alone: each op by itself.
         presets: of MODELS: whole models.
+        only: of the ops' cases those with this in their names.
 
     Yields:
         One row a case and dtype: op, case, dtype, results (a Comparison for each tensor), passed, seconds.
@@ -52,7 +58,7 @@ def report(
         from minimind_fast.proof.ptx.launch import executed  # imports Triton, for its compiler
 
         with executed(device.removeprefix("ptx:")) as record:
-            for row in report(names, dtypes, "cpu", alone, presets):
+            for row in report(names, dtypes, "cpu", alone, presets, only):
                 yield _with_record(row, record.take())
         return
 
@@ -64,7 +70,7 @@ def report(
         cases = CASES[name] + (large_cases(name) if device == "cuda" else [])
         for case in cases:
             for dtype in dtypes:
-                if case.only and dtype not in case.only:
+                if only not in case.name or (case.only and dtype not in case.only):
                     continue
                 started = time.perf_counter()
                 results = check(case, ops.kernel(name), DTYPES[dtype], device)
@@ -171,9 +177,15 @@ def from_json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def report_by_processes(
-    names: Sequence[str], dtypes: Sequence[str], device: str, models: str, presets: Sequence[str], jobs: int
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    device: str,
+    models: str,
+    presets: Sequence[str],
+    jobs: int,
+    only: str = "",
 ) -> Iterator[dict[str, Any]]:
-    """The same report from one process an op and one a model, `jobs` at a time: compiling is most of the time."""
+    """The same report from one process an op and one a model, `jobs` at a time."""
     env = dict(os.environ)
     if device == "cpu":  # Triton chooses the interpreter at its import
         env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
@@ -186,7 +198,7 @@ def report_by_processes(
     if models != "no":
         parts += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
     tasks = [[*part, "--dtype", ",".join(some)] for part in parts for some in split]
-    same = ["--device", device, "--jobs", "0"]
+    same = ["--device", device, "--jobs", "0", "--case", only]
 
     def run(task: list[str]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:

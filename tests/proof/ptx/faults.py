@@ -1,11 +1,12 @@
-"""Faults planted in the PTX of one kernel, one at a time, and what is seen of each: `python faults.py sm_80 swiglu ...`
+"""Faults planted in the PTX of kernels, one at a time, and what is seen of each: `python faults.py sm_80 swiglu odd`
 
 A fault is seen if a result breaks the error rule, if something is found on the way, or if the kernel cannot run.
 """
 
+import argparse
+import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 
 os.environ.pop("TRITON_INTERPRET", None)  # Triton's compiler is what is asked here
@@ -119,10 +120,49 @@ class Faults:
 
             yield i, self.run(change)
 
+    def wrong(self) -> list[str]:
+        """What is seen of a kernel that computes something else: products become sums, or sums differences."""
+
+        def change(text: str) -> str:
+            for old, new in (("mul.f32", "add.f32"), ("add.f32", "sub.f32")):
+                if re.search(rf"\b{re.escape(old)}\b", text):
+                    return re.sub(rf"\b{re.escape(old)}\b", new, text)
+            head, found, tail = text.rpartition("add.s32")  # no float arithmetic: the last address or count
+            assert found, "nothing to make wrong"
+            return f"{head}sub.s32{tail}"
+
+        return self.run(change)
+
+
+def kernels_of(target: str, op: str, case: str, dtype: torch.dtype) -> list[str]:
+    """The Triton functions that a case launches."""
+    chosen = next(c for c in CASES[op] if case in c.name)
+    with executed(target) as record:
+        evaluate(chosen, ops.kernel(op), dtype, "cpu")
+    return list(record.launches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target")
+    parser.add_argument("op")
+    parser.add_argument("case", help="a part of its name")
+    parser.add_argument("--kernel", default="", help="name of the Triton function (default: all of the case)")
+    parser.add_argument("--kinds", default=",".join(SITES), help=f"of {', '.join(SITES)}, or arithmetic")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dtype, told = getattr(torch, args.dtype), {}
+    for kernel in [args.kernel] if args.kernel else kernels_of(args.target, args.op, args.case, dtype):
+        faults = Faults(args.target, args.op, args.case, kernel, dtype)
+        for kind in args.kinds.split(","):
+            seen = [(0, faults.wrong())] if kind == "arithmetic" else list(faults.plant(kind))
+            unseen = [i for i, what in seen if not what]
+            if seen:
+                told[f"{kernel}: {kind}"] = {"planted": len(seen), "unseen": unseen}
+                print(f"{kernel}: {kind}: {len(seen) - len(unseen)} of {len(seen)} seen; unseen {unseen}", flush=True)
+    print(json.dumps(told))
+
 
 if __name__ == "__main__":
-    faults = Faults(*sys.argv[1:5], dtype=getattr(torch, sys.argv[5] if len(sys.argv) > 5 else "bfloat16"))
-    for kind in sys.argv[6].split(",") if len(sys.argv) > 6 else SITES:
-        seen = list(faults.plant(kind))
-        unseen = [i for i, what in seen if not what]
-        print(f"{faults.kernel} {kind}: {len(seen) - len(unseen)} of {len(seen)} seen; unseen {unseen}", flush=True)
+    main()

@@ -17,8 +17,6 @@ FLOATS[:8, 1] = [1.0, np.inf, 2.0, np.nan, 0.0, 1.0, 3e38, -1.0]
 A, B, C, _ = (WORDS[:, i] for i in range(4))
 SA, SB, SC, _ = (WORDS.view(np.int32)[:, i] for i in range(4))
 FA, FB, FC, _ = (FLOATS[:, i] for i in range(4))
-HALF = FLOATS.astype(np.float16)
-HALF_BITS = HALF.view(np.uint16)
 
 
 def of_words(body, words=1):
@@ -57,6 +55,16 @@ def field(x, start, length, signed):
     return (value - (1 << length) if signed and length and bits[-1] else value) & 0xFFFFFFFF
 
 
+def fields(bits, signed):
+    rows = zip(bits.tolist(), B.tolist(), C.tolist(), strict=True)
+    return np.array([field(x, start, length, signed) for x, start, length in rows], np.uint32)
+
+
+def quotients(a, b):
+    signs = [1 if (x < 0) == (y < 0) else -1 for x, y in zip(a, b, strict=True)]
+    return np.array([abs(x) // abs(y) * s & 0xFFFFFFFF for x, y, s in zip(a, b, signs, strict=True)], np.uint32)
+
+
 INTEGERS = {
     "add.s32 %r100, %r0, %r1;": A + B,
     "sub.s32 %r100, %r0, %r1;": A - B,
@@ -77,15 +85,15 @@ INTEGERS = {
     "lop3.b32 %r100, %r0, %r1, %r2, 0xE8;": (A & B) | (A & C) | (B & C),
     "popc.b32 %r100, %r0;": np.array([int(x).bit_count() for x in A], np.uint32),
     "clz.b32 %r100, %r0;": np.array([32 - int(x).bit_length() for x in A], np.uint32),
-    "bfe.u32 %r100, %r0, %r1, %r2;": np.array([field(x, p, n, False) for x, p, n in zip(*map(np.ndarray.tolist, (A, B, C)), strict=True)], np.uint32),
-    "bfe.s32 %r100, %r0, %r1, %r2;": np.array([field(x, p, n, True) for x, p, n in zip(*map(np.ndarray.tolist, (SA, B, C)), strict=True)], np.uint32),
+    "bfe.u32 %r100, %r0, %r1, %r2;": fields(A, False),
+    "bfe.s32 %r100, %r0, %r1, %r2;": fields(SA, True),
     "bfi.b32 %r100, %r0, %r1, 5, 9;": (B & ~np.uint32(0x1FF << 5)) | ((A & 0x1FF) << np.uint32(5)),
     "prmt.b32 %r100, %r0, %r1, 0x5410;": (A & 0xFFFF) | (B << np.uint32(16)),
     "prmt.b32 %r100, %r0, %r1, 0x7632;": (A >> np.uint32(16)) | (B & np.uint32(0xFFFF0000)),
     "prmt.b32 %r100, %r0, %r1, 0xBBB3;": (A >> np.uint32(24)) | np.where(SA < 0, np.uint32(0xFFFFFF00), np.uint32(0)),
     "shf.l.wrap.b32 %r100, %r0, %r1, 7;": (B << np.uint32(7)) | (A >> np.uint32(25)),
     "shf.r.wrap.b32 %r100, %r0, %r1, 7;": (A >> np.uint32(7)) | (B << np.uint32(25)),
-    "or.b32 %r6, %r1, 1; div.s32 %r100, %r0, %r6;": np.array([int(abs(int(x)) // abs(int(y)) * (1 if (x < 0) == (y < 0) else -1)) & 0xFFFFFFFF for x, y in zip(SA, SB | 1, strict=True)], np.uint32),
+    "or.b32 %r6, %r1, 1; div.s32 %r100, %r0, %r6;": quotients(SA.tolist(), (SB | 1).tolist()),
     "or.b32 %r6, %r1, 1; rem.u32 %r100, %r0, %r6;": A % (B | np.uint32(1)),
     "cvt.u16.u32 %rs1, %r0; cvt.u32.u16 %r100, %rs1;": A & 0xFFFF,
     "cvt.u16.u32 %rs1, %r0; cvt.s32.s16 %r100, %rs1;": A.astype(np.uint16).view(np.int16).astype(np.int32),
@@ -166,7 +174,7 @@ def test_formats_round_as_pytorch_does():
     same(from_bf16(to_bf16(values)), expected)
     tf32 = to_tf32(values)
     finite = np.isfinite(values) & (np.abs(values) > 1e-30) & (np.abs(values) < 1e38)
-    assert (np.abs(tf32 - values)[finite] <= np.abs(values[finite]) * 2.0**-11).all()
+    assert (np.abs(tf32[finite] - values[finite]) <= np.abs(values[finite]) * 2.0**-11).all()
     assert not (tf32.view(np.uint32)[np.isfinite(values)] & 0x1FFF).any()
 
 
@@ -212,7 +220,10 @@ def fragments(matrix, rows, columns):
             if matrix.itemsize == 4:
                 words.append(matrix[i, j].view(np.uint32))
             else:
-                words.append(np.uint32(matrix[i, j].view(np.uint16)) | np.uint32(matrix[i, j + 1].view(np.uint16)) << np.uint32(16))
+                words.append(
+                    np.uint32(matrix[i, j].view(np.uint16))
+                    | np.uint32(matrix[i, j + 1].view(np.uint16)) << np.uint32(16)
+                )
         out.append(words)
     return np.array(out, np.uint32)
 
@@ -230,18 +241,18 @@ def test_mma_multiplies_matrices(kind):
     k = 8 if kind == "tf32" else 16
     a, b = RNG.standard_normal((16, k)).astype(np.float32), RNG.standard_normal((k, 8)).astype(np.float32)
     c = RNG.standard_normal((16, 8)).astype(np.float32)
-    half = (lambda l: l // 4), (lambda l: l // 4 + 8)
+    half = (lambda i: i // 4), (lambda i: i // 4 + 8)
     if kind == "tf32":
         values = [(x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (a, b)]
-        fa = fragments(a, [half[0], half[1]] * 2, [lambda l: l % 4] * 2 + [lambda l: l % 4 + 4] * 2)
-        fb = fragments(b, [lambda l: l % 4, lambda l: l % 4 + 4], [lambda l: l // 4] * 2)
+        fa = fragments(a, [half[0], half[1]] * 2, [lambda i: i % 4] * 2 + [lambda i: i % 4 + 4] * 2)
+        fb = fragments(b, [lambda i: i % 4, lambda i: i % 4 + 4], [lambda i: i // 4] * 2)
     else:
         bits = [x.astype(np.float16).view(np.uint16) if kind == "f16" else to_bf16(x) for x in (a, b)]
         values = [x.view(np.float16).astype(np.float32) if kind == "f16" else from_bf16(x) for x in bits]
-        fa = fragments(bits[0], [half[0], half[1]] * 2, [lambda l: l % 4 * 2] * 2 + [lambda l: l % 4 * 2 + 8] * 2)
+        fa = fragments(bits[0], [half[0], half[1]] * 2, [lambda i: i % 4 * 2] * 2 + [lambda i: i % 4 * 2 + 8] * 2)
         turned = np.ascontiguousarray(bits[1].T)  # B's pairs run along k
-        fb = fragments(turned, [lambda l: l // 4] * 2, [lambda l: l % 4 * 2, lambda l: l % 4 * 2 + 8])
-    fc = fragments(c, [half[0], half[0], half[1], half[1]], [lambda l: l % 4 * 2, lambda l: l % 4 * 2 + 1] * 2)
+        fb = fragments(turned, [lambda i: i // 4] * 2, [lambda i: i % 4 * 2, lambda i: i % 4 * 2 + 8])
+    fc = fragments(c, [half[0], half[0], half[1], half[1]], [lambda i: i % 4 * 2, lambda i: i % 4 * 2 + 1] * 2)
     names = [f"%r{i}" for i in range(10)]
     body = (
         f"mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {{%r100, %r101, %r102, %r103}}, "
@@ -274,7 +285,9 @@ def wgmma_body(after="", wait="wgmma.wait_group.sync.aligned 0;", fence="fence.p
     # leading: 128 bytes to the next 8 columns; stride: 256 bytes to the next 8 rows; both in units of 16.
     a, b = ((16 << 32) + (8 << 16) + (start >> 4) for start in (0, 2048))
     lines += [f"mov.b64 %rd1, {a}; mov.b64 %rd2, {b}; wgmma.fence.sync.aligned;"]
-    lines += ["wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r100,%r101,%r102,%r103}, %rd1, %rd2, 0, 1, 1, 0, 0;"]
+    lines += [
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r100,%r101,%r102,%r103}, %rd1, %rd2, 0, 1, 1, 0, 0;"
+    ]
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;", after, wait])
 
 

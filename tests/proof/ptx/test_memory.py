@@ -146,7 +146,9 @@ def test_reading_what_nobody_wrote_is_found(dtype):
         body = "mad.wide.u32 %rd3, %r1, 8, %rd1; ld.global.b64 %rd5, [%rd3];"
     assert kinds(body, [fresh, pair()[0]]) == ["global memory is read that nobody wrote"]
     assert kinds(body, [torch.zeros_like(fresh), pair()[0]]) == []
-    assert not torch.zeros(3).isnan().any() and (not dtype.is_floating_point or mark(torch.zeros(3, dtype=dtype)).isnan().all())
+    assert not torch.zeros(3).isnan().any() and (
+        not dtype.is_floating_point or mark(torch.zeros(3, dtype=dtype)).isnan().all()
+    )
 
 
 def test_two_programs_on_one_place_are_found():
@@ -154,7 +156,10 @@ def test_two_programs_on_one_place_are_found():
     assert kinds(LOAD.format(""), [a, b], grid=(2, 1, 1)) == []  # both read
     assert kinds(STORE.format(""), [a, b], grid=(2, 1, 1)) == ["two programs on one place of global memory"]
     # One program reads what the other writes, whichever comes first.
-    own = "mov.u32 %r3, %ctaid.x; mad.wide.u32 %rd5, %r3, 128, %rd2; mad.wide.u32 %rd6, %r1, 4, %rd5; st.global.b32 [%rd6], %r1;"
+    own = (
+        "mov.u32 %r3, %ctaid.x; mad.wide.u32 %rd5, %r3, 128, %rd2; "
+        "mad.wide.u32 %rd6, %r1, 4, %rd5; st.global.b32 [%rd6], %r1;"
+    )
     read = "mad.wide.u32 %rd7, %r1, 4, %rd1; ld.global.b32 %r4, [%rd7];"
     both = torch.zeros(64, dtype=torch.int32)
     for part in (both[:32], both[32:]):
