@@ -8,7 +8,7 @@ ARGS   ?=
 QUIETLY := $(if $(shell command -v nvidia-smi),,DS_ACCELERATOR=cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pipeline test slow lint format aot bench clean
+.PHONY: help install pretrain pipeline test slow lint format aot proof bench clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,14 @@ lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
 format: $(VENV)/installed-test ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Triton 3.6 beside the one that is installed: kernels must compile with both.
+$(VENV)/triton-3.6/triton: $(VENV)/installed-test
+	$(BIN)/pip install --disable-pip-version-check -qq --no-deps --target $(VENV)/triton-3.6 "triton==3.6.*"
+
+proof: $(VENV)/installed-test $(VENV)/triton-3.6/triton ## Compile as `make aot` does, and execute the compiled kernels without a GPU
+	TRITON_3_6=$(abspath $(VENV)/triton-3.6) $(BIN)/python -m pytest -n 2 --dist worksteal -m "aot or proof" \
+		tests/kernels/test_aot.py tests/proof/ptx $(ARGS)
 
 aot: $(VENV)/installed-test ## Compile every kernel at every preset's shapes for all GPU architectures (minutes)
 	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py $(ARGS)

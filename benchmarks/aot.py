@@ -44,39 +44,15 @@ from benchmarks.record import write
 from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.ops.cases import Case, Draw
-from minimind_fast.proof.cases import MODELS
+from minimind_fast.proof.cases import CASES, MODELS, large_cases
 from minimind_fast.proof.roofline import op_work
+from minimind_fast.proof.targets import TARGETS, Target, as_card
 
 TOKENS = 65536
 COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12  # measured on an H200
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
-class Target:
-    """A GPU to compile for."""
-
-    name: str
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit_bytes: int  # per block
-    multiprocessors: int
-
-
-TARGETS = {
-    t.name: t
-    for t in (
-        Target("sm_75", "cuda", 75, 32, 64 * 1024, 40),  # T4
-        Target("sm_80", "cuda", 80, 32, 163 * 1024, 108),  # A100
-        Target("sm_86", "cuda", 86, 32, 99 * 1024, 84),  # RTX 3090
-        Target("sm_89", "cuda", 89, 32, 99 * 1024, 128),  # RTX 4090
-        Target("sm_90", "cuda", 90, 32, 227 * 1024, 132),  # H100, H200
-        Target("sm_100", "cuda", 100, 32, 227 * 1024, 148),  # B200
-        Target("sm_120", "cuda", 120, 32, 99 * 1024, 170),  # RTX 5090
-        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 304),  # MI300X
-    )
-}
 # For float16 and dense models only: MoE dots spill there, so `ops` uses the reference.
 ON_REQUEST = ("sm_75",)
 
@@ -131,32 +107,9 @@ def _no_card(target: Target):
     def run(self, *args, grid, warmup, **options):
         launches.append((self, args, options, grid))
 
-    properties = SimpleNamespace(
-        multi_processor_count=target.multiprocessors,
-        shared_memory_per_block_optin=target.shared_limit_bytes,
-        major=target.arch // 10 if isinstance(target.arch, int) else 9,
-        minor=target.arch % 10 if isinstance(target.arch, int) else 4,
-        L2_cache_size=50 << 20,
-        warp_size=target.warp_size,
-        total_memory=80 << 30,
-    )
     # Fake tensors that claim to be on a GPU but live on the CPU: without CUDA, PyTorch has autograd only there.
-    patches = [
-        (JITFunction, "run", run),
-        (FakeTensor, "is_cuda", True),
-        (torch.cuda, "device_of", lambda *_: contextlib.nullcontext()),
-        (torch.cuda, "get_device_properties", lambda *_: properties),
-        (torch.cuda, "get_device_capability", lambda *_: (properties.major, properties.minor)),
-    ]
-    missing = object()
-    before = [(owner, name, owner.__dict__.get(name, missing)) for owner, name, _ in patches]
-    for owner, name, value in patches:
-        setattr(owner, name, value)
-    try:
+    with as_card(target, FakeTensor, run, JITFunction):
         yield launches
-    finally:
-        for owner, name, value in before:
-            delattr(owner, name) if value is missing else setattr(owner, name, value)
 
 
 def _let_fakes_run_the_launchers(op: str) -> None:
@@ -285,7 +238,29 @@ def resident_warps(row: dict[str, Any]) -> int:
     return blocks * warps
 
 
-def compile_target(name: str, presets: list[str], names: list[str], dtype: str) -> list[dict[str, Any]]:
+def cases_of(op: str, presets: list[str], shapes: str) -> list[tuple[str, Case]]:
+    """What is compiled of an op.
+
+    Args:
+        op: its name.
+        presets: models.
+        shapes: "training": as a training step calls it. "all": also with one token and with a number that 16 does not
+            divide (Triton makes a constant of a 1 and drops wide loads there), and on all cases of `verify`, the large
+            ones too.
+
+    Returns:
+        (model or case, case).
+    """
+    tokens = [TOKENS] if shapes == "training" else [TOKENS, TOKENS + 3, 1]
+    found = [(p, ops.OPS[op].preset_case(p, t, training=True)) for t in tokens for p in presets]
+    if shapes == "all":
+        found += [(case.name, case) for case in [*CASES[op], *large_cases(op)]]
+    return [(label, case) for label, case in found if case is not None]
+
+
+def compile_target(
+    name: str, presets: list[str], names: list[str], dtype: str, shapes: str = "training"
+) -> list[dict[str, Any]]:
     """Record and compile every launch for one target.
 
     Args:
@@ -293,6 +268,7 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
         presets: models whose shapes are compiled.
         names: ops to compile.
         dtype: "bfloat16", "float16" or "float32".
+        shapes: of `cases_of`.
 
     Returns:
         One row per compiled kernel, with its launches summed.
@@ -301,11 +277,12 @@ def compile_target(name: str, presets: list[str], names: list[str], dtype: str) 
     row: dict[str, Any]
     torch.set_num_threads(1)
     for op in names:
-        for preset in presets:
-            case = ops.OPS[op].preset_case(preset, TOKENS, training=True)
+        for preset, case in cases_of(op, presets, shapes):
+            if case.only and dtype not in case.only:
+                continue
             same = {"op": op, "preset": preset, "target": name, "dtype": dtype}
             try:
-                launches = [] if case is None else record(case, preset, getattr(torch, dtype), target)
+                launches = record(case, preset, getattr(torch, dtype), target)
             except Exception as error:  # becomes a row of the table and fails the run
                 fault = f"the launcher raised {type(error).__name__}: {str(error)[:300]}"
                 row = {**same, "direction": "", "kernel": op, "error": fault}
@@ -443,6 +420,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--presets", default=",".join(MODELS), help=f"of {', '.join(MODELS)} (default: all)")
     parser.add_argument("--ops", default=",".join(ops.NAMES), help=f"of {', '.join(ops.NAMES)} (default: all)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--shapes", default="training", choices=("training", "all"), help="all: verify's cases, T = 1, ..."
+    )
     parser.add_argument("--out", default="", metavar="FOLDER", help="write kernels_aot.json and kernels_aot.md there")
     args = parser.parse_args(argv)
     asked = {key: getattr(args, key).split(",") for key in ("targets", "presets", "ops")}
@@ -454,7 +434,8 @@ def main(argv: list[str] | None = None) -> int:
     # A fresh process for each target: Triton keeps the first target's kernels in memory.
     workers = min(len(asked["targets"]), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = [pool.submit(compile_target, t, asked["presets"], asked["ops"], args.dtype) for t in asked["targets"]]
+        same = asked["presets"], asked["ops"], args.dtype, args.shapes
+        jobs = [pool.submit(compile_target, t, *same) for t in asked["targets"]]
         for name, job in zip(asked["targets"], jobs, strict=True):
             mine = job.result()
             rows += mine
@@ -463,7 +444,8 @@ def main(argv: list[str] | None = None) -> int:
             for row in mine:
                 for problem in row["problems"]:
                     print(f"    {row['preset']} {row['kernel']} ({row['direction']}): {problem}", flush=True)
-    summary = ops_table([row for row in rows if row["target"] == "sm_90"])
+    training = args.shapes == "training"
+    summary = ops_table([row for row in rows if row["target"] == "sm_90"]) if training else []
     if args.out:
         folder = Path(args.out)
         for row in rows:

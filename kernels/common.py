@@ -70,6 +70,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @triton.jit
+def round_to_tf32(x):
+    """Round float32 to the nearest tf32: a matrix unit cuts the lower 13 bits off, which costs twice the error."""
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # a NaN's bits may all be ones, and would become zero
+
+
+@triton.jit
 def _sum_partials_kernel(
     partial_ptr, out_ptr, num_partials, size, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

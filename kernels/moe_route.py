@@ -15,7 +15,7 @@ Properties: bytes a token in 16 bits: forward 2D + 4E + 24 top_k, backward 4D + 
             tile: a few documents of many thousand tokens leave most of the card idle (not yet measured).
             The prefix reads tiles^2 E counts from L2: 16 MB at T = 65,536, E = 4.
             Logits stay float32 (eager rounds them to x's dtype before the softmax): more accurate, and rounding makes
-            no ties. Where W and x are 16-bit, dz multiplies them as tf32; eager rounds it to their dtype.
+            no ties. Where W and x are 16-bit, dz multiplies them rounded to tf32; eager rounds it to their dtype.
             Saved beside x and W: s and the choices, 4E + 4 top_k bytes a token, both outputs anyway, and E numbers a
             document. Counts are integers and every float sum has a fixed order: two runs on one card agree bitwise.
 
@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, sum_partials
+from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, round_to_tf32, sum_partials
 from minimind_fast.kernels.route_plan import _balance_document_kernel, _route_plan_kernel
 
 MAX_EXPERTS = 128  # a (tokens, experts) tile is held in registers
@@ -204,6 +204,8 @@ def _route_bwd_kernel(
         d_scores += tl.load(d_scores_ptr + at, mask=mask, other=0.0)
     d_logits = scores * (d_scores - tl.sum(scores * d_scores, axis=1)[:, None])
     tl.store(d_logits_ptr + at, d_logits, mask=mask)
+    if PRECISION == "tf32":
+        d_logits = round_to_tf32(d_logits)
     if WANT_DX:
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
@@ -234,6 +236,8 @@ def _route_dw_kernel(
             d_logits_ptr + row[:, None] * E + e[None, :], mask=(t < end)[:, None] & live_e[None, :], other=0.0
         )
         x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(t < end)[:, None] & live_d[None, :], other=0.0)
+        if PRECISION == "tf32":
+            d_logits = round_to_tf32(d_logits)
         acc = tl.dot(tl.trans(d_logits), x.to(wide), acc, input_precision=PRECISION, out_dtype=wide)
     at = (split.to(tl.int64) * E + e[:, None]) * D + d[None, :]
     tl.store(partial_ptr + at, acc, mask=live_e[:, None] & live_d[None, :])
@@ -335,8 +339,7 @@ def _route_bwd(
         return dx, dw.zero_()
     x, gate_weight = x.contiguous(), gate_weight.contiguous()
     params = _launch_params("bwd", T, D, E, x.element_size())
-    # float32 needs every bit. A 16-bit operand is exact in tf32; dz is truncated to 10 bits of mantissa: at most a quarter
-    # of eager's rounding error in bfloat16, twice eager's in float16.
+    # float32 needs every bit. A 16-bit operand is exact in tf32; dz is rounded to tf32's 10 bits of mantissa.
     precision = "tf32" if x.element_size() == 2 else "ieee"
     d_logits = torch.empty_like(scores)
 

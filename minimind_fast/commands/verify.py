@@ -2,7 +2,8 @@
 
 Purpose: shows that the kernels on this machine are at least as exact as plain PyTorch.
 Principle: prints the report's rows as they arrive; the exit code says pass or fail.
-Properties: runs the compiled kernels on a GPU, Triton's interpreter elsewhere.
+Properties: runs the compiled kernels on a GPU, Triton's interpreter elsewhere. `--device ptx:sm_90` and the like compile
+    for that card and execute the PTX here, without the card.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ import torch
 from minimind_fast import ops
 from minimind_fast.errors import UserError
 from minimind_fast.proof.cases import MODELS
-from minimind_fast.proof.report import DTYPES, HEADER, format_row, report, report_by_processes, to_json
+from minimind_fast.proof.report import (
+    DTYPES,
+    HEADER,
+    executed_summary,
+    format_row,
+    report,
+    report_by_processes,
+    to_json,
+)
+
+# "ptx:" and a card: what proof/ptx executes. Named here too, since that folder imports Triton.
+DEVICES = ("cpu", "cuda", "ptx:sm_80", "ptx:sm_86", "ptx:sm_89", "ptx:sm_90", "ptx:sm_120")
 
 
 def _names(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -42,38 +54,45 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="minimind-fast verify", description=main.__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--ops", default=",".join(ops.NAMES), help="ops to check, joined by commas (default: all)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only the cases with this in their names")
     parser.add_argument("--dtype", default="", help=f"of {', '.join(DTYPES)}, joined by commas (default: all that can)")
-    parser.add_argument("--device", default="", choices=("", "cpu", "cuda"), help="cuda where there is one, else cpu")
+    parser.add_argument(
+        "--device", default="", help=f"{', '.join(DEVICES)} (default: cuda where there is one, else cpu)"
+    )
     parser.add_argument("--models", choices=("yes", "no", "only"), default="yes", help="whole models, two layers each")
     parser.add_argument("--preset", default=",".join(MODELS), help="which models (default: all)")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (0: in this one)")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
     args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    possible = list(DTYPES) if device == "cuda" else ["float32", "float16"]
+    executed = device.startswith("ptx:")
+    possible = ["float32", "float16"] if device == "cpu" else list(DTYPES)
     try:
+        _names(device, DEVICES, "device")
         names, presets = _names(args.ops, ops.NAMES, "op"), _names(args.preset, MODELS, "preset")
         dtypes = _names(args.dtype, list(DTYPES), "dtype") if args.dtype else possible
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no GPU here; leave --device out to check on the CPU")
         if set(dtypes) - set(possible):
-            raise UserError("--dtype bfloat16 needs a GPU: Triton's interpreter is wrong in bfloat16")
+            raise UserError("--dtype bfloat16: Triton's interpreter is wrong in it; use a GPU, or --device ptx:sm_90")
     except ValueError as error:
         parser.error(str(error))
     jobs = args.jobs
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        jobs = max(jobs, 1)
+    if device != "cuda" and (os.environ.get("TRITON_INTERPRET") == "1") == executed:
+        jobs = max(jobs, 1)  # processes of their own, which choose between interpreter and compiler
 
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter: small cases"
+    if executed:
+        where = f"CPU, the PTX compiled for {device.removeprefix('ptx:')}: small cases"
     print(f"torch {torch.__version__}, {where}, {', '.join(dtypes)}")
     if device == "cpu":
         print("No GPU: this proves the arithmetic in float32 and float16; bfloat16 and speed need a GPU.")
     print(HEADER)
     rows = []
     if jobs:
-        found = report_by_processes(names, dtypes, device, args.models, presets, jobs)
+        found = report_by_processes(names, dtypes, device, args.models, presets, jobs, args.case)
     else:
-        found = report(names, dtypes, device, args.models != "only", presets if args.models != "no" else ())
+        found = report(names, dtypes, device, args.models != "only", presets if args.models != "no" else (), args.case)
     for row in found:
         rows.append(row)
         print(format_row(row), flush=True)
@@ -86,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
             "rows": [to_json(r) for r in rows],
         }
         Path(args.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if summary_text := executed_summary(rows):
+        print(summary_text)
     print(f"{len(rows) - len(failed)} of {len(rows)} pass" + "".join(f"\nFAIL {r['op']}: {r['case']}" for r in failed))
     return 1 if failed else 0
 

@@ -4,7 +4,8 @@ Purpose: what `minimind-fast verify` prints and writes.
 Principle: a row holds a Comparison for each output and each gradient.
 Properties: one process per op and per model, several in parallel: compiling takes most of the time, and on a CPU Triton
     chooses its interpreter at import. There small cases run in float32 and float16: the interpreter is wrong in bfloat16.
-    A process that dies becomes a failed row.
+    "ptx:sm_90" and the like compile for that card and execute the PTX on the CPU, in all three; a finding on the way
+    fails its row. A process that dies becomes a failed row.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,20 +33,34 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def report(
-    names: Sequence[str], dtypes: Sequence[str], device: str, alone: bool = True, presets: Sequence[str] = MODELS
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    device: str,
+    alone: bool = True,
+    presets: Sequence[str] = MODELS,
+    only: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Check ops, then whole models.
 
     Args:
         names: ops.
         dtypes: keys of DTYPES.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or "ptx:" and a card.
         alone: check each op by itself.
         presets: whole models to check, from MODELS.
+        only: check only cases with this in their names.
 
     Yields:
         One row per case and dtype: op, case, dtype, results (a Comparison for each tensor), passed, seconds.
     """
+
+    if device.startswith("ptx:"):
+        from minimind_fast.proof.ptx.launch import executed  # imports Triton, for its compiler
+
+        with executed(device.removeprefix("ptx:")) as record:
+            for row in report(names, dtypes, "cpu", alone, presets, only):
+                yield _with_record(row, record.take())
+        return
 
     def finish(row: dict[str, Any], dtype: str, started: float) -> dict[str, Any]:
         passed = all(result.passed for result in row["results"].values())
@@ -54,7 +70,7 @@ def report(
         cases = CASES[name] + (large_cases(name) if device == "cuda" else [])
         for case in cases:
             for dtype in dtypes:
-                if case.only and dtype not in case.only:
+                if only not in case.name or (case.only and dtype not in case.only):
                     continue
                 started = time.perf_counter()
                 results = check(case, ops.kernel(name), DTYPES[dtype], device)
@@ -65,6 +81,43 @@ def report(
             for row in check_model(preset, DTYPES[dtype], device, names):
                 yield finish(row, dtype, started)
                 started = time.perf_counter()
+
+
+def _with_record(row: dict[str, Any], record: Any) -> dict[str, Any]:
+    """A row with what ran for it; each finding is a failure."""
+    faults = {f"finding {i}": Comparison(False, str(found)) for i, found in enumerate(record.findings.values(), 1)}
+    ran = {name: dict(getattr(record, name)) for name in ("opcodes", "launches", "programs")}
+    return {**row, "results": {**row["results"], **faults}, "passed": row["passed"] and not faults, "executed": ran}
+
+
+def executed_summary(rows: Sequence[dict[str, Any]]) -> str:
+    """What ran, over all rows: launches, programs, matrix instructions, opcodes.
+
+    Args:
+        rows: of `report` with "ptx:".
+
+    Returns:
+        A few lines; "" if nothing was executed so.
+    """
+    total: dict[str, Counter[str]] = {name: Counter() for name in ("opcodes", "launches", "programs")}
+    for row in rows:
+        for name, counts in row.get("executed", {}).items():
+            total[name].update(counts)
+    if not total["opcodes"]:
+        return ""
+    matmuls: Counter[str] = Counter()
+    for opcode, times in total["opcodes"].items():
+        if opcode.startswith(("mma.sync", "wgmma.mma_async")):
+            matmuls[opcode.split(".")[0]] += times
+    kernels = ", ".join(f"{name} {times}" for name, times in sorted(total["launches"].items()))
+    lines = [
+        f"Executed from PTX: {total['launches'].total():,} launches, {total['programs'].total():,} programs, "
+        f"{total['opcodes'].total():,} warp instructions.",
+        "Matrix instructions: " + (", ".join(f"{name} {n:,}" for name, n in sorted(matmuls.items())) or "none") + ".",
+        f"Launches: {kernels}.",
+        f"{len(total['opcodes'])} opcodes: {', '.join(sorted(total['opcodes']))}.",
+    ]
+    return "\n".join(lines)
 
 
 HEADER = (
@@ -109,16 +162,28 @@ def from_json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def report_by_processes(
-    names: Sequence[str], dtypes: Sequence[str], device: str, models: str, presets: Sequence[str], jobs: int
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    device: str,
+    models: str,
+    presets: Sequence[str],
+    jobs: int,
+    only: str = "",
 ) -> Iterator[dict[str, Any]]:
     """The same report from one process per op and per model, `jobs` at a time."""
     env = dict(os.environ)
     if device == "cpu":  # Triton chooses the interpreter at import
         env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    same = ["--dtype", ",".join(dtypes), "--device", device, "--jobs", "0"]
-    tasks = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
+    if device.startswith("ptx:"):
+        env.pop("TRITON_INTERPRET", None)
+        env["OMP_NUM_THREADS"] = "1"
+    # Executed PTX takes its time in processor seconds, so dtypes are spread as well.
+    split = [[dtype] for dtype in dtypes] if device.startswith("ptx:") else [list(dtypes)]
+    parts = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
     if models != "no":
-        tasks += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
+        parts += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
+    tasks = [[*part, "--dtype", ",".join(some)] for part in parts for some in split]
+    same = ["--device", device, "--jobs", "0", "--case", only]
 
     def run(task: list[str]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
