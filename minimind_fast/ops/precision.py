@@ -70,15 +70,21 @@ def choose(dtype: str) -> str:
     return "bfloat16" if multiplies(torch.bfloat16) else "float32"
 
 
-_card: dict[str, bool] = {}  # a table, not functools.cache: torch.compile would trace through the cache
+# A table, not functools.cache: torch.compile would trace through the cache.
+_card: dict[str, tuple[int, int]] = {}
+
+
+def capability() -> tuple[int, int]:
+    """This machine's NVIDIA compute capability; (0, 0) without such a card."""
+    if "capability" not in _card:
+        nvidia = torch.cuda.is_available() and torch.version.hip is None
+        _card["capability"] = torch.cuda.get_device_capability() if nvidia else (0, 0)
+    return _card["capability"]
 
 
 def before_ampere() -> bool:
     """Whether this machine's card is an NVIDIA one too old for bfloat16 and flash attention."""
-    if "old" not in _card:
-        nvidia = torch.cuda.is_available() and torch.version.hip is None
-        _card["old"] = nvidia and torch.cuda.get_device_capability()[0] < 8
-    return _card["old"]
+    return 0 < capability()[0] < 8
 
 
 def of(dtype: str) -> torch.dtype:
