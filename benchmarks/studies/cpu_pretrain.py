@@ -30,9 +30,10 @@ from benchmarks.record import RESULTS, environment, processor, write
 from minimind_fast.data.cache import build_cache
 from minimind_fast.data.packing import PackedBatches, PaddedBatches
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.ops.cards import peak_flops
 from minimind_fast.training import ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.log import Window, clock, peak_flops
+from minimind_fast.training.log import Window, clock
 from minimind_fast.training.run import Stage
 from minimind_fast.training.trainer import Trainer
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained

@@ -35,6 +35,7 @@ from minimind_fast.data.cache import build_cache, encode_pretrain
 from minimind_fast.data.packing import PackedBatches
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
+from minimind_fast.ops import precision
 from minimind_fast.ops.attention import chosen
 from minimind_fast.training import setup
 from minimind_fast.training.config import TrainConfig
@@ -81,6 +82,7 @@ def nudge(model: MiniMind, eps: float) -> None:
         p.mul_(1 + eps * (torch.rand(p.shape, generator=draw) - 0.5))
 
 
+@precision.exact_matmuls()  # the float32 run is a yardstick
 def train(
     args: argparse.Namespace, name: str, run: Run, caches: list[Any], tokenizer: Any, start: Path
 ) -> dict[str, Any]:
@@ -103,7 +105,6 @@ def train(
     )  # fmt: skip
     ops.use(run.kernels)
     settled = resolve(config, Stage("loss"))
-    torch.backends.cuda.matmul.allow_tf32 = False  # the float32 run is a yardstick
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = load_pretrained(start)
     if run.nudged:

@@ -37,10 +37,11 @@ from minimind_fast.data.batches import Batch
 from minimind_fast.data.cache import TokenCache, build_cache
 from minimind_fast.data.packing import PackedBatches, PaddedBatches
 from minimind_fast.ops import precision
+from minimind_fast.ops.cards import peak_flops
 from minimind_fast.ops.cpu import attention as attention_rows
 from minimind_fast.training import ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.log import Window, peak_flops
+from minimind_fast.training.log import Window
 from minimind_fast.training.run import Stage
 from minimind_fast.weights.checkpoint import load_pretrained, save_pretrained
 

@@ -22,9 +22,9 @@ import torch
 from benchmarks.record import processor
 from benchmarks.timing import Playback, device_samples, matmul_flop_per_s, num_sets, percentiles, roofs
 from minimind_fast.ops import precision
+from minimind_fast.ops.cards import peak_flops
 from minimind_fast.ops.registry import Work
 from minimind_fast.proof.rule import Comparison
-from minimind_fast.training.log import peak_flops
 
 ALL_TOKENS = (6144, 16384, 53191, 65536, 131072)
 ALL_DOCUMENTS = ("209", "512", "2048", "mix")

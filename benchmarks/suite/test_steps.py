@@ -14,6 +14,7 @@ from minimind_fast import ops
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
+from minimind_fast.ops import precision
 from minimind_fast.ops.registry import Work
 from minimind_fast.proof.models import SameExperts
 from minimind_fast.proof.roofline import OPTIMIZER_BYTES, shape_of, step_work
@@ -210,7 +211,7 @@ def test_model_step(case: tuple[Any, ...], suite: Suite, benchmark: Any) -> None
     rows, small_rows = ((b.input_ids.numel() // length, length) if dense_rows else (1, -1) for b in (batch, small))
     how = (small.input_ids, small.targets, small.cu_seqlens, small.max_seqlen)
     experts = SameExperts()  # rounding decides near ties
-    with torch.no_grad(), experts:
+    with torch.no_grad(), precision.exact_matmuls(), experts:
         half = MiniMind(config).to(suite.device)
         half.load_state_dict(model.state_dict())
         with ops.use("none"):

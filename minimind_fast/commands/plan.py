@@ -24,10 +24,11 @@ import torch
 from minimind_fast.config import PRESETS, ModelConfig
 from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
+from minimind_fast.ops.cards import model_of, peak_flops
 from minimind_fast.proof.cards import CARDS, Card
 from minimind_fast.proof.memory import ITEM_BYTES, MicroBatch, held, micro_batch, peak_bytes
 from minimind_fast.proof.roofline import OPTIMIZER_BYTES, shape_of, step_work
-from minimind_fast.training.log import clock, peak_flops
+from minimind_fast.training.log import clock
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 RUNTIME_GIB = 1.0  # the driver's context, cuBLAS and NCCL; a guess, not measured
@@ -292,9 +293,10 @@ def this_machine(dtype: str) -> tuple[Card, bool]:
     """
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else "CPU"
-    for known, card in CARDS.items():
-        if known in name:
-            return card, False
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else _host_memory()
+    card = CARDS.get(model_of(name))
+    if card is not None and abs(memory / 2**30 / card.memory_gib - 1) < 0.15:  # an A100 has 40 or 80 GB, at two speeds
+        return card, False
     device = torch.device("cuda" if gpu else "cpu")
     flop_per_s, how = peak_flops(device, getattr(torch, dtype))
     source = torch.randn(1 << 25, device=device)
@@ -304,7 +306,6 @@ def this_machine(dtype: str) -> tuple[Card, bool]:
         begin = _now(device)
         target.copy_(source)
         seconds.append(_now(device) - begin)
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu else _host_memory()
     rate = 2 * source.numel() * 4 / min(seconds)
     return Card(name, memory / 2**30, rate, flop_per_s, 32e9 if gpu else 10e9, f"{how}, 128 MiB copy"), not gpu
 

@@ -8,68 +8,40 @@ Properties: memory grows with T; work grows with the sum of squared document len
     never with T squared. `eager` builds the T x T mask on purpose, as the plainest definition. The choice is stored in a
     table by device type and dtype: layers decide nothing, and torch.compile has no graph break.
 
-Backends: flash_attn (Dao-AILab: `flash_attn.cute` 4, `flash_attn_interface` 3, `flash_attn` 2, the first that imports),
-    torch_varlen (`torch.nn.attention.varlen`), sdpa, eager.
+Backends: flash_attn (Dao-AILab's generation for this GPU), torch_varlen (`torch.nn.attention.varlen`), sdpa, eager.
 Shapes: T tokens, H query heads, K kv heads, hd head_dim.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_fast.errors import UserError
+from minimind_fast.ops import flash
 from minimind_fast.ops.cpu import attention as attention_rows
 from minimind_fast.ops.cpu.attention import Rectangles
-from minimind_fast.ops.precision import before_ampere
+from minimind_fast.ops.precision import before_ampere, capability
 from minimind_fast.ops.reference import accum_dtype
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa", "eager")
 
 # Tables, not functools.cache: torch.compile would trace through the cache.
-_found: dict[str, Any] = {}  # package -> what was found
-_chosen: dict[tuple[str, str, torch.dtype], tuple[str, str]] = {}
+_chosen: dict[tuple[str, str, torch.dtype, bool], tuple[str, str]] = {}
+_dao: dict[tuple[tuple[int, int], bool], tuple[flash.Attend | None, str]] = {}
 _asked = "auto"
 
 
-def _flash_attn() -> tuple[str, Callable] | None:
-    """(name, function) of the newest Dao-AILab flash attention that can be imported, or None."""
-    if "flash_attn" not in _found:
-        _found["flash_attn"] = _find_flash_attn()
-    return _found["flash_attn"]
-
-
-def _find_flash_attn() -> tuple[str, Callable] | None:
-    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
-        try:
-            return module, importlib.import_module(module).flash_attn_varlen_func
-        except (ImportError, AttributeError, OSError):
-            continue
-    return None
-
-
-def _torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
-    """PyTorch's own: (function, arguments that make it causal, whether it groups heads itself), or None."""
-    if "torch_varlen" not in _found:
-        _found["torch_varlen"] = _find_torch_varlen()
-    return _found["torch_varlen"]
-
-
-def _find_torch_varlen() -> tuple[Callable, dict[str, object], bool] | None:
-    try:
-        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
-        return None
-    known = inspect.signature(varlen).parameters  # torch 2.11 has is_causal, later versions window_size and enable_gqa
-    causal: dict[str, object] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    return varlen, causal, "enable_gqa" in known
+def _flash_attn() -> tuple[flash.Attend | None, str]:
+    """(the generation of Dao-AILab's attention for this GPU or None, why)."""
+    key = capability(), torch.are_deterministic_algorithms_enabled()
+    if key not in _dao:
+        _dao[key] = flash.best(key[0])
+    return _dao[key]
 
 
 def _unknown(backend: str) -> str:
@@ -99,21 +71,24 @@ def resolve(backend: str, device_type: str, dtype: torch.dtype = torch.bfloat16)
             raise UserError(
                 f"--attention flash_attn needs an Ampere or newer GPU and bf16 or fp16, not {device_type} and {dtype}"
             )
-        if _flash_attn() is None:
-            raise UserError("--attention flash_attn: the package is not installed (pip install flash-attn)")
-        return "flash_attn", "asked for"
+        found, why = _flash_attn()
+        if found is None:
+            raise UserError(f"--attention flash_attn: {why} (pip install flash-attn)")
+        return "flash_attn", f"asked for; {why}"
     if backend == "torch_varlen":
-        if not can_flash or _torch_varlen() is None:
+        if not can_flash or flash.of_torch() is None:
             raise UserError(
                 "--attention torch_varlen needs an Ampere or newer GPU, bf16 or fp16, and torch.nn.attention.varlen"
             )
         return "torch_varlen", "asked for"
     if backend != "auto":
         return backend, "asked for"
-    if can_flash and (found := _flash_attn()) is not None:
-        return "flash_attn", f"{found[0]} is installed"
-    if can_flash and _torch_varlen() is not None:
-        return "torch_varlen", "flash-attn is not installed"
+    if can_flash:
+        found, why = _flash_attn()
+        if found is not None:
+            return "flash_attn", why
+        if flash.of_torch() is not None:
+            return "torch_varlen", why
     return "sdpa", "no GPU" if device_type != "cuda" else "no varlen flash attention for this GPU and dtype"
 
 
@@ -160,9 +135,9 @@ def chosen(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _look_up(backend: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    key = (backend, device_type, dtype)
+    key = (backend, device_type, dtype, torch.are_deterministic_algorithms_enabled())
     if key not in _chosen:
-        _chosen[key] = resolve(*key)
+        _chosen[key] = resolve(backend, device_type, dtype)
     return _chosen[key]
 
 
@@ -208,28 +183,15 @@ def attention(
 
 
 def _run_flash(q, k, v, cu_seqlens, max_seqlen, dropout, _rectangles):
-    found = _flash_attn()
-    assert found is not None
-    name, function = found
-    extra = {"dropout_p": dropout} if name == "flash_attn" and dropout else {}
-    if dropout and not extra:
-        raise UserError(f"{name} has no dropout; use --attention sdpa or --dropout 0")
-    out = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, **extra)
-    return out[0] if isinstance(out, tuple) else out
+    attend, _ = _flash_attn()
+    assert attend is not None
+    return attend(q, k, v, cu_seqlens, max_seqlen, dropout)
 
 
 def _run_varlen(q, k, v, cu_seqlens, max_seqlen, dropout, _rectangles):
-    found = _torch_varlen()
-    assert found is not None
-    varlen, extra, groups_itself = found
-    if dropout:
-        raise UserError("torch_varlen attention has no dropout; use --attention sdpa or --dropout 0")
-    groups = q.shape[1] // k.shape[1]
-    if groups_itself:
-        extra = {**extra, "enable_gqa": groups > 1}
-    elif groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
+    attend = flash.of_torch()
+    assert attend is not None
+    return attend(q, k, v, cu_seqlens, max_seqlen, dropout)
 
 
 def _run_rows(q, k, v, cu_seqlens, _max_seqlen, dropout, rectangles):

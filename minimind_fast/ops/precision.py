@@ -1,6 +1,7 @@
 """Which dtype a machine multiplies fast: what `--dtype auto` means.
 
-Purpose: `choose("auto")` for training, `as_stored(dtype, device)` for inference.
+Purpose: `choose("auto")` for training, `as_stored(dtype, device)` for inference; cuBLAS's shortcuts for both
+    (`matmuls_for_training`, `exact_matmuls`).
 Principle: a CPU multiplies 16-bit numbers fast only with instructions for them: AVX512-BF16, AVX512-FP16, AMX or their ARM
     counterparts. With AVX2 alone PyTorch converts them one by one, and a matmul takes 5 to 95 times as long as in float32;
     AVX512 without those was not measured and gets float32. An NVIDIA card before Ampere (T4, RTX 20) has tensor cores for
@@ -16,8 +17,9 @@ Source: https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,15 +72,21 @@ def choose(dtype: str) -> str:
     return "bfloat16" if multiplies(torch.bfloat16) else "float32"
 
 
-_card: dict[str, bool] = {}  # a table, not functools.cache: torch.compile would trace through the cache
+# A table, not functools.cache: torch.compile would trace through the cache.
+_card: dict[str, tuple[int, int]] = {}
+
+
+def capability() -> tuple[int, int]:
+    """This machine's NVIDIA compute capability; (0, 0) without such a card."""
+    if "capability" not in _card:
+        nvidia = torch.cuda.is_available() and torch.version.hip is None
+        _card["capability"] = torch.cuda.get_device_capability() if nvidia else (0, 0)
+    return _card["capability"]
 
 
 def before_ampere() -> bool:
     """Whether this machine's card is an NVIDIA one too old for bfloat16 and flash attention."""
-    if "old" not in _card:
-        nvidia = torch.cuda.is_available() and torch.version.hip is None
-        _card["old"] = nvidia and torch.cuda.get_device_capability()[0] < 8
-    return _card["old"]
+    return 0 < capability()[0] < 8
 
 
 def of(dtype: str) -> torch.dtype:
@@ -97,3 +105,39 @@ def as_stored(dtype: torch.dtype, device_type: str) -> torch.dtype:
         The same, or float32 if the device does not multiply it fast.
     """
     return dtype if multiplies(dtype, device_type) else torch.float32
+
+
+def _matmuls(**switches: bool) -> dict[str, bool]:
+    """Set switches of cuBLAS and return what they were."""
+    before = {name: getattr(torch.backends.cuda.matmul, name) for name in switches}
+    for name, value in switches.items():
+        setattr(torch.backends.cuda.matmul, name, value)
+    return before
+
+
+def matmuls_for_training(tf32: bool = True) -> dict[str, bool]:
+    """Set for the whole process what cuBLAS may do to be fast in training.
+
+    Float32 matmuls, a small part of a 16-bit step, may round their operands to TF32. A 16-bit matmul with a long inner side
+    is split over it where its result has few tiles (d_hidden of the head, 6,400 long): the parts' sums stay in float32,
+    although PyTorch's default lets them be rounded to 16 bits first.
+
+    Args:
+        tf32: False where float32 is a yardstick.
+
+    Returns:
+        The switches as they were.
+    """
+    return _matmuls(
+        allow_tf32=tf32, allow_bf16_reduced_precision_reduction=False, allow_fp16_reduced_precision_reduction=False
+    )
+
+
+@contextlib.contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """No shortcut within the block, whatever was set before: for truths and yardsticks."""
+    before = matmuls_for_training(tf32=False)
+    try:
+        yield
+    finally:
+        _matmuls(**before)

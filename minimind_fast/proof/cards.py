@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minimind_fast.training.log import PEAK_TFLOPS
+from minimind_fast.ops.cards import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Card:
     """A device's memory and speeds.
 
     Attributes:
-        name: as the device reports it, or a part of that.
+        name: `ops.cards.model_of` the device.
         memory_gib: total memory.
         bytes_per_s: rate of a large copy, read plus written.
         flop_per_s: rate of a large bf16 matmul.

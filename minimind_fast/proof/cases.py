@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minimind_fast import ops
 from minimind_fast.config import PRESETS
+from minimind_fast.ops import precision
 from minimind_fast.ops.cases import Case, Draw
 from minimind_fast.ops.registry import Op
 from minimind_fast.proof.rule import Comparison, Triple, judge, poisoned_memory
@@ -107,6 +108,7 @@ def evaluate(
     return results
 
 
+@precision.exact_matmuls()
 def check(case: Case, function: Callable, dtype: torch.dtype, device: str) -> dict[str, Comparison]:
     """Check an implementation by the error rule on one case.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from minimind_fast import ops
 from minimind_fast.config import IGNORE_INDEX, ModelConfig
 from minimind_fast.model import MiniMind
+from minimind_fast.ops import precision
 from minimind_fast.ops.cases import Draw
 from minimind_fast.proof.rule import NORM_FACTOR, compare
 
@@ -106,7 +107,7 @@ def check_model(preset: str, dtype: torch.dtype, device: str, names: Sequence[st
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         return out.logprobs.detach(), torch.cat([g.detach().flatten() for g in grads])
 
-    with SameExperts() as experts:
+    with precision.exact_matmuls(), SameExperts() as experts:
         off = run(model, "none")
         experts.replay()
         truth = run(wide, "none")

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,54 +24,7 @@ from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind, MoE
 from minimind_fast.training.losses import StepLoss
 
-# Dense bf16 peaks (no sparsity) in TFLOP/s by device name; from the vendors' data sheets.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GB200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "H800": 989.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-    "RTX 5090": 209.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-    "V100": 125.0,
-    "T4": 65.0,
-}
 LOSSES = {"loss": "training", "val_loss": "validation"}  # keys in the log -> labels in the plot
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The device's peak FLOP/s in a matmul, and where the number comes from.
-
-    Args:
-        device: a CPU, or a GPU that is not in the table, is measured with a matmul.
-        dtype: the matmuls' dtype.
-
-    Returns:
-        (FLOP/s, "data sheet" or "measured").
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, tflops in PEAK_TFLOPS.items():
-            if known in name and dtype in (torch.bfloat16, torch.float16):
-                return tflops * 1e12, f"{known} data sheet"
-    n = 1024 if device.type == "cpu" else 8192
-    own = torch.Generator(device).manual_seed(0)  # leave the run's generator alone: a resumed run must repeat it
-    a, b = (torch.randn(n, n, generator=own, device=device).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(4):
-        begin = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n**3 / best, f"measured, {n}^3 matmul"
 
 
 def clock(seconds: float) -> str:

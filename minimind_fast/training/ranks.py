@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from minimind_fast.errors import UserError
 from minimind_fast.ops.cpu.allocator import keep_freed_memory
+from minimind_fast.ops.precision import matmuls_for_training
 
 
 def prepare(num_threads: int = 0) -> torch.device:
@@ -46,7 +47,7 @@ def prepare(num_threads: int = 0) -> torch.device:
     warnings.filterwarnings("ignore", message=r".*barrier\(\).*device")
     if gpu:
         torch.cuda.set_device(device())
-        torch.backends.cuda.matmul.allow_tf32 = True
+        matmuls_for_training()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device() if gpu else None)
     return device()

@@ -28,10 +28,11 @@ from minimind_fast import ops
 from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
+from minimind_fast.ops.cards import peak_flops
 from minimind_fast.training import ranks, resume, words
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import Engine
-from minimind_fast.training.log import Progress, Window, draw_loss, expert_load, peak_flops, peak_memory
+from minimind_fast.training.log import Progress, Window, draw_loss, expert_load, peak_memory
 from minimind_fast.training.losses import LossFunction
 from minimind_fast.training.ranks import world
 from minimind_fast.training.run import Run

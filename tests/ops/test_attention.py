@@ -164,9 +164,8 @@ def test_the_choice_is_the_whole_process_s_and_ends_with_its_block(monkeypatch):
 def test_a_compiled_function_looks_the_choice_up(monkeypatch):
     """No import and no cache to trace through: the graph has no break, with a GPU's backend too."""
     module = sys.modules[attention.__module__]
-    monkeypatch.setattr(module, "before_ampere", lambda: False)
     monkeypatch.setattr(module, "_chosen", {})
-    monkeypatch.setattr(module, "_found", {"flash_attn": None, "torch_varlen": (None, {}, True)})
+    monkeypatch.setattr(module, "_flash_attn", lambda: (None, "flash-attn is not installed"))
     want = chosen("cuda", torch.bfloat16)
     assert want == ("torch_varlen", "flash-attn is not installed")
     monkeypatch.setattr(module, "resolve", None)

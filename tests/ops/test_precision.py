@@ -1,8 +1,10 @@
 """Which precision `auto` chooses from a CPU's flags, and whether those tell the truth."""
 
 import argparse
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
 from minimind_fast.ops.attention import resolve
+from minimind_fast.proof import cases
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.zero import deepspeed_config
 
@@ -110,7 +113,7 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(precision, "_card", {})
-    monkeypatch.setattr(sys.modules[resolve.__module__], "_flash_attn", lambda: ("flash_attn", None))
+    monkeypatch.setattr(sys.modules[resolve.__module__], "_flash_attn", lambda: (print, "installed"))
     assert precision.choose("auto") == training
     mixtures = {name for name, how in ops.describe("cuda").items() if how.startswith("reference")}
     assert mixtures == ({"moe_route", "moe_mlp"} if training == "float16" else set())
@@ -166,3 +169,55 @@ def test_weights_answer_as_stored_or_in_float32(cpu, half_folder, flags, asked, 
     options.add_model_options(parser)
     model, _ = options.open_model(parser.parse_args([str(half_folder), "--device", "cpu", "--dtype", asked]))
     assert {p.dtype for p in model.parameters()} == {opened}
+
+
+SWITCHES = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+def switches():
+    return [getattr(torch.backends.cuda.matmul, name) for name in SWITCHES]
+
+
+def test_no_shortcut_is_left_on_in_a_truth_or_off_after_it():
+    before = switches()
+    try:
+        precision.matmuls_for_training()
+        assert switches() == [True, False, False]
+        with precision.exact_matmuls():
+            assert switches() == [False, False, False]
+            precision.matmuls_for_training()  # a run that begins within a row of the benchmark
+        assert switches() == [True, False, False]
+    finally:
+        for name, value in zip(SWITCHES, before, strict=True):
+            setattr(torch.backends.cuda.matmul, name, value)
+
+
+def test_truths_do_not_depend_on_who_set_what_before(monkeypatch):
+    seen = []
+
+    def evaluate(*_, **__):
+        seen.append(switches())
+        return {}
+
+    monkeypatch.setattr(cases, "evaluate", evaluate)
+    before = precision.matmuls_for_training()
+    try:
+        cases.check(cases.CASES["swiglu"][0], None, torch.float32, "cpu")
+        assert switches() == [True, False, False]
+    finally:
+        precision._matmuls(**before)
+    assert len(seen) == 3 and all(s == [False, False, False] for s in seen)  # truth, eager, kernel
+
+
+def test_cublas_is_switched_in_one_place():
+    root = Path(precision.__file__).resolve().parents[2]
+    found = {
+        str(file.relative_to(root))
+        for folder in ("minimind_fast", "kernels", "train", "benchmarks")
+        for file in (root / folder).rglob("*.py")
+        if re.search(
+            r"allow_tf32|reduced_precision_reduction|set_float32_matmul_precision|fp32_precision",
+            file.read_text("utf-8"),
+        )
+    }
+    assert found == {"minimind_fast/ops/precision.py"}

@@ -16,6 +16,7 @@ import torch
 from launching import ROOT, free_port, load_script, read_log, write_corpus
 
 import minimind_fast as mm
+from minimind_fast.ops import cards
 from minimind_fast.training import log as progress
 
 HAS_GPU = torch.cuda.is_available()
@@ -28,7 +29,7 @@ ROUNDING = 2**-10  # relative, for a mean of some hundred losses; the CPU's bflo
 def run_all(folder: Path, models: str, runs: list[str]) -> None:
     """Train each model in each run (name:zero_stages:dtype:kernels), as `train/pretrain.py` does."""
     # Plots and measuring the machine would take longer than the training.
-    progress.draw_loss, progress.peak_flops = lambda *_: None, lambda *_: (1.0, "not measured")
+    progress.draw_loss, cards.peak_flops = lambda *_: None, lambda *_: (1.0, "not measured")
     module = load_script("pretrain")
     common = ["--data_path", str(folder / "text.jsonl"), "--val_data_path", str(folder / "val.jsonl")]
     common += ["--hidden_size", "128", "--num_hidden_layers", "2", "--max_seq_len", "64", "--batch_size", "8"]

@@ -15,6 +15,7 @@ from launching import finish, load_script, read_log, start
 import minimind_fast as mm
 from minimind_fast.data import samples
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.ops import cards
 from minimind_fast.training import log as progress
 
 # The weights that each starts from; the adapters' base is frozen, and the teacher is not part of the student.
@@ -25,7 +26,7 @@ EXTRA = {"lora": ["--no_merge"], "distill": ["--teacher_path", "untied"]}
 def run_all(folder: Path, zero_stages: list[int], accumulation_steps: int) -> None:
     """Train two steps of each stage under each ZeRO stage, as the command does."""
     # Plots and measuring the machine would take longer than the training.
-    progress.draw_loss, progress.peak_flops = lambda *_: None, lambda *_: (1.0, "not measured")
+    progress.draw_loss, cards.peak_flops = lambda *_: None, lambda *_: (1.0, "not measured")
     common = ["--max_steps", "2", "--batch_size", "1", "--accumulation_steps", str(accumulation_steps)]
     common += ["--max_seq_len", "64", "--dtype", "float32", "--learning_rate", "1e-3", "--log_interval", "1"]
     common += ["--num_threads", "1", "--sample_tokens", "0", "--save_dir", str(folder), "--lr_schedule", "constant"]
