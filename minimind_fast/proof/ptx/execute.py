@@ -18,8 +18,9 @@ import numpy as np
 from minimind_fast.proof.ptx.formats import TYPES
 from minimind_fast.proof.ptx.instructions import arithmetic, convert, matrices, moves, warp, wgmma
 from minimind_fast.proof.ptx.instructions.table import Step, step_of
-from minimind_fast.proof.ptx.lanes import Lanes, Launch, Mask, Reader, predicate
+from minimind_fast.proof.ptx.lanes import Lanes, Launch, Reader, predicate
 from minimind_fast.proof.ptx.parse import Instruction, Program, UnknownPtx, vector
+from minimind_fast.proof.ptx.threads import Mask, program_index
 
 FAMILIES = (arithmetic, convert, matrices, moves, warp, wgmma)  # their import fills the table
 LANES_AT_ONCE = 8192  # numpy's overhead is small by then, and registers stay in a core's cache
@@ -111,7 +112,7 @@ def run(launch: Launch, code: list[Code], at_once: int = LANES_AT_ONCE) -> None:
     record.launches[launch.kernel] += 1
     record.programs[launch.kernel] += total
     for one, number, what in launch.memory.conflicts():
-        index = tuple(int(i) for i in np.unravel_index(number, launch.grid[::-1]))[::-1]
+        index = program_index(number, launch.grid)
         record.add("two programs on one place of global memory", launch.kernel, index, one, what)
 
 

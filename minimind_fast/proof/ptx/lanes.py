@@ -22,9 +22,8 @@ from minimind_fast.proof.ptx.formats import UNSIGNED
 from minimind_fast.proof.ptx.parse import Program, UnknownPtx
 from minimind_fast.proof.ptx.shared import SharedMemory
 from minimind_fast.proof.ptx.storage import GlobalMemory
+from minimind_fast.proof.ptx.threads import WARP, Mask, Threads
 
-WARP = 32
-Mask = np.ndarray | None  # (N,) bool; None: all lanes
 Values = Any  # (N,) of any dtype, or one number for all lanes
 
 
@@ -53,7 +52,7 @@ class Launch:
     kernel: str
 
 
-class Lanes:
+class Lanes(Threads):
     """The threads of some programs of a launch.
 
     Args:
@@ -63,17 +62,12 @@ class Lanes:
     """
 
     def __init__(self, launch: Launch, first: int, count: int) -> None:
-        self.launch, self.first, self.count = launch, first, count
-        self.threads, self.size = launch.threads, count * launch.threads
+        start = launch.program.instructions[0]
+        super().__init__(launch.grid, launch.threads, first, count, launch.record, launch.kernel, start)
+        self.launch = launch
         self.registers: list[np.ndarray | None] = [None] * len(launch.program.registers)
         self.names = list(launch.program.registers)
-        self.all_lanes = np.arange(self.size)
-        self.program_of = self.all_lanes // self.threads  # within these programs
-        self.warp_of = self.all_lanes // WARP
-        self.lane = (self.all_lanes % WARP).astype(np.uint32)
-        self.number_of = (self.program_of + first).astype(np.int32)  # within the grid
         self.shared = SharedMemory(self, launch.shared_bytes)
-        self.instruction = launch.program.instructions[0]
         self.flying: dict[int, np.ndarray] = {}  # slot -> accumulators of a matmul under way
         self.matmuls: list[tuple[int, list[int], list[np.ndarray]]] = []  # group, accumulators, cells that are read
         self.matmul_groups = 0
@@ -97,10 +91,6 @@ class Lanes:
             return values
         return np.broadcast_to(values, (self.size,))
 
-    def chosen(self, mask: Mask) -> np.ndarray:
-        """Numbers of the lanes of a mask."""
-        return self.all_lanes if mask is None else np.flatnonzero(mask)
-
     def undefined(self, slot: int, width: int) -> np.ndarray:
         """Note that a register is read too early, and give poison."""
         early = slot in self.flying
@@ -110,18 +100,6 @@ class Lanes:
             self.names[slot],
         )
         return poison(self.size, width)
-
-    def note(self, kind: str, lane: int, detail: str) -> None:
-        """Tell a fault of the instruction that is running.
-
-        Args:
-            kind: what is wrong.
-            lane: one that did it.
-            detail: numbers that help.
-        """
-        number = self.first + lane // self.threads
-        index = tuple(int(i) for i in np.unravel_index(number, self.launch.grid[::-1]))[::-1]
-        self.launch.record.add(kind, self.launch.kernel, index, self.instruction, detail)
 
 
 def poison(size: int, width: int) -> np.ndarray:

@@ -13,14 +13,11 @@ Shapes: N lanes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minimind_fast.proof.ptx.formats import UNSIGNED
-
-if TYPE_CHECKING:
-    from minimind_fast.proof.ptx.lanes import Lanes, Mask
+from minimind_fast.proof.ptx.threads import Mask, Threads
 
 _WARPS = 64  # a stamp is epoch * _WARPS + warp; the last number stands for several warps
 _SEVERAL = _WARPS - 1
@@ -44,7 +41,7 @@ class SharedMemory:
         size: bytes of one program.
     """
 
-    def __init__(self, lanes: Lanes, size: int, cell: int = 1) -> None:
+    def __init__(self, lanes: Threads, size: int, cell: int = 1) -> None:
         self.lanes, self.size = lanes, size
         self.stride = (size + 63) // 32 * 32
         self.bytes = np.full(self.stride * lanes.count, 0xFF, np.uint8)

@@ -12,7 +12,6 @@ Properties: found are accesses outside an argument or between the rows of a stri
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +20,7 @@ from torch import Tensor
 from minimind_fast.proof.ptx.formats import UNSIGNED
 from minimind_fast.proof.ptx.fresh import pattern_of
 from minimind_fast.proof.ptx.parse import Instruction
-
-if TYPE_CHECKING:
-    from minimind_fast.proof.ptx.lanes import Lanes, Mask
+from minimind_fast.proof.ptx.threads import Mask, Threads
 
 SHIFT = 44  # of an argument's number in an address
 _LOW_BITS = 0xFFF
@@ -84,7 +81,7 @@ class GlobalMemory:
         self.reads: dict[int, list[tuple[Instruction, np.ndarray, np.ndarray]]] = defaultdict(list)
         self.writes: dict[int, list[tuple[Instruction, np.ndarray, np.ndarray]]] = defaultdict(list)
 
-    def load(self, lanes: Lanes, at: np.ndarray, unit: int, count: int, mask: Mask) -> np.ndarray:
+    def load(self, lanes: Threads, at: np.ndarray, unit: int, count: int, mask: Mask) -> np.ndarray:
         """Read `count` neighbouring units.
 
         Args:
@@ -111,14 +108,14 @@ class GlobalMemory:
                     lanes.note("global memory is read that nobody wrote", lane, self._where(argument, where))
         return out
 
-    def store(self, lanes: Lanes, at: np.ndarray, values: np.ndarray, mask: Mask) -> None:
+    def store(self, lanes: Threads, at: np.ndarray, values: np.ndarray, mask: Mask) -> None:
         """Write (N, count) unsigned values."""
         unit, count = values.itemsize, values.shape[1]
         for argument, chosen, offset in self._split(lanes, at, unit * count, mask, "written"):
             argument.view(unit)[(offset // unit)[:, None] + np.arange(count)] = values[chosen]
             self._keep(self.writes, argument, lanes, chosen, offset, unit * count)
 
-    def _split(self, lanes: Lanes, at: np.ndarray, size: int, mask: Mask, verb: str):
+    def _split(self, lanes: Threads, at: np.ndarray, size: int, mask: Mask, verb: str):
         """Check addresses, and give those that are right by argument: (argument, lanes, offsets in its storage)."""
         chosen = lanes.chosen(mask)
         at = at[chosen]
@@ -155,7 +152,7 @@ class GlobalMemory:
         number = self.arguments.index(argument) + 1
         return f"pointer {number}, shape {argument.shape}, byte {offset - argument.low} from its first element"
 
-    def _keep(self, log, argument: Argument, lanes: Lanes, chosen: np.ndarray, offset: np.ndarray, size: int) -> None:
+    def _keep(self, log, argument: Argument, lanes: Threads, chosen: np.ndarray, offset: np.ndarray, size: int) -> None:
         cells = (offset // self.cell).astype(np.int32)[:, None] + np.arange(max(1, size // self.cell), dtype=np.int32)
         log[argument.storage_key].append((lanes.instruction, lanes.number_of[chosen], cells))
 

@@ -18,9 +18,10 @@ from minimind_fast.proof.cases import CASES, evaluate
 from minimind_fast.proof.ptx import execute
 from minimind_fast.proof.ptx.formats import TYPES
 from minimind_fast.proof.ptx.instructions.table import Step
-from minimind_fast.proof.ptx.lanes import Lanes, Mask, reader
+from minimind_fast.proof.ptx.lanes import Lanes, reader
 from minimind_fast.proof.ptx.launch import executed
 from minimind_fast.proof.ptx.parse import Instruction, Program
+from minimind_fast.proof.ptx.threads import Mask
 from minimind_fast.proof.rule import compare
 
 # Kind of fault -> where it can be planted, and what is written there instead.

@@ -18,8 +18,9 @@ import numpy as np
 
 from minimind_fast.proof.ptx.formats import cut_to_tf32, unpack
 from minimind_fast.proof.ptx.instructions.table import Step, instruction
-from minimind_fast.proof.ptx.lanes import WARP, Lanes, Mask, address, reader, writer
+from minimind_fast.proof.ptx.lanes import Lanes, address, reader, writer
 from minimind_fast.proof.ptx.parse import Instruction, Program, UnknownPtx, vector
+from minimind_fast.proof.ptx.threads import WARP, Mask
 
 GROUP, INNER = np.arange(WARP) >> 2, np.arange(WARP) & 3
 

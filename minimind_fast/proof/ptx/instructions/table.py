@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from minimind_fast.proof.ptx.lanes import Lanes, Mask
+from minimind_fast.proof.ptx.lanes import Lanes
 from minimind_fast.proof.ptx.parse import Instruction, Program, UnknownPtx
+from minimind_fast.proof.ptx.threads import Mask
 
 Step = Callable[[Lanes, Mask], None]
 Maker = Callable[[Program, Instruction, re.Match[str]], Step]

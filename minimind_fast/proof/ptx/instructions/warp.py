@@ -13,8 +13,9 @@ import numpy as np
 
 from minimind_fast.proof.ptx.formats import TYPES
 from minimind_fast.proof.ptx.instructions.table import Step, instruction
-from minimind_fast.proof.ptx.lanes import WARP, reader, writer
+from minimind_fast.proof.ptx.lanes import reader, writer
 from minimind_fast.proof.ptx.parse import Instruction, Program
+from minimind_fast.proof.ptx.threads import WARP
 
 
 def source_lane(mode: str, lane: np.ndarray, by: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
