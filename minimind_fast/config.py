@@ -176,8 +176,8 @@ class ModelConfig:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
             )
         kind = (self.rope_scaling or {}).get("type", (self.rope_scaling or {}).get("rope_type", "yarn"))
-        if kind != "yarn":
-            raise ValueError(f"rope_scaling type {kind!r} is not known; MiniMind has only 'yarn'")
+        if kind not in ("yarn", "llama3"):
+            raise ValueError(f"rope_scaling type {kind!r} is not known; known are 'yarn', MiniMind's, and 'llama3'")
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -4,7 +4,8 @@ Purpose: `save_adapters` writes them, `read_adapters` reads them, `LoRA` holds t
 Principle: only what is known to leave the arithmetic y = W x + scale * B A x as it is, is read. Any other field of PEFT's
     config that is set is refused by its name, so a new kind of adapter is never taken for a plain one.
 Properties: PiSSA and OLoRA begin by taking their start out of the base, which PEFT repeats whenever it loads them;
-    `LoRA.init` says so, and `lora.py` does it. The base's fingerprint stands in the metadata of the weights, which other readers skip.
+    `LoRA.init` says so, and `lora.py` does it. The base's fingerprint stands in the metadata of the weights, which other
+    readers skip.
 
 Source: file format and kinds of Hugging Face PEFT 0.21; `.pth` of MiniMind's model_lora.py.
 """

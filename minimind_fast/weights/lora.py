@@ -1,7 +1,8 @@
 """LoRA: small trained matrices beside a MiniMind's frozen ones.
 
 Purpose: `apply` puts adapters on chosen projections and freezes the rest; `merge` adds them into the weights;
-    `load_adapters` takes them from files, which `adapter_files.py` reads and writes; `minimind-fast lora` does it all with files.
+    `load_adapters` takes them from files, which `adapter_files.py` reads and writes; `minimind-fast lora` does it all with
+    files.
 Principle: y = W x + (alpha / rank) * B A dropout(x). A (rank, in) is drawn from N(0, 0.02) and B (out, rank) is zero, so
     training starts from the base model. q, k and v share one matmul here, as do gate and up; each still has its own A and
     B, acting on its rows of the fused output, so files fit models with separate projections.
