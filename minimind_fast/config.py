@@ -193,8 +193,8 @@ class ModelConfig:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_experts ({self.num_experts})"
             )
         kind = (self.rope_scaling or {}).get("type", (self.rope_scaling or {}).get("rope_type", "yarn"))
-        if kind != "yarn":
-            raise UserError(f"rope_scaling type {kind!r} is not known; MiniMind has only 'yarn'")
+        if kind not in ("yarn", "llama3"):
+            raise UserError(f"rope_scaling type {kind!r} is not known; known are 'yarn', MiniMind's, and 'llama3'")
 
     def check_context(self, length: int, option: str) -> None:
         """Refuse texts that are longer than the context, before the first of them comes.

@@ -153,9 +153,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None) -> ops.Routing:
         routing = ops.moe_route(x, self.weight, self.top_k, self.normalize, cu_seqlens, valid)
-        if self.straight_through:  # the value is 1, the gradient d log s
-            routing = routing._replace(weights=routing.weights / routing.weights.detach())
-        return routing
+        s = routing.weights  # straight through: the value is 1, the gradient d log s
+        return routing._replace(weights=s / s.detach()) if self.straight_through else routing
 
 
 class Experts(nn.Module):

@@ -119,11 +119,17 @@ _NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _MOE_NAMES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 
 
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     theta, yarn = float(config.rope_theta), config.rope_scaling
     plain = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     if not yarn:
         return plain
+    if yarn.get("type") == "llama3":
+        scaling = {"rope_type": "llama3", **{name: yarn[name] for name in _LLAMA3}}
+        return {"rope_theta": theta, "rope_parameters": {**scaling, "rope_theta": theta}, "rope_scaling": scaling}
     original, amplitude = yarn["original_max_position_embeddings"], float(yarn.get("attention_factor", 1.0))
     stretched = config.max_position_embeddings > original  # MiniMind keeps the frequencies within the original length
     if not stretched and amplitude == 1:
@@ -146,7 +152,12 @@ def yarn_clamped_differently(config: ModelConfig) -> bool:
     slowest pair turns more than beta_slow times within the original length.
     """
     yarn = config.rope_scaling
-    if not yarn or yarn["factor"] == 1 or config.max_position_embeddings <= yarn["original_max_position_embeddings"]:
+    if (
+        not yarn
+        or yarn.get("type") == "llama3"
+        or yarn["factor"] == 1
+        or config.max_position_embeddings <= yarn["original_max_position_embeddings"]
+    ):
         return False
     assert config.head_dim is not None
 
@@ -246,6 +257,11 @@ def _rope_from_hf(raw: dict[str, Any], max_positions: int) -> tuple[dict[str, An
         return fields, ["rotation of a part of each head (partial_rotary_factor)"]
     if kind == "default":
         return fields, []
+    if kind == "llama3":
+        missing = [name for name in _LLAMA3 if name not in scaling]
+        if missing:
+            return fields, [f"RoPE scaling of type 'llama3' without {', '.join(missing)}"]
+        return {**fields, "rope_scaling": {"type": "llama3", **{name: scaling[name] for name in _LLAMA3}}}, []
     if kind != "yarn":
         return fields, [f"RoPE scaling of type {kind!r}"]
     if not scaling.get("truncate", True):

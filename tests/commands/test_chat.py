@@ -81,17 +81,13 @@ def test_a_tokenizer_that_is_not_the_model_s_is_refused(folder, shared, capsys):
     assert "was trained with tokenizer" in capsys.readouterr().err
 
 
-def test_a_pth_needs_its_shape_and_tokenizer_and_then_works(folder, shared, tmp_path, capsys):
+def test_a_pth_needs_its_tokenizer_and_then_works(folder, shared, tmp_path, capsys):
     config = mm.ModelConfig.preset("minimind2-small")
     file = tmp_path / "full_sft_512.pth"
     mm.save_pretrained(mm.MiniMind(config), file, format="pth")
     assert cli.main(["generate", str(file), "--prompt", "a"]) == 2
-    assert "--preset" in capsys.readouterr().err
-    assert cli.main(["generate", str(file), "--prompt", "a", "--preset", "minimind2-small"]) == 2
     assert "--tokenizer" in capsys.readouterr().err
     rest = [
-        "--preset",
-        "minimind2-small",
         "--tokenizer",
         str(shared / "minimind" / "minimind2"),
         "--max_new_tokens",

@@ -419,6 +419,9 @@ def test_special_ids_of_several_kinds():
         return config.bos_token_id, config.eos_token_id, config.pad_token_id
 
     assert read(bos_token_id=5, eos_token_id=[7, 8], pad_token_id=9) == (5, 7, 9)
+    several = from_hf_config({**raw, "eos_token_id": [7, 8]}, "config.json")
+    assert several.stop_ids == {7, 8} and to_hf_config(several, "llama")["eos_token_id"] == [7, 8]
+    assert ModelConfig.from_dict(several.to_dict()).stop_ids == {7, 8}
     assert read(bos_token_id=None, eos_token_id=7) == (-1, 7, 7)
     assert read(eos_token_id=7, generation={"eos_token_id": [11, 7], "bos_token_id": None}) == (-1, 11, 11)
     assert read() == (-1, -1, 0)
@@ -474,14 +477,15 @@ def test_dtype_of_an_export(tmp_path):
 
 
 def test_a_pth_goes_through_the_command_line(tmp_path, capsys, monkeypatch):
-    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64)
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=8, max_position_embeddings=64)
     monkeypatch.setitem(mm.config.PRESETS, "small", dict(generation=2, **small))
     config = ModelConfig.preset("small")
     model = mm.MiniMind(config)
     mm.save_pretrained(model, tmp_path / "m.pth", format="pth")
-    with pytest.raises(ValueError, match="add --preset"):
-        convert.main_import([str(tmp_path / "m.pth"), str(tmp_path / "a")])
+    assert convert.main_import([str(tmp_path / "m.pth"), str(tmp_path / "untold")]) == 0
     assert convert.main_import([str(tmp_path / "m.pth"), str(tmp_path / "a"), "--preset", "small"]) == 0
+    a, b = (mm.load_pretrained(tmp_path / name).state_dict() for name in ("untold", "a"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
     assert "without one (name it with --tokenizer)" in capsys.readouterr().err
     options = ["--preset", "small", "--tokenizer", str(SAMPLE_TOKENIZER)]
     assert convert.main_export([str(tmp_path / "m.pth"), str(tmp_path / "b"), *options]) == 0
