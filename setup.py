@@ -62,11 +62,7 @@ setup(
     python_requires=">=3.11",
     # kernels/ and train/ are included through two links: minimind_fast/kernels and minimind_fast/stages.
     packages=find_packages(include=["minimind_fast", "minimind_fast.*"]),
-    package_data={
-        "minimind_fast.serve": ["web/*"],
-        "minimind_fast.weights": ["remote/*.py"],  # copied into a model's folder, never imported here
-        "minimind_fast.data.samples": ["*.jsonl", "tokenizer/*"],
-    },
+    package_data={"minimind_fast.serve": ["web/*"], "minimind_fast.data.samples": ["*.jsonl", "tokenizer/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minimind-fast=minimind_fast.cli:main"]},

@@ -10,6 +10,7 @@ Shapes: B batch, T new tokens, S tokens with the cache, D hidden, H query heads,
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ class MiniMindConfig(PretrainedConfig):
         return out
 
 
-def rotations(positions: Tensor, config: MiniMindConfig) -> tuple[Tensor, Tensor]:
+def rotations(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles, (B, 1, T, hd) float32, with YaRN where the config has it.
 
     Source: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023.
