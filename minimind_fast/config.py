@@ -22,6 +22,7 @@ _IGNORED_KEYS = {
     *("architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "flash_attn", "use_flash_attn"),
     *("is_decoder", "add_cross_attention", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+    "max_seq_len",  # MiniMind's converter writes it; the model has max_position_embeddings
     *("is_encoder_decoder", "pruned_heads", "minimind_fast", "attention_bias", "mlp_bias", "pretraining_tp"),
 }
 # MiniMind2's and Hugging Face's names -> ours.

@@ -105,7 +105,7 @@ def _parser(command: str, text: str, *dtypes: str) -> argparse.ArgumentParser:
 def _convert(args: argparse.Namespace) -> int:
     source, out = resolve_folder(args.path), Path(args.out)
     if args.dtype not in ("auto", *DTYPES) and args.format != "gguf":
-        raise ValueError(f"--dtype {args.dtype} is for --format gguf only")
+        raise UserError(f"--dtype {args.dtype} is for --format gguf only")
     a_file = args.format == "pth" or (args.format == "gguf" and out.suffix == ".gguf")
     _check_places(source, out, a_file, args.overwrite)
     model, tokenizer = _open(args, source)
@@ -132,7 +132,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _export_gguf(model: MiniMind, tokenizer: Tokenizer | None, out: Path, dtype: str) -> int:
     """Write OUT.gguf with OUT.Modelfile beside it, or a folder with model.gguf and Modelfile."""
     if tokenizer is None:
-        raise ValueError("a GGUF file holds its tokenizer: name the tokenizer's folder with --tokenizer")
+        raise UserError("a GGUF file holds its tokenizer: name the tokenizer's folder with --tokenizer")
     file, beside = (
         (out, out.with_suffix(".Modelfile")) if out.suffix == ".gguf" else (out / "model.gguf", out / "Modelfile")
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Buffers that some releases store and we recompute.
 _BUFFERS = re.compile(r"(freqs_cos|freqs_sin|rotary_emb\.inv_freq|\.mask)$")
+# What Transformers needs to open a folder of ours: its own file, and the classes in it.
+REMOTE = Path(__file__).with_name("remote") / "modeling_minimind.py"
+_AUTO_MAP = {"AutoConfig": "MiniMindConfig", "AutoModelForCausalLM": "MiniMindForCausalLM"}
 FORMATS = ("minimind", "pth", *ARCHITECTURES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,6 +161,8 @@ def save_pretrained(
         _write_weights(disk, aside, limit)
         for name, content in {"config.json": raw, **extra}.items():
             _write_json(aside / name, content)
+        if format == "minimind":
+            shutil.copyfile(REMOTE, aside / REMOTE.name)
         if tokenizer is not None:
             tokenizer.save(aside)
 
@@ -173,6 +179,7 @@ def _config_files(config: ModelConfig, format: str, tokenizer: Any) -> tuple[dic
         extra["generation_config.json"] = generation_config(config)
     else:
         raw = config.to_dict()
+        raw["auto_map"] = {kind: f"{REMOTE.stem}.{name}" for kind, name in _AUTO_MAP.items()}
     if tokenizer is not None:
         raw["minimind_fast"] = {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_size": tokenizer.vocab_size}
     return raw, extra

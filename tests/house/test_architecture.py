@@ -147,6 +147,9 @@ def test_each_dependency_is_imported_where_it_belongs(path):
         assert folder == "minimind_fast/training" and path.stem.startswith("engine"), f"{place} imports deepspeed"
     if WEB & found:
         assert folder == "minimind_fast/serve" or place.name == "serve.py", f"{place} imports the web framework"
+    if place.parent.name == "remote":  # runs in Transformers, from a model's folder, where nothing of ours is
+        assert found <= {"math", "typing", "torch", "transformers"}, f"{place} imports {found}"
+        return
     assert not {"transformers", "peft", "trl", "httpx", "openai", "pytest", "benchmarks"} & found, place
 
 
