@@ -23,10 +23,16 @@ SERVE = [
     "uvicorn>=0.30",  # runs them
 ]
 
+DATA = [
+    "pyarrow>=17",  # reads .parquet, the format of the Hub's datasets
+    "zstandard>=0.22",  # reads .jsonl.zst, the format of many published corpora
+]
+
 EXTRAS = {
     # flash-attn builds against the CUDA toolkit; without it PyTorch's own varlen flash attention is used.
     "flash": ["flash-attn>=2.7"],
     "serve": SERVE,
+    "data": DATA,  # containers of data beyond JSONL, gzip, bzip2 and xz
     "wandb": ["wandb"],
     "swanlab": ["swanlab"],
     "test": [
@@ -38,6 +44,7 @@ EXTRAS = {
         "transformers>=5,<6",  # tests only: exports and tokenizers are checked against it
         "peft>=0.17",  # tests only: loads our adapters
         *SERVE,
+        *DATA,  # every container is read in the tests
         "openai>=1.60",  # tests only: OpenAI's client talks to our server
         "httpx>=0.27",  # tests and the serving benchmark: requests that OpenAI's client cannot send
         "ruff>=0.9",
