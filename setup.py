@@ -27,11 +27,17 @@ GGUF = [
     "gguf>=0.17",  # the container format of llama.cpp and Ollama, for `minimind-fast export --format gguf`
 ]
 
+DATA = [
+    "pyarrow>=17",  # reads .parquet, the format of the Hub's datasets
+    "zstandard>=0.22",  # reads .jsonl.zst, the format of many published corpora
+]
+
 EXTRAS = {
     # flash-attn builds against the CUDA toolkit; without it PyTorch's own varlen flash attention is used.
     "flash": ["flash-attn>=2.7"],
     "serve": SERVE,
     "gguf": GGUF,
+    "data": DATA,  # containers of data beyond JSONL, gzip, bzip2 and xz
     "wandb": ["wandb"],
     "swanlab": ["swanlab"],
     "test": [
@@ -45,6 +51,7 @@ EXTRAS = {
         *SERVE,
         *GGUF,
         "xllamacpp>=2026.10",  # tests only: llama.cpp itself opens our GGUF files
+        *DATA,  # every container is read in the tests
         "openai>=1.60",  # tests only: OpenAI's client talks to our server
         "httpx>=0.27",  # tests and the serving benchmark: requests that OpenAI's client cannot send
         "ruff>=0.9",

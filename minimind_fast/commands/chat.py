@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind_fast.commands.options import add_model_options, add_sampling_options, open_model, sampling_of
+from minimind_fast.data import fields
+from minimind_fast.data.complete import check_complete
+from minimind_fast.data.rows import read_json
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import UserError
 from minimind_fast.infer.generate import Stream, generate_batch, stream
@@ -62,8 +65,11 @@ class Conversation:
         self.messages.append({"role": "tool", "content": result})
 
     def answer(self, text: str) -> None:
-        """Add the model's answer; its thought is stored separately, since templates omit old thoughts."""
-        message = {"role": "assistant", "content": text}
+        """Add the model's answer; its thought is stored separately, since templates omit old thoughts.
+
+        A template that knows no thoughts gets the text as it was written, so that nothing of it vanishes.
+        """
+        whole = message = {"role": "assistant", "content": text}
         thought, closed, rest = text.partition("</think>")
         if closed:
             message = {
@@ -71,13 +77,17 @@ class Conversation:
                 "content": rest.lstrip("\n"),
                 "reasoning_content": thought.replace("<think>", "").strip("\n"),
             }
+            try:
+                check_complete(self.tokenizer, [{"role": "user", "content": "?"}, message])
+            except UserError:
+                message = whole
         self.messages.append(message)
 
     def prompt(self, room: int) -> list[int]:
         """Token ids of the newest turns that fit in `room` tokens.
 
         Raises:
-            ValueError: the last question alone does not fit.
+            UserError: the last question alone does not fit, or the template leaves a message out.
         """
         starts = [i for i, m in enumerate(self.messages) if m["role"] == "user"] or [0]
         if self.history:
@@ -91,6 +101,7 @@ class Conversation:
                 self.tokenizer.render_chat(messages, tools=self.tools, add_generation_prompt=True, **thinking)
             )
             if len(ids) <= room:
+                check_complete(self.tokenizer, messages, self.tools, add_generation_prompt=True, **thinking)
                 return ids
         raise UserError(f"the message has {len(ids)} tokens, the context has room for {room}: shorten it")
 
@@ -103,14 +114,11 @@ def read_tools(file: str | None) -> list[dict[str, Any]] | None:
     """
     if file is None:
         return None
-    try:
-        tools = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+    tools = read_json(file)
     tools = tools.get("tools") if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
         raise UserError(f"{file} must hold a JSON list of tool schemas")
-    return tools
+    return fields.read_tools(tools, file)
 
 
 def note(text: str) -> None:
@@ -211,7 +219,12 @@ class Chat:
             note(f"saved to {rest}")
         elif name == "/tool" and rest:
             talk.give(rest)
-            note(speed(self.reply()))
+            try:
+                answer = self.reply()
+            except UserError:
+                talk.messages.pop()
+                raise
+            note(speed(answer))
         elif name == "/help":
             note(HELP)
         else:

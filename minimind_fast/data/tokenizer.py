@@ -26,6 +26,7 @@ import tokenizers
 from jinja2 import TemplateError
 from tokenizers import decoders
 
+from minimind_fast.data.rows import read_json
 from minimind_fast.data.template import environment, plain, with_reasoning
 from minimind_fast.errors import UserError
 
@@ -100,17 +101,14 @@ class Tokenizer:
         config: dict[str, Any] = {}
         config_file = file.with_name("tokenizer_config.json")
         if config_file.is_file():
-            try:
-                config = json.loads(config_file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{config_file} is not JSON in UTF-8: {error}") from error
+            config = read_json(config_file)
             if not isinstance(config, dict):
                 raise UserError(f"{config_file} must hold a JSON object, not {type(config).__name__}")
         else:
             config = {"bos_token": CONTROL_TOKENS[1], "eos_token": CONTROL_TOKENS[2], "pad_token": CONTROL_TOKENS[0]}
         template_file = file.with_name("chat_template.jinja")
         if template_file.is_file():  # newer Transformers writes it here and prefers it
-            config["chat_template"] = template_file.read_text(encoding="utf-8")
+            config["chat_template"] = template_file.read_text(encoding="utf-8-sig")
         return cls(backend, config, source=str(path))
 
     def has(self, field: str) -> bool:

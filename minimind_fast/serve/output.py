@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from minimind_fast.data.fields import read_arguments
 from minimind_fast.data.tokenizer import StreamDecoder, Tokenizer
 from minimind_fast.infer.generate import overlap
 from minimind_fast.serve.batch import Event, Scores
@@ -125,11 +126,11 @@ def parse_call(text: str) -> tuple[str, str] | None:
     """
     try:
         call = json.loads(text)
-        arguments = call.get("arguments", {}) if isinstance(call, dict) else None
+        arguments = read_arguments(call, "") if isinstance(call, dict) else None
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return None
-    if not isinstance(arguments, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+    if arguments is None or not isinstance(call.get("name"), str) or not call["name"]:
         return None
     return call["name"], json.dumps(arguments, ensure_ascii=False)
 

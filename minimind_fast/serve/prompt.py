@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from minimind_fast.data.complete import check_complete
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.serve.protocol import ChatAsk, CompletionAsk, bad
 
@@ -41,6 +42,7 @@ def chat_prompt(tokenizer: Tokenizer, ask: ChatAsk) -> tuple[list[int], bool]:
         text = tokenizer.render_chat(messages, tools=tools, add_generation_prompt=True, **thinking)
         if tools and text == tokenizer.render_chat(messages, tools=None, add_generation_prompt=True, **thinking):
             raise bad("this model's chat template has no place for tools", "tools", "unsupported_value")
+        check_complete(tokenizer, messages, tools, add_generation_prompt=True, **thinking)
     except (ValueError, RecursionError) as error:
         raise bad(f"{error}", "messages") from None
     ids = [i for piece in text.split(_MARK) for i in tokenizer.encode(piece)]

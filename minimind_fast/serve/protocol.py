@@ -28,9 +28,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_SEED = (1 << 63) - 1
 
 # Fields that change no token of the answer.
-IGNORED = frozenset(
-    ["metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "verbosity"]
-)
+IGNORED = frozenset(["metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"])
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -308,6 +306,7 @@ def read_chat(body: dict[str, Any], defaults: Defaults) -> ChatAsk:
     if len(tools) > MAX_TOOLS:
         raise bad(f"at most {MAX_TOOLS} tools", "tools")
     choice = f.take("tool_choice", (str, dict), '"auto" or "none"', "auto")
+    f.only("parallel_tool_calls", [True], "only true is supported: an answer may hold several calls")
     if choice not in ("auto", "none"):
         raise bad('tool_choice must be "auto" or "none": a call cannot be forced here', "tool_choice")
     f.end()
@@ -367,6 +366,8 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     function = value.get("function") if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     arguments = function.get("arguments") if isinstance(function, dict) else None
+    if arguments is None or isinstance(arguments, str) and not arguments.strip():
+        arguments = "{}"
     if not isinstance(name, str) or not isinstance(arguments, str):
         raise bad(f"{where}: a tool call must have function.name and function.arguments, both strings", where)
     try:

@@ -229,7 +229,7 @@ def _check_value(f: dataclasses.Field, hint: Any, value: Any) -> None:
         raise UserError(f"--{f.name} must be {_WORDS[kind]}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{f.name} must be a finite number, not {value}")
-    choices = tuple(f.metadata.get("choices") or ())
+    choices: tuple[Any, ...] = f.metadata.get("choices", ())
     if choices and value not in choices:
         raise UserError(f"--{f.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
 

@@ -1,5 +1,6 @@
 """`minimind-fast eval`: what it prints, writes and refuses."""
 
+import gzip
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import minimind_fast as mm
 from minimind_fast import cli
+from minimind_fast.commands.evaluate import read_some, text_of
 from minimind_fast.infer.score import perplexity
 
 
@@ -53,10 +55,26 @@ def test_the_command_says_and_writes_the_same(model, tokenizer, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "line 1, is not JSON"), ("[1]", "line 1, must be a JSON object"), ('{"txt": 1}', 'row 1, has no "text"')],
+    [
+        ("{", "t.jsonl, line 1: not JSON"),
+        ("[1]", "t.jsonl, line 1: a number, not an object"),
+        ('{"txt": 1}', 't.jsonl, line 1: has no field "text"'),
+        ('{"text": "a"}\n{"text": "\\ud83d"}', "t.jsonl, line 2: "),
+        ('{"text": "a"}\r{"text": "b"}', "t.jsonl, line 1: lines end in a carriage return alone"),
+        ("", "t.jsonl is empty"),
+        ("\n", "t.jsonl has no rows"),
+    ],
 )
 def test_a_bad_text_file_is_told_before_the_model_is_loaded(tmp_path, capsys, content, message):
     file = tmp_path / "t.jsonl"
-    file.write_text(content, encoding="utf-8")
+    file.write_bytes(content.encode())
     assert cli.main(["eval", "nowhere", "--text", str(file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_are_read_as_in_training(tmp_path):
+    """A byte-order mark, carriage returns before line feeds, blank rows, compression."""
+    file = tmp_path / "t.jsonl.gz"
+    file.write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\n\n{"text": "c"}'))
+    assert read_some(str(file), "text", text_of) == ["a", "b", "c"]
+    assert read_some(str(file), "text", text_of, limit=2) == ["a", "b"]
