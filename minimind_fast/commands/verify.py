@@ -19,7 +19,15 @@ import torch
 
 from minimind_fast import ops
 from minimind_fast.proof.cases import MODELS
-from minimind_fast.proof.report import DTYPES, HEADER, format_row, report, report_by_processes, to_json
+from minimind_fast.proof.report import (
+    DTYPES,
+    HEADER,
+    format_row,
+    report,
+    report_by_processes,
+    smallest_failures,
+    to_json,
+)
 from minimind_fast.weights.files import written_aside
 
 WRITE_EVERY_S = 1.0  # seconds between two versions of the file of --json
@@ -102,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if failed else 0
     if args.json:
         write(complete=True)
-    print(f"{len(rows) - len(failed)} of {len(rows)} pass" + "".join(f"\nFAIL {r['op']}: {r['case']}" for r in failed))
+    print("\n".join([f"{len(rows) - len(failed)} of {len(rows)} pass", *smallest_failures(rows)]))
     return 1 if failed else 0
 
 

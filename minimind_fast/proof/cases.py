@@ -120,5 +120,9 @@ def check(case: Case, function: Callable, dtype: torch.dtype, device: str) -> di
     try:
         ours = evaluate(case, function, dtype, device, poison=True)
     except Exception as error:  # the report continues with the next case
-        return {"run": Comparison(False, f"{type(error).__name__}: {error}")}
-    return {key: compare(ours[key], eager[key], truth[key]) for key in truth}
+        elements = sum(t.numel() for t in truth.values())
+        return {"run": Comparison(False, f"{type(error).__name__}: {error}", elements=elements)}
+    found = {key: compare(ours[key], eager[key], truth[key]) for key in truth}
+    for key, result in found.items():
+        result.elements = truth[key].numel()
+    return found

@@ -68,6 +68,21 @@ def report(
                 started = time.perf_counter()
 
 
+def smallest_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each op and dtype that failed, its smallest case: where to begin to look.
+
+    Args:
+        rows: of `report`.
+    """
+    lines = []
+    failed = [row for row in rows if not row["passed"]]
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in failed):
+        mine = [row for row in failed if (row["op"], row["dtype"]) == (op, dtype)]
+        least = min(mine, key=lambda row: sum(result.elements for result in row["results"].values()))
+        lines.append(f"FAIL {op}: {least['case']} {dtype}" + (f", the smallest of {len(mine)}" if mine[1:] else ""))
+    return lines
+
+
 HEADER = (
     f"{'op':21}{'case':32}{'dtype':9} {'output error (eager)':>24} {'gradient error (eager)':>24} "
     f"{'worst max':>10}  result"

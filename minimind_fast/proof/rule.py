@@ -34,6 +34,7 @@ class Comparison:
     eager_max_error: float = 0.0
     norm_error: float = 0.0  # ||kernel - truth|| / ||truth||
     eager_norm_error: float = 0.0
+    elements: int = 0  # of the tensor, where a report needs a case's size
 
 
 def compare(kernel: Tensor, eager: Tensor, truth: Tensor, norm_factor: float | None = None) -> Comparison:

@@ -20,7 +20,7 @@ from minimind_fast.proof import report
 from minimind_fast.ops.cases import Draw
 from minimind_fast.proof.cases import CASES, MODELS, check
 from minimind_fast.proof.models import SameExperts, check_model
-from minimind_fast.proof.rule import NORM_FACTOR, compare
+from minimind_fast.proof.rule import NORM_FACTOR, Comparison, compare
 # isort: on
 
 DEVICE = kernel_helpers.DEVICE
@@ -245,6 +245,29 @@ def test_a_failing_kernel_gives_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(ops, "kernel", lambda name: lambda gate_up: reference.swiglu(gate_up) * 1.01)
     assert verify.main([*SWIGLU, "--jobs", "0"]) == 1
     assert "FAIL swiglu: minimind3 T=" in capsys.readouterr().out
+
+
+def test_of_failures_the_smallest_case_is_told():
+    def row(case, dtype, elements, passed=False):
+        return {
+            "op": "swiglu",
+            "case": case,
+            "dtype": dtype,
+            "passed": passed,
+            "results": {"out0": Comparison(passed, elements=elements)},
+        }
+
+    rows = [
+        row("large", "bfloat16", 900),
+        row("small", "bfloat16", 9),
+        row("fine", "bfloat16", 1, True),
+        row("one", "float32", 5),
+    ]
+    told = ["FAIL swiglu: small bfloat16, the smallest of 2", "FAIL swiglu: one float32"]
+    assert report.smallest_failures(rows) == told
+    case = min(CASES["swiglu"], key=lambda case: len(case.name))
+    wrong = check(case, lambda gate_up: reference.swiglu(gate_up) * 1.01, torch.float32, "cpu")
+    assert all(result.elements > 0 for result in wrong.values())
 
 
 @pytest.mark.parametrize(
