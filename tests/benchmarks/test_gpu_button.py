@@ -106,7 +106,7 @@ def test_the_budgets_of_a_call_fit_into_it(call):
 
 
 def test_the_dry_run_of_the_first_call_is_part_of_a_proof():
-    assert sum(budgets("first", dry=True)) <= 300  # seconds at most; under four minutes as a rule
+    assert sum(budgets("first", dry=True)) <= 450  # seconds on a busy machine; under four minutes on an idle one
 
 
 def test_a_part_that_fails_stops_no_other_and_all_that_was_written_is_in_the_archive(button, tmp_path):
