@@ -230,6 +230,7 @@ def main() -> None:
     add("--hidden_size", type=int, default=0, help="override the preset's width")
     add("--num_hidden_layers", type=int, default=0, help="override the preset's depth")
     add("--out", type=Path, default=RESULTS)
+    add("--sample", action="store_true", help="without a corpus take the shipped sample, many times over")
     add("--dry_run", action="store_true", help="small, on a CPU, kernels in Triton's interpreter")
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers") if getattr(args, name)}
@@ -241,7 +242,7 @@ def main() -> None:
         raise ValueError(
             "PyTorch sees no GPU here. --dry_run goes through it on a CPU; --kernels auto judges the CPU's own ops"
         )
-    corpus = find_corpus(args.corpus, args.dry_run)
+    corpus = find_corpus(args.corpus, args.dry_run or args.sample)
     setup.begin(TrainConfig(kernels="none"), Stage("loss"))
     tokenizer = Tokenizer.load(corpus.tokenizer)
     folder = Path(tempfile.mkdtemp())

@@ -12,8 +12,9 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,11 +28,14 @@ from minimind_fast.proof.report import (
     format_row,
     report,
     report_by_processes,
+    smallest_failures,
     to_json,
 )
+from minimind_fast.weights.files import written_aside
 
 # "ptx:" and a card: what proof/ptx executes. Named here too, since that folder imports Triton.
 DEVICES = ("cpu", "cuda", "ptx:sm_80", "ptx:sm_86", "ptx:sm_89", "ptx:sm_90", "ptx:sm_120")
+WRITE_EVERY_S = 1.0  # seconds between two versions of the file of --json
 
 
 def _names(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -62,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", choices=("yes", "no", "only"), default="yes", help="whole models, two layers each")
     parser.add_argument("--preset", default=",".join(MODELS), help="which models (default: all)")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes (0: in this one)")
-    parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write every number to this file, as rows arrive (-: only rows, to stdout)"
+    )
     args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     executed = device.startswith("ptx:")
@@ -84,30 +90,41 @@ def main(argv: list[str] | None = None) -> int:
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter: small cases"
     if executed:
         where = f"CPU, the PTX compiled for {device.removeprefix('ptx:')}: small cases"
-    print(f"torch {torch.__version__}, {where}, {', '.join(dtypes)}")
-    if device == "cpu":
-        print("No GPU: this proves the arithmetic in float32 and float16; bfloat16 and speed need a GPU.")
-    print(HEADER)
-    rows = []
+    streamed = args.json == "-"
+    if not streamed:
+        print(f"torch {torch.__version__}, {where}, {', '.join(dtypes)}")
+        if device == "cpu":
+            print("No GPU: this proves the arithmetic in float32 and float16; bfloat16 and speed need a GPU.")
+        print(HEADER)
+    rows: list[dict[str, Any]] = []
+    written = 0.0
     if jobs:
         found = report_by_processes(names, dtypes, device, args.models, presets, jobs, args.case)
     else:
         found = report(names, dtypes, device, args.models != "only", presets if args.models != "no" else (), args.case)
+
+    def write(complete: bool) -> None:
+        """Rewritten as rows arrive: what a stopped check has found stays."""
+        passed = complete and all(row["passed"] for row in rows)
+        summary = {"torch": torch.__version__, "device": where, "passed": passed, "complete": complete}
+        text = json.dumps({**summary, "rows": [to_json(r) for r in rows]}, indent=1)
+        with written_aside(args.json) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+
     for row in found:
         rows.append(row)
-        print(format_row(row), flush=True)
+        print(json.dumps(to_json(row)) if streamed else format_row(row), flush=True)
+        if args.json and not streamed and time.monotonic() > written + WRITE_EVERY_S:
+            write(complete=False)
+            written = time.monotonic()
     failed = [row for row in rows if not row["passed"]]
+    if streamed:
+        return 1 if failed else 0
     if args.json:
-        summary = {
-            "torch": torch.__version__,
-            "device": where,
-            "passed": not failed,
-            "rows": [to_json(r) for r in rows],
-        }
-        Path(args.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write(complete=True)
     if summary_text := executed_summary(rows):
         print(summary_text)
-    print(f"{len(rows) - len(failed)} of {len(rows)} pass" + "".join(f"\nFAIL {r['op']}: {r['case']}" for r in failed))
+    print("\n".join([f"{len(rows) - len(failed)} of {len(rows)} pass", *smallest_failures(rows)]))
     return 1 if failed else 0
 
 

@@ -5,13 +5,15 @@ Principle: a row holds a Comparison for each output and each gradient.
 Properties: one process per op and per model, several in parallel: compiling takes most of the time, and on a CPU Triton
     chooses its interpreter at import. There small cases run in float32 and float16: the interpreter is wrong in bfloat16.
     "ptx:sm_90" and the like compile for that card and execute the PTX on the CPU, in all three; a finding on the way
-    fails its row. A process that dies becomes a failed row.
+    fails its row. Rows arrive as they are made, so a stopped check leaves what it found. A process that dies becomes a
+    failed row.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,21 @@ def executed_summary(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def smallest_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each op and dtype that failed, its smallest case: where to begin to look.
+
+    Args:
+        rows: of `report`.
+    """
+    lines = []
+    failed = [row for row in rows if not row["passed"]]
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in failed):
+        mine = [row for row in failed if (row["op"], row["dtype"]) == (op, dtype)]
+        least = min(mine, key=lambda row: sum(result.elements for result in row["results"].values()))
+        lines.append(f"FAIL {op}: {least['case']} {dtype}" + (f", the smallest of {len(mine)}" if mine[1:] else ""))
+    return lines
+
+
 HEADER = (
     f"{'op':21}{'case':32}{'dtype':9} {'output error (eager)':>24} {'gradient error (eager)':>24} "
     f"{'worst max':>10}  result"
@@ -170,34 +186,59 @@ def report_by_processes(
     jobs: int,
     only: str = "",
 ) -> Iterator[dict[str, Any]]:
-    """The same report from one process per op and per model, `jobs` at a time."""
+    """The same report from one process per op and per model (on a GPU also per dtype), `jobs` at a time, as rows arrive."""
     env = dict(os.environ)
     if device == "cpu":  # Triton chooses the interpreter at import
         env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     if device.startswith("ptx:"):
         env.pop("TRITON_INTERPRET", None)
         env["OMP_NUM_THREADS"] = "1"
-    # Executed PTX takes its time in processor seconds, so dtypes are spread as well.
-    split = [[dtype] for dtype in dtypes] if device.startswith("ptx:") else [list(dtypes)]
+    # Compiling, and executing PTX, is most of the time, and dtypes do it apart: spread, moe_mlp takes a third as long.
+    # Training's own dtype first, so that a stopped check has shown the most.
+    split = [list(dtypes)] if device == "cpu" else [[dtype] for dtype in sorted(dtypes, key=_training_first)]
     parts = [["--ops", name, "--models", "no"] for name in names] if models != "only" else []
     if models != "no":
         parts += [["--ops", ",".join(names), "--models", "only", "--preset", preset] for preset in presets]
-    tasks = [[*part, "--dtype", ",".join(some)] for part in parts for some in split]
-    same = ["--device", device, "--jobs", "0", "--case", only]
+    tasks = [[*part, "--dtype", ",".join(some)] for some in split for part in parts]
+    same = ["--device", device, "--jobs", "0", "--case", only, "--json", "-"]
+    found: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    running: set[subprocess.Popen[str]] = set()
 
-    def run(task: list[str]) -> list[dict[str, Any]]:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "rows.json"
-            command = [sys.executable, "-m", "minimind_fast.commands.verify", *task, *same, "--json", str(file)]
-            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-            if file.exists():
-                return [from_json(row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
-        said = f"the process ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
-        case = " ".join(task)
-        return [
-            {"op": task[1], "case": case, "dtype": "", "passed": False, "results": {"run": Comparison(False, said)}}
-        ]
+    def run(task: list[str]) -> None:
+        command = [sys.executable, "-m", "minimind_fast.commands.verify", *task, *same]
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        ):
+            running.add(process)
+            assert process.stdout is not None
+            failures = 0
+            for line in process.stdout:
+                row = from_json(json.loads(line))
+                failures += not row["passed"]
+                found.put(row)
+            process.wait()
+            running.discard(process)
+            if process.returncode and not (process.returncode == 1 and failures):
+                errors.seek(0)
+                said = f"the process ended with {process.returncode}: {errors.read().strip()[-2000:]}"
+                failure = {"run": Comparison(False, said)}
+                found.put({"op": task[1], "case": " ".join(task), "dtype": "", "passed": False, "results": failure})
 
     with ThreadPoolExecutor(jobs) as pool:
-        for rows in pool.map(run, tasks):
-            yield from rows
+        waiting = [pool.submit(run, task) for task in tasks]
+        for task in waiting:
+            task.add_done_callback(lambda _: found.put(None))
+        try:
+            for _ in waiting:
+                yield from iter(found.get, None)
+            for task in waiting:
+                task.result()
+        finally:  # also when the reader stops early
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+
+
+def _training_first(dtype: str) -> bool:
+    return dtype != "bfloat16"

@@ -42,6 +42,7 @@ class Comparison:
     eager_max_error: float = 0.0
     norm_error: float = 0.0  # ||kernel - truth|| / ||truth||
     eager_norm_error: float = 0.0
+    elements: int = 0  # of the tensor, where a report needs a case's size
 
 
 def compare(
@@ -131,6 +132,8 @@ def judge(draw: Callable[[int], Mapping[str, Triple]], inputs: torch.dtype) -> d
             kernel, eager, truth = (torch.cat([results[key][i].flatten() for results in draws]) for i in range(3))
             found[key] = compare(kernel, eager, truth, inputs=inputs)
             found[key].reason = found[key].reason and f"over {POOLED_DRAWS} draws, {found[key].reason}"
+    for key, result in found.items():
+        result.elements = first[key][2].numel()
     return found
 
 

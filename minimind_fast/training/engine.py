@@ -3,7 +3,8 @@
 Purpose: `Engine(model, ...)` runs forward, backward and optimizer steps under any ZeRO stage, and saves and loads its state.
 Principle: torch's fused AdamW, which DeepSpeed wraps for each stage without building anything. Unwanted parts of its
     startup are patched out while it starts, then restored.
-Properties: no compiler is needed. Each DeepSpeed internal used here has a contract test named after it
+Properties: no compiler is needed. At stage 1 in bf16 a step waits once for the device, at the end of its backward pass;
+    at the other stages as often as DeepSpeed does. Each DeepSpeed internal used here has a contract test named after it
     (tests/training/test_deepspeed_contract.py), so that an upgrade says what moved.
 
 Source: DeepSpeed 0.19 (Rasley et al.); what experiments showed about it is noted where it is used.
@@ -15,6 +16,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +82,47 @@ def _started_quietly() -> Iterator[Any]:
         yield deepspeed
 
 
+def _replaceable(optimizer: Any) -> bool:
+    """Whether `_bf16_step` does all that a BF16_Optimizer's own step would."""
+    unusual = optimizer.mpu is not None or optimizer.has_moe_layers or getattr(optimizer, "_uses_muon", False)
+    return not unusual and optimizer.norm_type == 2 and optimizer.grad_acc_dtype == torch.float32
+
+
+@torch.no_grad()
+def _bf16_step(optimizer: Any) -> None:
+    """BF16_Optimizer's step, in which the host waits once, for the backward pass, and never for AdamW.
+
+    The norm is taken over the flat sums of each group, not of each parameter (DeepSpeed launches one norm and one
+    multiplication for each). Clipping and skipping are fused AdamW's own `grad_scale` and `found_inf`, on the device: where
+    DeepSpeed asks the host three times before AdamW, nothing is asked. The norm's copy to the host is queued before AdamW
+    and read after it, so that the host has the weights' copies queued as well before it waits.
+
+    Args:
+        optimizer: DeepSpeed's; its `overflow` and `_global_grad_norm` are set.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(optimizer.fp32_groups_gradients_flat)))
+    norm_on_host, arrived = norm, None
+    if norm.is_cuda:
+        norm_on_host = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    adamw = optimizer.optimizer
+    adamw.found_inf = norm.isfinite().logical_not().float()
+    adamw.grad_scale = ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1.0) if optimizer.clip_grad > 0 else None
+    for master, grad in zip(
+        optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True
+    ):
+        master.grad = grad
+    adamw.step()
+    optimizer._lazy_init_hp_params_optimizer_state()
+    optimizer.update_lp_params()
+    optimizer.clear_hp_grads()
+    if arrived is not None:
+        arrived.synchronize()
+    optimizer._global_grad_norm = float(norm_on_host)
+    optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
+
+
 class Engine:
     """A model, its optimizer and their state, partitioned by ZeRO.
 
@@ -120,6 +163,8 @@ class Engine:
         bf16 = hasattr(self._ds.optimizer, "clear_hp_grads")
         if bf16:  # its step() clears the sums already; zero_grad() would clear them again
             self._ds.optimizer.zero_grad = functools.partial(self._ds.optimizer.clear_lp_grads, set_to_none=True)
+            if _replaceable(self._ds.optimizer):
+                self._ds.optimizer.step = functools.partial(_bf16_step, self._ds.optimizer)
         if world()[1] == 1 and (bf16 or self.zero_stage == 0):
             self._ds.enable_backward_allreduce = False  # reducing over one rank would copy all gradients back and forth
         # fp32 at stage 0: DeepSpeed neither checks for nan nor reports the norm, so `step` clips.

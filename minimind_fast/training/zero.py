@@ -20,7 +20,8 @@ from minimind_fast.ops import precision
 from minimind_fast.training.config import TrainConfig
 
 # Elements in a bucket of gradients: 25 MB in bf16, as in PyTorch's DDP. A MiniMind never fills DeepSpeed's default of 500M,
-# but it is allocated, twice with overlap. At stages 2 and 3 sending one bucket overlaps with filling the next.
+# but it is allocated, twice with overlap. At stages 2 and 3 sending one bucket overlaps with filling the next; stages 0 and
+# 1 send once, after the last backward pass, and overlap nothing.
 REDUCE_BUCKET = 12_500_000
 
 

@@ -16,9 +16,13 @@ from minimind_fast.data import samples
 
 ROOT = Path(__file__).resolve().parents[2]
 BUTTON = ROOT / "benchmarks" / "gpu.sh"
-CALL_S = 600  # the longest that a command may run on such a machine
-FIRST = ["tests", "verify", "kernels", "steps", "train_step", "layers", "rest"]
-SECOND = ["loss_curves", "real_run", "engine_share", "zero", "generation"]
+# The longest that each call may take: a card rented for 15 minutes in all, where one command takes at most ten.
+CALLS = {
+    "first": (480, ["verify", "steps", "kernels", "loss_curves"]),
+    "second": (240, ["tests", "train_step", "zero", "generation"]),
+    "third": (600, ["real_run", "engine_share", "layers", "rest"]),
+}
+KILL_S, INSTALL_S = 5, 20  # after a part's budget; the wheels' installation
 
 
 # ------------------------------------------------------------------------------------------------------------- the script
@@ -48,7 +52,7 @@ esac
     def run(*args, lacking="", failing="", **env):
         places = {name: str(tmp_path / name.lower()) for name in ("OUT", "CORPUS", "WHEELS")}
         own = {"PYTHON": str(stand_in), "ASKED": str(tmp_path / "asked"), "LACKING": lacking, "FAILING": failing}
-        environment = {k: v for k, v in os.environ.items() if k not in ("PARTS", "ARCHIVE")} | places | own | env
+        environment = {k: v for k, v in os.environ.items() if k not in ("PARTS",)} | places | own | env
         done = subprocess.run([str(BUTTON), *args], env=environment, capture_output=True, text=True, timeout=60)
         asked = tmp_path / "asked"
         return done, asked.read_text().splitlines() if asked.exists() else []
@@ -62,10 +66,11 @@ def told(folder: Path, name: str) -> dict[str, str]:
     return dict(line.split("\t")[:2] for line in lines[1:])
 
 
-@pytest.mark.parametrize("args, parts, name", [([], FIRST, "gpu"), (["--second"], SECOND, "gpu_second")])
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
-def test_each_call_runs_all_its_parts_in_order(button, tmp_path, args, parts, name, dry):
-    done, asked = button(*args, *dry)
+def test_each_call_runs_all_its_parts_in_order(button, tmp_path, call, dry):
+    name, parts = f"gpu_{call}".removesuffix("_first"), CALLS[call][1]
+    done, asked = button(*([] if call == "first" else [f"--{call}"]), *dry)
     assert done.returncode == 0, done.stdout + done.stderr
     assert told(tmp_path / "out", name) == dict.fromkeys(parts, "passed")
     assert list(told(tmp_path / "out", name)) == parts and len(asked) == len(parts)
@@ -82,24 +87,35 @@ def test_each_call_runs_all_its_parts_in_order(button, tmp_path, args, parts, na
             assert (ROOT / script).is_file(), script
 
 
-@pytest.mark.parametrize("first", SECOND[:1] + FIRST[:1])
-def test_the_budgets_of_a_call_fit_into_it(first):
+def budgets(call: str, dry: bool) -> list[int]:
+    """Of the parts that a call has, from the script's text."""
     text = BUTTON.read_text(encoding="utf-8")
     branches = re.split(r"^(?:if|elif|else)\b.*$", text, flags=re.M)
-    real = [
-        b
-        for b in branches
-        if re.search(rf"^  (?:part|suite) {first} \d+", b, re.M) and "dry_run" not in b and "-m gpu" in b
-    ]
-    budgets = [int(n) for n in re.findall(r"^  (?:part|suite) \w+ (\d+)", real[-1], re.M)]
-    assert len(budgets) >= 4 and sum(budgets) + 20 + 30 <= CALL_S  # the report, and the installation
+    mine = [b for b in branches if re.search(rf"^  (?:part|suite) {CALLS[call][1][0]} \d+", b, re.M)]
+    assert len(mine) == 2  # the dry run's stands first
+    return [int(n) for n in re.findall(r"(?:part|suite) \w+ (\d+) ", mine[0 if dry else 1].split("\nfi")[0])]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_budgets_of_a_call_fit_into_it(call):
+    text = BUTTON.read_text(encoding="utf-8")
+    assert f"--kill-after={KILL_S} " in text
+    report = [int(n) for n in re.findall(r"\|\| part report (\d+)", text)] if call != "second" else []
+    found = [*budgets(call, dry=False), *report]
+    assert len(found) >= 4 and sum(found) + KILL_S * len(found) + INSTALL_S <= CALLS[call][0]
+
+
+def test_the_dry_run_of_the_first_call_is_part_of_a_proof():
+    assert sum(budgets("first", dry=True)) <= 450  # seconds on a busy machine; under four minutes on an idle one
 
 
 def test_a_part_that_fails_stops_no_other_and_all_that_was_written_is_in_the_archive(button, tmp_path):
     archive = tmp_path / "out" / "all.tar.gz"  # within what it holds, without holding itself
-    done, asked = button("--second", failing="real_run", ARCHIVE=str(archive))
-    assert done.returncode == 1 and len(asked) == len(SECOND)
-    assert told(tmp_path / "out", "gpu_second") == dict.fromkeys(SECOND, "passed") | {"real_run": "failed (1)"}
+    done, asked = button("--second", "--archive", str(archive), failing="train_step")
+    assert done.returncode == 1 and len(asked) == len(CALLS["second"][1])
+    assert told(tmp_path / "out", "gpu_second") == dict.fromkeys(CALLS["second"][1], "passed") | {
+        "train_step": "failed (1)"
+    }
     with tarfile.open(archive) as kept:
         assert {Path(n).name for n in kept.getnames() if Path(n).suffix} == {"gpu_second.log", "gpu_second_parts.tsv"}
         log = kept.extractfile("./gpu_second.log")
@@ -112,14 +128,14 @@ def test_parts_can_be_chosen(button, tmp_path):
 
 
 def test_what_is_missing_is_said_with_what_to_do(button, tmp_path):
-    for args in ([], ["--second"]):
+    for args in ([], ["--second"], ["--third"]):
         done, asked = button(*args, lacking="deepspeed")
         assert done.returncode == 1 and "pack_for_gpu" in done.stdout and not asked
         done, asked = button(*args, lacking="gpu")
         assert done.returncode == 1 and "no GPU here" in done.stdout and "--dry-run" in done.stdout and not asked
-    done, asked = button("--second", CORPUS=str(tmp_path / "nowhere"))
+    done, asked = button("--third", CORPUS=str(tmp_path / "nowhere"))
     assert done.returncode == 1 and "No real text" in done.stdout and "pack_for_gpu" in done.stdout and not asked
-    assert button("--third")[0].returncode == 2
+    assert button("--fourth")[0].returncode == 2 and button("--archive")[0].returncode == 2
 
 
 def test_wheels_that_travelled_are_installed_without_a_network(button, tmp_path):

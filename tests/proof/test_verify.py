@@ -5,19 +5,22 @@ import kernel_helpers  # before anything imports triton: it chooses the interpre
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from benchmarks.report import proof_table
 from minimind_fast import ops
 from minimind_fast.commands import verify
 from minimind_fast.ops import reference
+from minimind_fast.proof import report
 from minimind_fast.ops.cases import Draw
 from minimind_fast.proof.cases import CASES, MODELS, check
 from minimind_fast.proof.models import SameExperts, check_model
-from minimind_fast.proof.rule import NORM_FACTOR, compare
+from minimind_fast.proof.rule import NORM_FACTOR, Comparison, compare
 # isort: on
 
 DEVICE = kernel_helpers.DEVICE
@@ -244,6 +247,29 @@ def test_a_failing_kernel_gives_exit_code_1(monkeypatch, capsys):
     assert "FAIL swiglu: minimind3 T=" in capsys.readouterr().out
 
 
+def test_of_failures_the_smallest_case_is_told():
+    def row(case, dtype, elements, passed=False):
+        return {
+            "op": "swiglu",
+            "case": case,
+            "dtype": dtype,
+            "passed": passed,
+            "results": {"out0": Comparison(passed, elements=elements)},
+        }
+
+    rows = [
+        row("large", "bfloat16", 900),
+        row("small", "bfloat16", 9),
+        row("fine", "bfloat16", 1, True),
+        row("one", "float32", 5),
+    ]
+    told = ["FAIL swiglu: small bfloat16, the smallest of 2", "FAIL swiglu: one float32"]
+    assert report.smallest_failures(rows) == told
+    case = min(CASES["swiglu"], key=lambda case: len(case.name))
+    wrong = check(case, lambda gate_up: reference.swiglu(gate_up) * 1.01, torch.float32, "cpu")
+    assert all(result.elements > 0 for result in wrong.values())
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -263,6 +289,36 @@ def test_a_process_that_dies_is_a_failure_of_its_op(monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert verify.main([*SWIGLU, "--jobs", "1"]) == 1
     assert "the process ended with 1" in capsys.readouterr().out
+
+
+def test_rows_arrive_as_they_are_made_and_a_stopped_check_leaves_them(tmp_path):
+    """The command is interrupted, as a budget that ends does, once one row is there and while others are to come."""
+    file = tmp_path / "verify.json"
+    run = [sys.executable, "-m", "minimind_fast.commands.verify", *SWIGLU[:4], "--json", str(file), "--device", "cpu"]
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.Popen(run, env=clean, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("swiglu "):
+        assert line, "it ended without a row"
+    os.killpg(process.pid, signal.SIGKILL)  # no chance to say goodbye
+    process.wait()
+    found = json.loads(file.read_text())
+    assert not found["complete"] and not found["passed"] and found["rows"][0]["op"] == "swiglu"
+    assert len(found["rows"]) < 2 * len(CASES["swiglu"])
+    assert "It was stopped before the end." in proof_table(found)
+
+
+def test_on_a_gpu_dtypes_are_spread_over_processes_and_training_s_own_comes_first(monkeypatch, tmp_path):
+    noted = tmp_path / "noted"
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/bash\necho "$*" >> {noted}\n', encoding="utf-8")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    rows = report.report_by_processes(["rms_norm", "moe_mlp"], list(report.DTYPES), "cuda", "yes", ["minimind3"], 1)
+    assert list(rows) == []
+    asked = [line.split("--dtype ")[1].split()[0] for line in noted.read_text().splitlines()]
+    assert len(asked) == 9 and asked[:3] == ["bfloat16"] * 3
+    assert {asked.count(name) for name in report.DTYPES} == {3}
 
 
 @pytest.mark.gpu

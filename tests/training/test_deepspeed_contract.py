@@ -21,6 +21,9 @@ from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import Engine
 from minimind_fast.training.zero import deepspeed_config
 
+BF16_STEP = "mpu has_moe_layers norm_type grad_acc_dtype clip_grad optimizer fp32_groups_gradients_flat overflow".split()
+BF16_STEP += "fp32_groups_flat_partition fp32_groups_gradient_flat_partition _global_grad_norm update_lp_params".split()
+BF16_STEP += ["clear_hp_grads", "_lazy_init_hp_params_optimizer_state"]
 before = compiler.compile, bf16_optimizer.see_memory_usage, "__compatible_ops__" in vars(deepspeed.ops)
 ranks.prepare(1)
 found = {}
@@ -34,6 +37,7 @@ for stage, dtype in ((0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bflo
     found[f"{stage} {dtype}"] = {
         "overflow": hasattr(optimizer, "overflow"),
         "clear_hp_grads": hasattr(optimizer, "clear_hp_grads"),
+        "bf16_step": sorted(set(BF16_STEP) - set(dir(optimizer))),
         "clear_lp_grads": hasattr(optimizer, "clear_lp_grads"),
         "fp16_groups": hasattr(optimizer, "fp16_groups") and hasattr(optimizer, "fp32_groups"),
         "micro_steps": getattr(inner, "micro_steps", None),
@@ -68,6 +72,12 @@ def test_optimizer_overflow_is_there_except_in_plain_fp32(found):
 def test_optimizer_clear_hp_grads_and_clear_lp_grads_mark_the_bf16_optimizer_of_stage_1(found):
     assert [found[e]["clear_hp_grads"] for e in ENGINES] == [False, False, True, False, False]
     assert found["1 bfloat16"]["clear_lp_grads"]
+
+
+def test_bf16_optimizer_has_all_that_our_step_of_it_uses(found):
+    missing = found["1 bfloat16"]["bf16_step"]
+    assert missing in ([], ["_global_grad_norm"])  # its own step makes that one, and ours
+    assert found["0 bfloat16"]["bf16_step"]
 
 
 def test_optimizer_fp16_groups_and_fp32_groups_pair_weights_and_masters_at_stage_0(found):

@@ -283,3 +283,70 @@ def test_a_users_file_decides_the_stage_and_what_follows_from_it(tmp_path):
     )
     assert deepspeed_config(TrainConfig(dtype="bfloat16"), 2)["communication_data_type"] == "fp32"
     assert "communication_data_type" not in deepspeed_config(TrainConfig(dtype="bfloat16", zero_stage=2), 2)
+
+
+# Three steps at stage 1 in bf16, the second not finite, by DeepSpeed's own step and by ours: what they ask the device for.
+TWO_STEPS = """
+import json
+import torch
+from collections import Counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from minimind_fast.config import ModelConfig
+from minimind_fast.model import MiniMind
+from minimind_fast.training import engine as engine_module, ranks
+from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.zero import deepspeed_config
+
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+ranks.prepare(1)
+ids, cu = torch.arange(32), torch.tensor([0, 32], dtype=torch.int32)
+replaceable = engine_module._replaceable
+for clip in (0.0, 0.01, 100.0):
+    for own in (False, True):
+        engine_module._replaceable = replaceable if own else lambda _: False
+        torch.manual_seed(0)
+        shape = dict(num_hidden_layers=1, hidden_size=64, vocab_size=256, max_position_embeddings=64)
+        model = MiniMind(ModelConfig.preset("tiny", **shape))
+        config = TrainConfig(zero_stage=1, dtype="bfloat16", batch_size=1, accumulation_steps=1, grad_clip=clip)
+        engine, told = engine_module.Engine(model, config, deepspeed_config(config, 1)), []
+        for factor in (1.0, float("nan"), 1.0):
+            out = engine(ids, targets=ids, cu_seqlens=cu, max_seqlen=32)
+            engine.backward(-out.logprobs.mean() * factor)
+            counts = Counter()
+            with Count():
+                told.append(engine.step(1e-2))
+        masters = torch.cat([m.detach() for m in engine._ds.optimizer.fp32_groups_flat_partition])
+        state = [float(s["step"]) for s in engine._ds.optimizer.optimizer.state.values()]
+        print(json.dumps({"told": told, "masters": masters[::97].tolist(), "counts": counts, "adam": state}))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    found = [json.loads(line) for line in run("-c", [TWO_STEPS]).splitlines() if line.startswith("{")]
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def test_the_bf16_step_asks_the_device_once_and_launches_one_norm(two_steps):
+    for theirs, ours in two_steps:
+        counts = ours["counts"]
+        assert counts["_local_scalar_dense"] == 1 and "lift_fresh" not in counts
+        assert counts["_foreach_norm"] == counts["linalg_vector_norm"] == 1
+        assert counts.get("mul_", 0) == 0  # clipping is AdamW's
+        assert theirs["counts"]["_local_scalar_dense"] > 1 and theirs["counts"]["linalg_vector_norm"] >= 10
+
+
+def test_the_bf16_step_is_deepspeed_s(two_steps):
+    """Clipped or not, and after a step that was skipped: the same norm, the same weights, the same counter."""
+    for theirs, ours in two_steps:
+        assert [taken for _, taken in ours["told"]] == [taken for _, taken in theirs["told"]] == [True, False, True]
+        for (norm, taken), (wanted, _) in zip(ours["told"], theirs["told"], strict=True):
+            assert not taken or norm == pytest.approx(wanted, rel=1e-5)
+        assert ours["adam"] == theirs["adam"] == [2.0, 2.0]
+        assert ours["masters"] == pytest.approx(theirs["masters"], abs=2e-5)
+    steps = [ours["masters"] for _, ours in two_steps]
+    assert steps[0] != steps[1]  # the second was clipped
