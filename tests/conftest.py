@@ -37,6 +37,9 @@ def pytest_collection_modifyitems(config, items):
         skips["gpu"] = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
     if "slow" not in asked:
         skips["slow"] = "minutes of installing and launching: run with -m slow, as CI does"
+    if "proof" not in asked:
+        skips["proof"] = "minutes of compiling and executing: run make proof, as CI does"
     for item in items:
-        for name in skips.keys() & item.keywords:
-            item.add_marker(pytest.mark.skip(reason=skips[name]))
+        for name in skips:
+            if item.get_closest_marker(name):  # keywords would hold the names of folders too
+                item.add_marker(pytest.mark.skip(reason=skips[name]))
