@@ -8,17 +8,19 @@ import kernel_helpers as kh  # first: it chooses the interpreter before anything
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from minimind_fast import ops
-from minimind_fast.proof.cases import CASES
+from minimind_fast.proof.cases import CASES, MODELS
 from minimind_fast.proof.rule import poisoned_memory
 from minimind_fast.proof.sanitizer.examine import examine
 from minimind_fast.proof.sanitizer.interpreter import watched
 from minimind_fast.proof.sanitizer.shadow import Shadow
+from minimind_fast.proof.sanitizer.virtual import Virtual, examine_shape
 # isort: on
 
 pytestmark = [
@@ -229,3 +231,61 @@ def test_a_kernel_is_clean_in_any_order(op, case, dtype):
 @pytest.mark.parametrize("op, case, dtype", cases(few=False))
 def test_every_case_of_every_kernel_is_clean_in_any_order(op, case, dtype):
     assert_clean(op, case, dtype, seed=1)
+
+
+# --------------------------------------------------------------------------------------------- shapes that no memory holds
+
+TOKENS = 3_000_000  # more than 2^31 elements in every activation
+
+
+@pytest.mark.parametrize(
+    "op, old, new, kind",
+    [
+        ("swiglu", "(pid // blocks).to(tl.int64) * BLOCK_T", "(pid // blocks) * BLOCK_T", "int32 overflow"),
+        ("swiglu", "(rows < num_rows)[", "(rows < num_rows + 1)[", None),
+        ("swiglu", "+ rows * stride + cols", "+ rows * stride + cols + 1", "load out of bounds"),
+        ("swiglu", "out_ptr + rows * F", "out_ptr + rows * (F + 1)", "store out of bounds"),
+    ],
+)
+def test_a_fault_past_2_31_elements_is_seen(tmp_path, op, old, new, kind):
+    broken = kh.broken_variant(importlib.import_module(f"minimind_fast.kernels.{op}"), tmp_path, old, new)
+    found = examine_shape(op, "minimind3", TOKENS, function=getattr(broken, op)).findings
+    # A mask that lets one row too many pass is no fault where the tokens fill the last tile.
+    assert kind in found.kinds if kind else not found, str(found)
+
+
+def assert_shape_clean(op, preset, dtype):
+    watcher = examine_shape(op, preset, TOKENS, dtype)
+    assert not watcher.findings, str(watcher.findings)
+    assert watcher.launches >= 2 and watcher.programs >= 10
+    return watcher
+
+
+@pytest.mark.parametrize("op", ["swiglu", "moe_route"])
+def test_a_kernel_addresses_more_than_2_31_elements(op):
+    watcher = assert_shape_clean(op, "minimind3" if op == "swiglu" else "minimind3-moe", torch.float16)
+    assert max(watcher.largest.values()) > 2**31
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "op, preset", [(op, preset) for op in ops.NAMES for preset in MODELS if ops.OPS[op].preset_case(preset, 1)]
+)
+def test_every_kernel_of_every_model_addresses_more_than_memory_holds(op, preset, dtype):
+    assert_shape_clean(op, preset, dtype)
+
+
+def test_an_index_tensor_of_unknown_contents_is_an_error():
+    watcher = Virtual()
+    watcher.begin({"secret_ptr": torch.zeros(4, dtype=torch.int32)})
+    where = np.array([watcher.address("secret_ptr", torch.zeros(4))], dtype=np.uint64)
+    with pytest.raises(LookupError, match="secret_ptr"):
+        watcher.load("secret_ptr", where, np.array([True]), np.dtype(np.int32))
+
+
+def test_the_card_is_gone_afterwards():
+    before = torch.cuda.get_device_properties, torch.cuda.device_of
+    examine_shape("swiglu", "minimind3", 64)
+    assert (torch.cuda.get_device_properties, torch.cuda.device_of) == before
+    assert torch.empty(1).is_cuda is False

@@ -61,6 +61,14 @@ class Watcher:
         """The programs to run, of 0 to count - 1."""
         return range(count)
 
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Around the programs of a launch."""
+        return contextlib.nullcontext()
+
+    def steps(self, steps: range) -> Iterable[int]:
+        """The steps to take of a loop in the kernel itself."""
+        return steps
+
     def load(self, argument: str, addresses: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
         """Values of the lanes where mask is true; None to read memory where `mask`, which may be changed, still is."""
 
@@ -175,28 +183,40 @@ def _executor(watcher: Watcher) -> Any:
         watcher.kernel = self.fn.__name__
         watcher.launches += 1
         watcher.begin(bound)
-        scope = interpreter._patch_lang(self.fn)
-        try:
+        with watcher.running(), _interpreting(self.fn, watcher):
             given = {}
             for name, value in bound.items():
                 if isinstance(value, torch.Tensor):
                     given[name] = _pointer(value, watcher.address(name, value), name)
+                elif name in self.constexprs:
+                    given[name] = value
                 else:
-                    given[name] = value if name in self.constexprs else interpreter._implicit_cvt(value)
+                    given[name] = interpreter._implicit_cvt(int(value) if isinstance(value, torch.SymInt) else value)
             grid = self.grid(given) if callable(self.grid) else self.grid
-            grid = (*grid, 1, 1, 1)[:3]
+            x, y, z = (int(size) for size in (*grid, 1, 1, 1)[:3])
             builder = interpreter.interpreter_builder
-            builder.set_grid_dim(*grid)
-            for program in watcher.order(grid[0] * grid[1] * grid[2]):
+            builder.set_grid_dim(x, y, z)
+            for program in watcher.order(x * y * z):
                 watcher.program = program
                 watcher.programs += 1
-                builder.set_grid_idx(program % grid[0], program // grid[0] % grid[1], program // grid[0] // grid[1])
+                builder.set_grid_idx(program % x, program // x % y, program // x // y)
                 self.fn(**given)
-        finally:
-            if scope is not None:
-                scope.restore()
 
     return execute
+
+
+@contextlib.contextmanager
+def _interpreting(function: Any, watcher: Watcher) -> Iterator[None]:
+    """The language's functions are those of the interpreter; `range` asks the watcher."""
+    scope = interpreter._patch_lang(function)
+    names = function.__globals__
+    names["range"] = lambda *ends: watcher.steps(range(*map(int, ends)))
+    try:
+        yield
+    finally:
+        del names["range"]
+        if scope is not None:
+            scope.restore()
 
 
 @contextlib.contextmanager
