@@ -21,6 +21,7 @@ from minimind_fast.proof.ptx.threads import Mask, Threads
 
 _WARPS = 64  # a stamp is epoch * _WARPS + warp; the last number stands for several warps
 _SEVERAL = _WARPS - 1
+ROUNDING = 2.0**-20  # relative difference of two float32 sums of the same numbers
 
 
 @dataclass
@@ -80,10 +81,18 @@ class SharedMemory:
         self.note_write(who, place, unit * count)
         view, index = self.bytes.view(UNSIGNED[unit]), (place // unit)[:, None] + np.arange(count)
         view[index] = values[who]
-        # Several lanes may write one place in one instruction if they write the same.
-        lost = (view[index] != values[who]).any(1)
-        self._tell("two lanes write different values to one place", lost[:, None], who, place)
-        self.unfenced[self._cells(place, unit * count)] = True
+        # Warps may write one place in one instruction if they write the same. Triton's copies of one float32 sum may have
+        # been added in another order: which of them stays is a matter of its last bits, a remark and no fault.
+        cells = self._cells(place, unit * count)
+        others = (self.writer[cells] != self._stamps(who, cells.shape)).any(1)
+        lost = others & (view[index] != values[who]).any(1)
+        if lost.any() and unit == 4:
+            kept, given = (bits[lost].view(np.float32) for bits in (view[index], values[who]))
+            if np.allclose(kept, given, rtol=ROUNDING, atol=0.0):
+                self.lanes.remark("the order of warps decides the last bits")
+                lost[:] = False
+        self._tell("two warps write different values to one place", lost[:, None], who, place)
+        self.unfenced[cells] = True
 
     def checked(self, who: np.ndarray, at: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Check bounds and alignment.
@@ -192,6 +201,7 @@ class SharedMemory:
                 self.in_copy[self._cells(place, size)] = False
                 self.note_write(who, place, size, landing=True)
                 self.bytes[place[:, None] + np.arange(size)] = copy.values[lands]
+                self.unfenced[self._cells(place, size)] = False  # as Triton has it: no fence after a cp.async
             if not lands.all():
                 stay = ~lands
                 rest.append(_Copy(copy.lanes[stay], copy.at[stay], copy.values[stay], copy.group[stay]))
