@@ -185,8 +185,8 @@ def main_lora(argv: list[str]) -> int:
     if args.command == "convert":
         found, lora = read_adapters(args.adapter)
         base, fingerprint = recorded_base(args.adapter)
-        about = dict(base=base, fingerprint=fingerprint, square_only=args.for_minimind)
-        save_adapters(found, lora, args.out, **about)
+        about = dict(base=base, fingerprint=fingerprint)
+        save_adapters(found, lora, args.out, **about, square_only=args.for_minimind)
         print(f"{args.out}: {len(found)} adapters of rank {lora.rank} on {', '.join(lora.targets)}")
         if Path(args.out).suffix == ".pth" and not set(lora.targets) <= {"q_proj", "o_proj"}:
             print("note: MiniMind itself loads adapters of square projections only (--lora_targets square)")

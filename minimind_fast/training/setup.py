@@ -133,7 +133,8 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     """
     if config.from_weight != "none":
         path = resolve_folder(config.from_weight)
-        shape = pth_shape(config, tokenizer) if path.is_file() else {"told": {"dropout": config.dropout}}
+        shape: dict[str, Any] = {"told": {"dropout": config.dropout}}
+        shape = pth_shape(config, tokenizer) if path.is_file() else shape
         model = load_pretrained(path, **shape, dtype=torch.float32)
     else:
         model = MiniMind(preset_config(config, tokenizer))
