@@ -9,7 +9,7 @@ Principle: one small MiniMind3 whose mixtures differ only in how scores become w
 Properties: equal tokens, not equal time: two full experts a token cost about twice the arithmetic, which the table says.
     The load is the busiest expert's share of the tokens times the number of experts, the mean over layers and validation
     packs: 1 is even. Writes benchmarks/results/moe_router.json and .md after every
-    seed.
+    run.
 
 Source: Switch Transformers (Fedus et al., 2021) for the unnormalised score; DeepSeekMoE (Dai et al., 2024) for many narrow
     experts; Bengio et al., 2013, for straight-through gradients.
@@ -120,6 +120,7 @@ def main() -> None:
     add("--tokens", type=int, default=1024, help="tokens in a step")
     add("--length", type=int, default=256, help="longest piece of a document, in tokens")
     add("--threads", type=int, default=1)
+    add("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.load(args.tokenizer_path)
@@ -130,7 +131,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     models: dict[str, Any] = {}
     for seed in range(args.seeds):
-        for name in ROUTERS:
+        for name in args.routers:
             config = shape(args, name, max(tokenizer.vocab_size, 6400))
             torch.manual_seed(seed)
             model = MiniMind(config).train()
@@ -141,16 +142,16 @@ def main() -> None:
             loss, load = judge(model, PackedBatches(held_out, **packing, seed=0, shuffle=False))
             runs.append({"seed": seed, "router": name, "val_loss": loss, "load": load, "curve": losses})
             print(f"seed {seed} {name:16} loss {loss:.4f} load {load:.2f} ({seconds:.0f} s)", flush=True)
-        result = {
-            "processor": processor(),
-            "torch": str(torch.__version__),
-            "shape": {"hidden_size": args.hidden, "num_hidden_layers": args.layers},
-            "steps": args.steps,
-            "tokens_a_step": args.tokens,
-            "models": models,
-            "runs": runs,
-        }
-        write(RESULTS / "moe_router", result, table(result))
+            result = {
+                "processor": processor(),
+                "torch": str(torch.__version__),
+                "shape": {"hidden_size": args.hidden, "num_hidden_layers": args.layers},
+                "steps": args.steps,
+                "tokens_a_step": args.tokens,
+                "models": models,
+                "runs": runs,
+            }
+            write(RESULTS / "moe_router", result, table(result))
     print("\n" + table(result))
 
 
@@ -166,13 +167,13 @@ def table(r: dict[str, Any]) -> str:
         "| router | weights | a token meets | validation loss, mean | by seed | against MiniMind3's, by seed | load |",
         "|---|---|---|---|---|---|---|",
     ]
-    by_name = {name: [run for run in r["runs"] if run["router"] == name] for name in ROUTERS}
-    usual = [run["val_loss"] for run in by_name["top1_normalised"]]
-    for name, runs in by_name.items():
+    usual = {run["seed"]: run["val_loss"] for run in r["runs"] if run["router"] == "top1_normalised"}
+    for name, model in r["models"].items():
+        runs = [run for run in r["runs"] if run["router"] == name]
         losses = [run["val_loss"] for run in runs]
-        sizes = f"{r['models'][name]['parameters'] / 1e6:.2f}M | {r['models'][name]['active'] / 1e6:.2f}M"
+        sizes = f"{model['parameters'] / 1e6:.2f}M | {model['active'] / 1e6:.2f}M"
         each = ", ".join(f"{x:.3f}" for x in losses)
-        gaps = ", ".join(f"{a - b:+.3f}" for a, b in zip(losses, usual, strict=True))
+        gaps = ", ".join(f"{run['val_loss'] - usual[run['seed']]:+.3f}" for run in runs if run["seed"] in usual)
         load = statistics.mean(run["load"] for run in runs)
         lines.append(f"| {ROUTERS[name][0]} | {sizes} | {statistics.mean(losses):.4f} | {each} | {gaps} | {load:.2f} |")
     return "\n".join(lines) + "\n"

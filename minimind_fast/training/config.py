@@ -59,6 +59,9 @@ class TrainConfig:
     num_hidden_layers: int = option(0, "override the preset's depth")
     use_moe: bool = option(False, "the preset's mixture-of-experts form")
     norm_topk_prob: bool | None = option(None, "normalise the routing weights (MiniMind3's top-1 form if set)")
+    straight_through_router: bool = option(
+        False, "with --norm_topk_prob and one expert a token: the router still learns from the language-model loss"
+    )
     dropout: float = option(0.0, "dropout in attention and residual branches")
     # data
     batch_size: int = option(

@@ -171,9 +171,8 @@ def pth_shape(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
         dropout=config.dropout, max_position_embeddings=max(32768, config.max_seq_len),
     )  # fmt: skip
-    told.update({name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers") if getattr(config, name)})
-    if config.use_moe:
-        told["use_moe"] = True
+    names = ("hidden_size", "num_hidden_layers", "use_moe", "straight_through_router")
+    told.update({name: getattr(config, name) for name in names if getattr(config, name)})
     if config.norm_topk_prob is not None:
         told["norm_topk_prob"] = config.norm_topk_prob
     return {"told": told}
@@ -192,7 +191,7 @@ def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     changes: dict[str, Any] = {"vocab_size": max(tokenizer.vocab_size, 6400), "dropout": config.dropout}
     changes.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     changes["max_position_embeddings"] = max(32768, config.max_seq_len)
-    for field in ("hidden_size", "num_hidden_layers"):
+    for field in ("hidden_size", "num_hidden_layers", "straight_through_router"):
         if getattr(config, field):
             changes[field] = getattr(config, field)
     if config.norm_topk_prob is not None:

@@ -61,7 +61,7 @@ def introduction(
     if not m.config.router_gets_lm_gradient:
         lines.append(
             "Note: normalised top-1 routing gives the router no gradient from the language-model loss (MiniMind's "
-            "own form); --no_norm_topk_prob is the form that learns."
+            "own form); --straight_through_router passes one through, --no_norm_topk_prob weighs by the score itself."
         )
     if start is not None and start.step:
         lines.append(f"Going on from step {start.step} ({start.useful_tokens:,} tokens).")
