@@ -225,7 +225,7 @@ def _check_value(f: dataclasses.Field, hint: Any, value: Any) -> None:
     accepted = {str: (str, os.PathLike), float: (float, int), list: (list, tuple)}.get(kind, kind)
     if kind in _WORDS and (not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)):
         raise UserError(f"--{f.name} must be {_WORDS[kind]}, not {value!r}")
-    if kind is list and not all(isinstance(item, (str, os.PathLike)) for item in value):
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, (str, os.PathLike)) for item in value):
         raise UserError(f"--{f.name} must be {_WORDS[kind]}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{f.name} must be a finite number, not {value}")

@@ -164,7 +164,7 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, row, message):
     with pytest.raises(DataError, match=message):
         read_prompts([path], tokenizer, 64)
     said = []
-    assert len(read_prompts([path], tokenizer, 64, "skip", said.append)) == 1 and "left out 1 unusable" in said[0]
+    assert len(read_prompts([path], tokenizer, 64, "skip", said.append)) == 1 and "left out 1 unusable" in said[-1]
 
 
 def test_a_prompt_without_an_answer_is_named_by_its_line(tmp_path, tokenizer):
@@ -179,7 +179,7 @@ def test_a_prompt_without_an_answer_is_named_by_its_line(tmp_path, tokenizer):
 def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer):
     path = write(tmp_path / "p.jsonl", [ask("hi"), ask("hi " * 99)])
     said = []
-    assert len(read_prompts([path], tokenizer, 64, log=said.append)) == 1 and "1 of 2 prompts are left out" in said[0]
+    assert len(read_prompts([path], tokenizer, 64, log=said.append)) == 1 and "1 of 2 prompts are left out" in said[-1]
     with pytest.raises(DataError, match="no prompt of at most --max_seq_len 4"):
         read_prompts([path], tokenizer, 4)
 
