@@ -62,8 +62,8 @@ def call(what: str, function: Callable, *arguments: Any) -> Any:
         frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
         file = getattr(getattr(function, "__code__", None), "co_filename", None)
         own = [frame for frame in frames if frame.filename == file] or frames
-        place = f'{own[-1].filename}, line {own[-1].lineno}: "{own[-1].line}"' if own else "before its first line"
-        raise UserError(f"{what} failed in {place}: {type(error).__name__}: {error}") from error
+        place = f'in {own[-1].filename}, line {own[-1].lineno}: "{own[-1].line}"' if own else "before its first line"
+        raise UserError(f"{what} failed {place}: {type(error).__name__}: {error}") from error
 
 
 def _module(where: str) -> ModuleType:

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = frozen(model, device, run.dtype) if config.beta else None
     judge = ModelReward(config.reward_model_path, device, run.dtype) if config.reward_model_path else None
     rewards = Rewards(config.reward, judge)
-    how = (config.on_bad_line, config.data_format, rewards.check_row, ranks.say)
+    how = (config.on_bad_line, ranks.say, config.data_format, rewards.check_row)
     data = Rollouts(
         read_prompts(config.data_path, tokenizer, config.max_seq_len, *how),
         tokenizer,

@@ -81,9 +81,9 @@ def read_prompts(
     tokenizer: Tokenizer,
     max_seq_len: int,
     on_bad_line: str = "error",
+    log: Callable[[str], None] = print,
     data_format: str = "auto",
     check: Callable[[dict[str, Any]], None] | None = None,
-    log: Callable[[str], None] = print,
 ) -> list[Prompt]:
     """Read `{"conversations": [...]}` lines whose last message, the assistant's, is empty or missing.
 
@@ -92,9 +92,9 @@ def read_prompts(
         tokenizer: the model's.
         max_seq_len: most tokens in a prompt; longer ones are dropped, not truncated.
         on_bad_line: "error" or "skip".
-        data_format: as for `build_cache`.
-        check: raises ValueError for a row that cannot be used, such as `Rewards.check_row`.
         log: called with a line about dropped prompts.
+        data_format: as for `build_cache`.
+        check: raises UserError for a row that cannot be used, such as `Rewards.check_row`.
 
     Returns:
         The prompts, in order.

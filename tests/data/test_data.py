@@ -643,6 +643,18 @@ def test_padded_rows_are_minimind_own(tmp_path, tokenizer):
     assert [batch.num_targets for batch in batches] == [(batch.targets != IGNORE_INDEX).sum() for batch in batches]
 
 
+def test_padded_rows_are_shuffled_each_epoch_and_the_order_is_the_positions():
+    cache = fake_cache(range(2, 42))
+    how = {"batch_size": 3, "max_seq_len": 64}
+    shuffled, in_order = PaddedBatches(cache, **how, seed=5), PaddedBatches(cache, **how)
+    plans = [np.concatenate(source.plan(epoch)).tolist() for source in (shuffled, in_order) for epoch in (0, 1)]
+    assert all(sorted(plan) == list(range(40)) for plan in plans)
+    assert plans[2] == plans[3] == list(range(40)) and plans[0] != plans[1] != list(range(40)) != plans[0]
+    assert np.concatenate(PaddedBatches(cache, **how, seed=5).plan(1)).tolist() == plans[1]
+    with pytest.raises(ValueError, match="seed was 5 and is 6 now"):
+        PaddedBatches(cache, **how, seed=6).load_state_dict(shuffled.state_dict())
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=30).filter(lambda s: max(s) >= 2), st.data())
 def test_padded_rows_over_ranks_and_resume(sizes, data):

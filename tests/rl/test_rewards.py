@@ -8,6 +8,7 @@ import torch
 import minimind_fast as mm
 from minimind_fast.data import samples
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.rl import rewards
 from minimind_fast.rl.rewards import ModelReward, Rewards
 
@@ -47,8 +48,53 @@ def test_where_the_expected_answer_stands():
     told = {"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>9</think>8"}]}
     assert rewards.expected_answer(told) == "8"
     assert rewards.expected_answer(row()) is None
-    with pytest.raises(ValueError, match="a row says no answer"):
+    with pytest.raises(ValueError, match="the row says no answer"):
         one(rewards.correct, "5")
+
+
+@pytest.mark.parametrize("empty", ["", "  ", [""], [" "], [], [None]])
+@pytest.mark.parametrize("key", ["answer", "gt"])
+def test_an_empty_answer_is_none_and_no_reward_for_silence(key, empty):
+    assert rewards.expected_answer(row(**{key: empty})) is None
+    with pytest.raises(UserError, match="the row says no answer"):
+        one(rewards.correct, "", **{key: empty})
+
+
+MINE = """
+import json
+
+def value_error(prompts, answers, rows):
+    return [float(json.loads(a)["score"]) for a in answers]
+
+def key_error(prompts, answers, rows):
+    return [rows[0]["nothing"] for a in answers]
+
+def one(prompts, answers, rows):
+    return 1.0
+
+def text(prompts, answers, rows):
+    return ["good" for _ in answers]
+
+def fewer(answers, **rest):
+    return []
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("value_error", r'failed in .*mine\.py, line 5: "return \[float.*JSONDecodeError: Expecting value'),
+        ("key_error", r"failed in .*mine\.py, line 8: .*KeyError: 'nothing'"),
+        ("one", r"must give a list of numbers, one an answer, not 1\.0"),
+        ("text", r"must give numbers, not \['good'\]"),
+        ("fewer", r"failed before its first line: TypeError"),
+    ],
+)
+def test_a_reward_of_the_users_that_fails_is_named_with_its_line(name, problem, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    spec = f"{tmp_path / 'mine.py'}:{name}"
+    with pytest.raises(UserError, match=f"--reward .*mine.py:{name} {problem}"):
+        rewards.Rewards([spec])(["p"], ["a"], [row()])
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from stand_ins import Engine
 
 import minimind_fast as mm
 from minimind_fast.data import samples
-from minimind_fast.data.rows import DataError
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import DataError
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.rl.rewards import Rewards
@@ -164,13 +164,22 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, row, message):
     with pytest.raises(DataError, match=message):
         read_prompts([path], tokenizer, 64)
     said = []
-    assert len(read_prompts([path], tokenizer, 64, "skip", said.append)) == 1 and "left out 1 unusable" in said[0]
+    assert len(read_prompts([path], tokenizer, 64, "skip", said.append)) == 1 and "left out 1 unusable" in said[-1]
+
+
+def test_a_prompt_without_an_answer_is_named_by_its_line(tmp_path, tokenizer):
+    """An empty answer would reward silence."""
+    path = write(tmp_path / "p.jsonl", [{**ask("hi"), "answer": "1"}, {**ask("hi"), "answer": " "}])
+    check = Rewards(["correct"]).check_row
+    with pytest.raises(DataError, match="line 2: .*the row says no answer"):
+        read_prompts([path], tokenizer, 64, check=check)
+    assert len(read_prompts([path], tokenizer, 64, "skip", lambda _: None, check=check)) == 1
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer):
     path = write(tmp_path / "p.jsonl", [ask("hi"), ask("hi " * 99)])
     said = []
-    assert len(read_prompts([path], tokenizer, 64, log=said.append)) == 1 and "1 of 2 prompts are left out" in said[0]
+    assert len(read_prompts([path], tokenizer, 64, log=said.append)) == 1 and "1 of 2 prompts are left out" in said[-1]
     with pytest.raises(DataError, match="no prompt of at most --max_seq_len 4"):
         read_prompts([path], tokenizer, 4)
 
@@ -230,7 +239,7 @@ def test_the_stage_objective_is_that_of_each_answer_alone_with_whole_logits(mode
 
 def test_rows_without_an_answer_are_refused_at_the_start(work, tokenizer):
     prompts = read_prompts([work / "prompts.jsonl"], tokenizer, 64)
-    with pytest.raises(ValueError, match="a row says no answer"):
+    with pytest.raises(ValueError, match="the row says no answer"):
         Rollouts(prompts, tokenizer, Rewards(["correct"]), batch_size=1, generations=2, max_new_tokens=1, seed=0)
 
 
