@@ -296,7 +296,8 @@ def test_shards_with_an_index_come_back(tmp_path):
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    assert files(tmp_path / "m") == {"config.json", "model.safetensors.index.json", *shards}
+    beside = {"config.json", "modeling_minimind.py", "model.safetensors.index.json"}
+    assert files(tmp_path / "m") == {*beside, *shards}
     total = 0
     for shard in shards:
         held = load_file(tmp_path / "m" / shard)
@@ -462,7 +463,8 @@ def test_what_is_not_a_model_is_never_replaced(tmp_path):
 def test_the_tokenizer_and_its_fingerprint_lie_beside_the_weights(tmp_path):
     tokenizer = mm.Tokenizer.load(SAMPLE_TOKENIZER)
     mm.save_pretrained(tiny("dense3", vocab_size=6400), tmp_path / "m", tokenizer=tokenizer)
-    assert files(tmp_path / "m") == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    beside = {"config.json", "modeling_minimind.py", "tokenizer.json", "tokenizer_config.json"}
+    assert files(tmp_path / "m") == {*beside, "model.safetensors"}
     assert tokenizer_fingerprint(tmp_path / "m") == tokenizer.fingerprint
     again = mm.Tokenizer.load(tmp_path / "m")
     chat = [{"role": "user", "content": "你好"}]
