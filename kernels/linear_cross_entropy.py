@@ -8,8 +8,8 @@ Principle:  z = hidden W^T / temperature, a chunk of rows at a time;  lse = log 
 Properties: each matmul costs 2 D V FLOPs a token. Without `grad_weights` there are four: the forward saves hidden and lse
             (4 bytes a token) and the backward recomputes the logits, for any incoming gradient. With `grad_weights` there
             are three: the gradient is known up to one factor, so the forward computes both gradients from its logits and
-            saves those instead. Where V allows, a chunk's logits never leave L2; memory traffic is hidden, W, their
-            gradients, and 8 D V bytes a chunk for d_W's float32 sum.
+            saves those instead. Memory traffic: hidden, W, their gradients, 8 D V bytes a chunk for d_W's float32 sum, and
+            what of a chunk's logits does not stay in L2 (not measured).
             Ignored rows skip the softmax passes but not the matmuls (the host does not know their number).
             Float32 inside (float64 for float64); logits are rounded to the inputs' dtype, as in eager. No atomics, chunks
             in order: two runs agree bitwise. Nothing synchronises with the host.

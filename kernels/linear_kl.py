@@ -8,8 +8,8 @@ Principle:  s = student_hidden W_s^T / temperature, t likewise of the teacher, a
             d_hidden = ds W_s / temperature;  d_W = ds^T student_hidden / temperature, summed over the chunks in float32.
 Properties: FLOPs a token: 2 (D + D') V forward, 2 (3 D + D') V backward. Saved: the inputs, both lse and the divergence (12
             bytes a token); the backward recomputes both sets of logits. The student's gradient overwrites its logits in
-            the chunk's buffer, which stays in L2 where V allows; memory traffic is the inputs, the gradients, and 8 D V
-            bytes a chunk for d_W's float32 sum.
+            the chunk's buffer. Memory traffic: the inputs, the gradients, 8 D V bytes a chunk for d_W's float32 sum, and
+            what of a chunk's logits does not stay in L2 (not measured).
             Masked tokens skip the softmax passes but not the matmuls (the host does not know their number).
             Float32 inside (float64 for float64); logits are rounded to the inputs' dtype, as in eager. No atomics, chunks
             in order: two runs agree bitwise. Nothing synchronises with the host. No gradient reaches the teacher.

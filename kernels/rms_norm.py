@@ -37,7 +37,7 @@ MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: a longer row and its gradients 
 VALUES_PER_THREAD_FWD = 48
 VALUES_PER_THREAD_BWD = 16
 # Backward warps on each SM, as many as its registers hold (up to 130 a thread at 768 columns, 168 at 1024): with more,
-# a second wave would double the time. 15 keep 15 x 4.6 KB = 69 KB in flight (HBM latency needs about 30 KB), and
+# a second wave would double the time. 15 keep 15 x 3 KB = 45 KB in flight, as compiled (HBM latency needs about 30 KB), and
 # their partial rows of dw (132 x 15 x 3 KB = 6 MB) stay in L2 until they are added. Without dw, one tile a program.
 WARPS_PER_SM_BWD, WARPS_PER_SM_BWD_WIDE, WIDE_COLUMNS = 15, 12, 768
 # Sum of the partial rows: 64-byte pieces of 256 rows at a time, so that D / 16 programs share the work.

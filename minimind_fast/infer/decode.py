@@ -25,7 +25,9 @@ from minimind_fast.model import Attention, MiniMind, Packed
 from minimind_fast.ops.documents import Documents, size_for
 
 Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
-_GRAPH_SLOTS = 256  # graphs are captured for multiples of this many visible slots
+# Graphs are captured for this many visible slots, and for twice as many whenever rows outgrow them.
+_GRAPH_SLOTS = 256
+_GRAPH_ROWS = 8  # fewer rows than this decode no faster: weights, not rows, are what a step reads
 
 
 class Prefill(NamedTuple):
@@ -192,11 +194,28 @@ class Decoder:
 
     def _make_fast(self) -> Step:
         # A step references the cache, not this object: a reference cycle would pin gigabytes until the next gc run.
-        if self.device.type == "cuda" and can_capture(self.model):
+        if self._captures():
             return GraphStep(self.model, self.cache)
         if self.device.type == "cpu":
             return CpuStep(self.model, self.cache, self._packs)
         return PlainStep(self.model, self.cache)
+
+    def _captures(self) -> bool:
+        return self.device.type == "cuda" and can_capture(self.model)
+
+    def worth_keeping(self, live: int, rows: int) -> bool:
+        """Whether to drop finished rows now: each time costs a copy of the cache, and with graphs a capture.
+
+        A capture synchronises and takes as long as some tens of steps, so with graphs rows go by halves and down to a few:
+        a batch of B rows is captured at most log2(B / 8) times on the way.
+
+        Args:
+            live: rows that go on.
+            rows: rows in the cache.
+        """
+        if self._captures():
+            return rows > _GRAPH_ROWS and 2 * live <= rows
+        return 4 * (rows - live) >= rows
 
     @torch.inference_mode()
     def keep(self, rows: list[int], ids: Tensor) -> Tensor:
@@ -257,11 +276,19 @@ def can_capture(model: MiniMind) -> bool:
     return all(how.startswith("kernel") for op, how in found.items() if op in ("moe_route", "moe_mlp"))
 
 
+def graph_slots(used: int, all_slots: int) -> int:
+    """Slots that a graph covers: the least doubling of 256 that holds those in use, at most the cache's."""
+    slots = _GRAPH_SLOTS
+    while slots < used:
+        slots *= 2
+    return min(slots, all_slots)
+
+
 class GraphStep:
     """`PlainStep` as CUDA graphs: one launch per token instead of some hundred.
 
-    A graph has fixed shapes, so it covers a multiple of 256 slots with the unused ones masked; a new one is captured when
-    the rows outgrow it. All share one memory pool.
+    A graph has fixed shapes, so it covers more slots than are used, the others masked; one with twice as many is captured
+    when the rows outgrow it. All share one memory pool.
 
     Args:
         model: in evaluation mode.
@@ -286,7 +313,7 @@ class GraphStep:
         return self.logits.clone()  # the next replay overwrites this buffer
 
     def _capture(self, used: int) -> None:
-        slots = min(-(-used // _GRAPH_SLOTS) * _GRAPH_SLOTS, self.plain.cache.shape[-2])
+        slots = graph_slots(used, self.plain.cache.shape[-2])
         # Warm-up outside the capture compiles and selects kernels. It writes the same values to the same slots as the
         # replay.
         side = torch.cuda.Stream()

@@ -217,8 +217,7 @@ def _steps(
             for i, stop in zip(places, stopped, strict=True):
                 if stop:
                     rows[i] = None
-            # Compaction copies the cache, so wait until a quarter of the batch has finished.
-            if 4 * rows.count(None) >= len(rows):
+            if decoder.worth_keeping(len(rows) - rows.count(None), len(rows)):
                 kept = [i for i, row in enumerate(rows) if row is not None]
                 rows = [rows[i] for i in kept]
                 ids = decoder.keep(kept, ids)

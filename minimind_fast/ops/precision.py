@@ -141,3 +141,10 @@ def exact_matmuls() -> Iterator[None]:
         yield
     finally:
         _matmuls(**before)
+
+
+def repeat_sums() -> None:
+    """Add in a fixed order from now on, before the first matmul on a GPU; an op that cannot is an error, not a surprise."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat its choices
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  that is for finding faults
+    torch.use_deterministic_algorithms(True)

@@ -107,6 +107,9 @@ class TrainConfig:
     cuda_graphs: bool = option(
         False, "replay forward and backward as CUDA graphs (GPU; for micro-batches below 20k tokens)"
     )
+    deterministic: bool = option(
+        False, "repeat a GPU run to the bit: sums in a fixed order, slower attention gradients (a CPU always repeats)"
+    )
     num_threads: int = option(0, "CPU threads of this rank (0: cores shared among the ranks)")
     # logs and checkpoints
     log_interval: int = option(10, "optimizer steps between log lines")

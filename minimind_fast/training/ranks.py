@@ -38,6 +38,7 @@ def prepare(num_threads: int = 0) -> torch.device:
         one = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(one, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     gpu = torch.cuda.is_available()
+    grow_segments()
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
@@ -51,6 +52,17 @@ def prepare(num_threads: int = 0) -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device() if gpu else None)
     return device()
+
+
+def grow_segments() -> None:
+    """Let PyTorch's allocator grow its segments, unless the user has set it up; before the first tensor on a GPU.
+
+    Packs vary in length, and blocks of one length are cut out of segments made for another: what is left over is too small
+    for the next. A segment that grows leaves no such rest.
+    """
+    names = [f"PYTORCH_{kind}ALLOC_CONF" for kind in ("", "CUDA_", "HIP_")]  # the older two are still read
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 def device() -> torch.device:

@@ -108,6 +108,8 @@ def begin(options: Options, stage: Stage) -> Run[Options]:
     """
     ranks.prepare(options.num_threads)
     run = resolve(options, stage, ranks.world()[1])
+    if run.config.deterministic:
+        precision.repeat_sums()
     ops.use(run.config.kernels)
     use_attention(run.config.attention)
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # noqa: NPY002

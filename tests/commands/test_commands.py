@@ -52,6 +52,8 @@ NOT_RUN = {
     "--tokenizer_path FOLDER": "needs a network for wheels; tests/benchmarks/test_gpu_button.py packs without them",
     "benchmarks/gpu.sh --dry-run": "minutes; tests/benchmarks/test_gpu_button.py goes through its parts",
     "benchmarks/gpu.sh --second --dry-run": "minutes; tests/benchmarks/test_gpu_button.py goes through its parts",
+    "benchmarks/gpu.sh --archive all.tar.gz": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
+    "benchmarks/gpu.sh --third": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "benchmarks/gpu.sh": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "benchmarks/gpu.sh --second": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "PARTS=verify benchmarks/gpu.sh": "needs a GPU; tests/benchmarks/test_gpu_button.py chooses parts",

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import math
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import minimind_fast as mm
+from minimind_fast.infer import decode
 from minimind_fast.infer.decode import Decoder, GraphStep, PlainStep, can_capture, new_cache
 from minimind_fast.infer.generate import Stream, complete, generate, generate_batch, stream
 from minimind_fast.infer.sampling import Noise, Sampling, choose, keep_likely, penalize, row_seed
@@ -576,3 +578,31 @@ def test_the_same_seed_draws_the_same_on_a_gpu():
         for d in ("cpu", "cuda")
     ]
     assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize(("rows", "new_tokens", "mean"), [(64, 512, 150), (64, 1024, 300), (256, 1024, 300)])
+def test_a_rollout_captures_a_bounded_number_of_graphs(monkeypatch, rows, new_tokens, mean):
+    """Rows end one by one, as sampled answers do. A stand-in counts the captures."""
+    captures = []
+
+    class Counted:
+        def __init__(self, cache):
+            self.cache, self.slots = cache, 0
+
+        def __call__(self, ids, _positions, used, _level):
+            if used > self.slots:
+                self.slots = decode.graph_slots(used, self.cache.shape[-2])
+                captures.append((len(ids), self.slots))
+            logits = torch.zeros(len(ids), 64)
+            logits[:, 2] = math.log(63 / (mean - 1))  # the end's probability is 1 / mean
+            return logits
+
+    monkeypatch.setattr(decode.Decoder, "_captures", lambda _: True)
+    monkeypatch.setattr(decode.Decoder, "_make_fast", lambda self: Counted(self.cache))
+    shape = dict(hidden_size=16, num_hidden_layers=1, vocab_size=64, intermediate_size=16)
+    config = mm.ModelConfig.preset("minimind3", num_attention_heads=2, num_key_value_heads=1, **shape)
+    complete(mm.MiniMind(config).eval(), [[5] * 100] * rows, Sampling(1.0), max_new_tokens=new_tokens, seed=1)
+    halvings = math.ceil(math.log2(rows / decode._GRAPH_ROWS))
+    doublings = math.ceil(math.log2((100 + new_tokens) / decode._GRAPH_SLOTS))
+    assert 2 <= len(captures) <= 1 + halvings + doublings <= 9
+    assert all(2 * after <= before or after == before for (before, _), (after, _) in itertools.pairwise(captures))

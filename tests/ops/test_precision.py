@@ -1,6 +1,7 @@
 """Which precision `auto` chooses from a CPU's flags, and whether those tell the truth."""
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -221,3 +222,18 @@ def test_cublas_is_switched_in_one_place():
         )
     }
     assert found == {"minimind_fast/ops/precision.py"}
+
+
+def test_deterministic_is_asked_of_pytorch_and_cublas(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        precision.repeat_sums()
+        assert (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from launching import finish_all, run, start
 
 import minimind_fast as mm
-from minimind_fast.training import losses
+from minimind_fast.training import losses, ranks
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import param_groups
 from minimind_fast.training.log import clock, draw_loss
@@ -350,3 +351,31 @@ def test_the_bf16_step_is_deepspeed_s(two_steps):
         assert ours["masters"] == pytest.approx(theirs["masters"], abs=2e-5)
     steps = [ours["masters"] for _, ours in two_steps]
     assert steps[0] != steps[1]  # the second was clipped
+
+
+def test_segments_grow_unless_the_user_has_set_the_allocator_up(monkeypatch):
+    names = [f"PYTORCH_{kind}ALLOC_CONF" for kind in ("", "CUDA_", "HIP_")]
+    for own in (None, *names):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        if own:
+            monkeypatch.setenv(own, "max_split_size_mb:512")
+        ranks.grow_segments()
+        assert {name: os.environ[name] for name in names if name in os.environ} == (
+            {own: "max_split_size_mb:512"} if own else {names[0]: "expandable_segments:True"}
+        )
+
+
+def test_a_run_sets_its_allocator_up_before_it_touches_the_gpu(monkeypatch):
+    """The allocator reads its settings once, at the first tensor."""
+    told = []
+    monkeypatch.setattr(ranks, "grow_segments", lambda: told.append("segments"))
+    monkeypatch.setattr(ranks, "matmuls_for_training", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: told.append("device"))
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: told.append("group"))
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    ranks.prepare()
+    assert told == ["segments", "device", "group"]
