@@ -267,11 +267,18 @@ def test_a_kernel_addresses_more_than_2_31_elements(op):
     assert max(watcher.largest.values()) > 2**31
 
 
+SHAPES = [
+    pytest.param(op, preset, dtype, id=f"{op}-{preset}-{dtype}")
+    for op in ops.NAMES
+    for preset in MODELS
+    for dtype in (torch.float16, torch.float32)
+    # Thousands of launches, one chunk after another, whose addresses begin anew in each: in one dtype.
+    if ops.OPS[op].preset_case(preset, 1) and not (op.startswith("linear_") and dtype == torch.float32)
+]
+
+
 @pytest.mark.proof
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(
-    "op, preset", [(op, preset) for op in ops.NAMES for preset in MODELS if ops.OPS[op].preset_case(preset, 1)]
-)
+@pytest.mark.parametrize("op, preset, dtype", SHAPES)
 def test_every_kernel_of_every_model_addresses_more_than_memory_holds(op, preset, dtype):
     assert_shape_clean(op, preset, dtype)
 

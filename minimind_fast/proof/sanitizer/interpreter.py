@@ -50,8 +50,9 @@ class Watcher:
     def report(self, kind: str, argument: str = "", detail: str = "") -> None:
         self.findings.add(kind, self.kernel, argument, self.program, detail)
 
-    def begin(self, arguments: dict[str, Any]) -> None:
-        """A launch begins; `arguments` by name, tensors too."""
+    def begin(self, arguments: dict[str, Any]) -> bool:
+        """A launch begins, `arguments` by name, tensors too; whether to run it."""
+        return True
 
     def address(self, name: str, tensor: torch.Tensor) -> int:
         """Where the kernel shall believe that a tensor lies."""
@@ -177,12 +178,13 @@ def _unknown(name: str) -> Any:
 
 
 def _executor(watcher: Watcher) -> Any:
-    def execute(self, *args, **kwargs):
+    def execute(self: Any, *args: Any, **kwargs: Any) -> None:
         names = inspect.getfullargspec(self.fn).args
         bound = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
         watcher.kernel = self.fn.__name__
         watcher.launches += 1
-        watcher.begin(bound)
+        if not watcher.begin(bound):
+            return
         with watcher.running(), _interpreting(self.fn, watcher):
             given = {}
             for name, value in bound.items():
@@ -192,7 +194,7 @@ def _executor(watcher: Watcher) -> Any:
                     given[name] = value
                 else:
                     given[name] = interpreter._implicit_cvt(int(value) if isinstance(value, torch.SymInt) else value)
-            grid = self.grid(given) if callable(self.grid) else self.grid
+            grid: Any = self.grid(given) if callable(self.grid) else self.grid
             x, y, z = (int(size) for size in (*grid, 1, 1, 1)[:3])
             builder = interpreter.interpreter_builder
             builder.set_grid_dim(x, y, z)

@@ -62,7 +62,7 @@ class Shadow(Watcher):
         self.arguments: dict[str, _Argument] = {}
         self.accesses = 0
 
-    def begin(self, arguments: dict[str, Any]) -> None:
+    def begin(self, arguments: dict[str, Any]) -> bool:
         storages: dict[int, _Storage] = {}
         self.arguments = {}
         for name, tensor in arguments.items():
@@ -71,6 +71,7 @@ class Shadow(Watcher):
                 key = storage.data_ptr()
                 storages[key] = storages.get(key) or _Storage(storage)
                 self.arguments[name] = _Argument(tensor, storages[key])
+        return True
 
     def order(self, count: int) -> Iterable[int]:
         programs = list(range(count))

@@ -68,9 +68,9 @@ class _Argument:
 
     def __init__(self, tensor: torch.Tensor, start: int) -> None:
         self.item, self.shape = tensor.element_size(), tuple(tensor.shape)
-        self.address = start + tensor.storage_offset() * self.item
+        self.address = start + int(tensor.storage_offset()) * self.item
         lengths = zip(tensor.shape, tensor.stride(), strict=True)
-        self.last = sum((size - 1) * stride for size, stride in lengths) if tensor.numel() else -1
+        self.last = sum(int((size - 1) * stride) for size, stride in lengths) if tensor.numel() else -1
         self.floating = tensor.is_floating_point()
 
 
@@ -85,9 +85,8 @@ class Virtual(Watcher):
         self.largest: dict[tuple[str, str], int] = {}  # (kernel, argument) -> the largest element
         self._signatures: set[Any] = set()
         self._times: Counter[str] = Counter()
-        self._run = True
 
-    def begin(self, arguments: dict[str, Any]) -> None:
+    def begin(self, arguments: dict[str, Any]) -> bool:
         starts: dict[int, int] = {}
         self.arguments, self.sizes = {}, {}
         for name, value in arguments.items():
@@ -103,15 +102,14 @@ class Virtual(Watcher):
         signature = self.kernel, *shapes, *self.sizes.items()
         self._times[self.kernel] += 1
         count = self._times[self.kernel]
-        self._run = signature not in self._signatures or count & (count - 1) == 0
+        run = signature not in self._signatures or count & (count - 1) == 0
         self._signatures.add(signature)
+        return run
 
     def address(self, name: str, tensor: torch.Tensor) -> int:
         return self.arguments[name].address
 
     def order(self, count: int) -> Iterable[int]:
-        if not self._run:
-            return ()
         some = {0, 1, count // 2, count - 2, count - 1, *(self.random.randrange(count) for _ in range(EXTRA_PROGRAMS))}
         return sorted(program for program in some if 0 <= program < count)
 
