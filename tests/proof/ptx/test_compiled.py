@@ -144,6 +144,7 @@ KINDS = [
         "_route_plan_kernel",
         {"barrier removed": 1, "scan halved": 4, "mask shifted": 8},
     ),
+    ("sm_80", "moe_route", "minimind3-moe T", "_route_dw_kernel", {"barrier removed": 1}),
     ("sm_80", "moe_mlp", "one expert has half", "_moe_gate_up_kernel", {"scan halved": 1, "mask shifted": 2}),
 ]
 
