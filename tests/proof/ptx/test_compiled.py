@@ -131,8 +131,9 @@ def test_whole_models(tmp_path, target):
 # maximum only keeps exp from overflowing, and halves of a tie are equal: a half of such a reduction is no fault.
 KINDS = [
     ("sm_80", "swiglu", "odd width", "_swiglu_fwd_kernel", {}),
-    ("sm_80", "rope", "minimind3 ", "_rope_bwd_kernel", {}),
-    ("sm_80", "rms_norm", "odd width", "_rms_norm_fwd_kernel", {}),
+    ("sm_80", "rope", "odd head_dim half", "_rope_bwd_kernel", {"shuffle halved": 20, "mask shifted": 1}),
+    ("sm_80", "rms_norm", "odd width", "_rms_norm_bwd_kernel", {}),
+    ("sm_80", "rms_norm", "minimind3-moe", "_rms_norm_dw_kernel", {}),
     ("sm_80", "linear_cross_entropy", "prime", "_linear_cross_entropy_fwd_kernel", {"shuffle halved": 7}),
     ("sm_80", "linear_kl", "wider", "_linear_kl_fwd_kernel", {"shuffle halved": 12}),
     ("sm_80", "moe_route", "odd sizes", "_route_fwd_kernel", {"shuffle halved": 8, "mask shifted": 1}),
@@ -141,9 +142,10 @@ KINDS = [
         "moe_route",
         "documents",
         "_route_plan_kernel",
-        {"barrier removed": 1, "scan halved": 4, "mask shifted": 9},
+        {"barrier removed": 1, "scan halved": 4, "mask shifted": 8},
     ),
-    ("sm_90", "moe_mlp", "odd sizes", "_moe_gate_up_kernel", {}),
+    ("sm_80", "moe_route", "minimind3-moe T", "_route_dw_kernel", {"barrier removed": 1}),
+    ("sm_80", "moe_mlp", "one expert has half", "_moe_gate_up_kernel", {"scan halved": 1, "mask shifted": 2}),
 ]
 
 
