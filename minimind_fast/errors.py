@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """Something is wrong with the user's data; the message names the file, the line and the fault."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot continue; the message says why and what to do."""

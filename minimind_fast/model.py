@@ -3,8 +3,7 @@
 Purpose: tokens in, logits or per-token log-probabilities of the targets out.
 Principle: everything runs on one packed stream of T tokens. Rows (B, T) are a stream of B equal documents. Each block
     takes the residual stream h and the last branch's output, adds and normalises them in one op, and returns the same
-    pair: every addition is fused. A context object decides how tokens attend: packed training here, a KV cache in
-    `infer/decode.py`.
+    pair: every addition is fused. A context object decides how tokens attend: packed here, by a KV cache in `infer`.
 Properties: q, k, v are one matmul, gate and up another, experts are stacked; `weights/checkpoint.py` maps these to
     MiniMind's names on disk. The head's matmul and the cross-entropy are one op in the head's forward: the full logits
     are never stored, and ZeRO-3 gathers the head's weight as for any module.
@@ -447,5 +446,5 @@ class MiniMind(nn.Module):
 
 
 def _size(p: Tensor) -> int:
-    """Elements of the whole parameter; the engine notes them where only a shard stays on this rank."""
+    """Elements of the whole parameter; the engine notes them where only a shard stays here."""
     return getattr(p, "whole_numel", p.numel())

@@ -1,6 +1,6 @@
 """The ranks of a run: how a process joins, under any launcher, and how it leaves.
 
-Purpose: `prepare()` before anything else, `world()`, `leave()`; the same under `deepspeed`, `torchrun` and plain `python`.
+Purpose: `start(main)` runs a script; `prepare()` makes it a rank under `deepspeed`, `torchrun` or plain `python`; `leave()`.
 Principle: launchers assign ranks in environment variables; without them the process is a world of one.
 Properties: no environment variable must be set by hand; no rank waits for one that failed (`together`, `first`).
 """
@@ -11,15 +11,63 @@ import contextlib
 import os
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from minimind_fast.errors import UserError
+import minimind_fast
+from minimind_fast import console, ops
+from minimind_fast.errors import TrainingStopped, UserError
 from minimind_fast.ops.cpu.allocator import keep_freed_memory
 from minimind_fast.ops.precision import matmuls_for_training
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Run a stage's main function; a user's error becomes a sentence, any other keeps its traceback; exit code 1.
+
+    Args:
+        main: the script's function without arguments.
+    """
+    _with_own_package(Path(main.__code__.co_filename).resolve())
+    console.any_text_may_be_printed()
+    code = 0
+    try:
+        main()
+    except (UserError, TrainingStopped, ops.BrokenPromise) as error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"\nError: {error}", file=sys.stderr, flush=True)
+            if isinstance(error.__cause__, Exception) and os.environ.get("MINIMIND_DEBUG"):
+                traceback.print_exception(error.__cause__)
+        code = 1
+    except Exception as error:
+        traceback.print_exc()
+        print(
+            f"\nThe program failed {console.part(error)}; this is not a wrong option or file.",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = 1
+    leave(code)
+    if code:
+        sys.exit(code)
+
+
+def _with_own_package(script: Path) -> None:
+    """Restart if Python found another checkout's package (an editable install), not the script's own."""
+    root = script.parents[1]
+    own, found = root / "minimind_fast" / "__init__.py", Path(minimind_fast.__file__)
+    if not own.is_file() or own.samefile(found):
+        return
+    path = os.environ.get("PYTHONPATH", "")
+    if str(root) in path.split(os.pathsep):
+        sys.exit(f"Error: {script} belongs to {root}, but Python takes the package in {found.parent}: install {root}")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare(num_threads: int = 0) -> torch.device:

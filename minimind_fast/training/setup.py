@@ -16,17 +16,14 @@ import random
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-import minimind_fast
-from minimind_fast import console, ops, plugins
+from minimind_fast import ops, plugins
 from minimind_fast.config import IGNORE_INDEX, ModelConfig, ends_at
 from minimind_fast.data import samples
 from minimind_fast.data.batches import Batch, Batches
@@ -34,7 +31,6 @@ from minimind_fast.data.cache import Encoder, build_cache
 from minimind_fast.data.chats import PROMPTS
 from minimind_fast.data.packing import PackedBatches, PaddedBatches, Prefetcher
 from minimind_fast.data.tokenizer import Tokenizer
-from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
 from minimind_fast.ops.attention import chosen, leave_out_of_compilation
@@ -44,56 +40,14 @@ from minimind_fast.training import graphs, losses, ranks, resume, words
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import Engine
 from minimind_fast.training.losses import LossFunction, StepLoss
+from minimind_fast.training.ranks import start  # noqa: F401  what a script ends with: setup.start(main)
 from minimind_fast.training.run import Run, Stage, resolve
-from minimind_fast.training.trainer import Hooks, Trainer, TrainingStopped
+from minimind_fast.training.trainer import Hooks, Trainer
 from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder
 from minimind_fast.weights.files import check_free
 from minimind_fast.weights.open import check_match, check_size, tokenizer_of
 
 Options = TypeVar("Options", bound=TrainConfig)
-
-
-def start(main: Callable[[], Any]) -> None:
-    """Run a stage's main function; a user's error becomes a sentence, any other keeps its traceback; exit code 1.
-
-    Args:
-        main: the script's function without arguments.
-    """
-    _with_own_package(Path(main.__code__.co_filename).resolve())
-    console.any_text_may_be_printed()
-    code = 0
-    try:
-        main()
-    except (UserError, TrainingStopped, ops.BrokenPromise) as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"\nError: {error}", file=sys.stderr, flush=True)
-            if isinstance(error.__cause__, Exception) and os.environ.get("MINIMIND_DEBUG"):
-                traceback.print_exception(error.__cause__)
-        code = 1
-    except Exception as error:
-        traceback.print_exc()
-        print(
-            f"\nThe program failed {console.part(error)}; this is not a wrong option or file.",
-            file=sys.stderr,
-            flush=True,
-        )
-        code = 1
-    ranks.leave(code)
-    if code:
-        sys.exit(code)
-
-
-def _with_own_package(script: Path) -> None:
-    """Restart if Python found another checkout's package (an editable install), not the script's own."""
-    root = script.parents[1]
-    own, found = root / "minimind_fast" / "__init__.py", Path(minimind_fast.__file__)
-    if not own.is_file() or own.samefile(found):
-        return
-    path = os.environ.get("PYTHONPATH", "")
-    if str(root) in path.split(os.pathsep):
-        sys.exit(f"Error: {script} belongs to {root}, but Python takes the package in {found.parent}: install {root}")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), path]))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def begin(options: Options, stage: Stage) -> Run[Options]:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from minimind_fast import ops
 from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import TrainingStopped
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.cards import peak_flops
 from minimind_fast.training import ranks, resume, words
@@ -44,10 +45,6 @@ SAVE_EVERY_S = 600  # with --save_interval 0
 _WARNINGS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *_WARNINGS)
 SECOND_SIGNAL_S = 2.0  # a launcher forwards Ctrl-C as SIGTERM at once; a second signal after this means "now"
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

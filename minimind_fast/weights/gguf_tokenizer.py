@@ -15,6 +15,7 @@ from typing import Any
 
 from minimind_fast.config import ModelConfig
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 # Qwen2's and Llama 3's patterns differ in the number of digits that a word may have.
@@ -62,7 +63,7 @@ def pre_tokenizer(tokenizer: Tokenizer) -> str:
     if any(token[key] for token in state["added_tokens"] for key in ("lstrip", "rstrip", "single_word")):
         problems.append("its special tokens take spaces with them")
     if problems or name is None:
-        raise ValueError(f"{tokenizer.source}: llama.cpp cannot use this tokenizer: {'; '.join(problems)}")
+        raise UserError(f"{tokenizer.source}: llama.cpp cannot use this tokenizer: {'; '.join(problems)}")
     return name
 
 
@@ -78,7 +79,7 @@ def write_tokenizer(gguf: Any, writer: Any, tokenizer: Tokenizer, config: ModelC
         ValueError: the tokenizer cannot be stored, or has more ids than the model has embeddings.
     """
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     rule = pre_tokenizer(tokenizer)
     kinds = gguf.TokenType
     tokens, types = [f"[PAD{i}]" for i in range(config.vocab_size)], [int(kinds.UNUSED)] * config.vocab_size

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from minimind_fast import ops
+from minimind_fast.errors import UserError
 from minimind_fast.proof.ptx.execute import Code, decode, narrowest, run
 from minimind_fast.proof.ptx.findings import Record
 from minimind_fast.proof.ptx.fresh import marked_memory
@@ -126,7 +127,7 @@ def executed(target: str, change: Change | None = None) -> Iterator[Record]:
         RuntimeError: Triton was imported with its interpreter.
     """
     if target not in EXECUTABLE:
-        raise ValueError(f"cannot execute {target}; choose of {', '.join(EXECUTABLE)}")
+        raise UserError(f"cannot execute {target}; choose of {', '.join(EXECUTABLE)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 leaves no compiler: kernels are executed from PTX without it")
     record = Record()
