@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
 
     for row in found:
         rows.append(row)
-        print(json.dumps(to_json(row)) if streamed else format_row(row), flush=True)
         if args.json and not streamed and time.monotonic() > written + WRITE_EVERY_S:
             write(complete=False)
             written = time.monotonic()
+        print(json.dumps(to_json(row)) if streamed else format_row(row), flush=True)
     failed = [row for row in rows if not row["passed"]]
     if streamed:
         return 1 if failed else 0

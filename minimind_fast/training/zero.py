@@ -111,7 +111,10 @@ _OURS_ONLY = ("optimizer", "scheduler", "train_batch_size")
 
 
 def _read(file: str) -> dict[str, Any]:
-    raw = read_json(file)
+    try:
+        raw = read_json(file)
+    except UserError as error:
+        raise UserError(f"--deepspeed_config {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"--deepspeed_config {file}: must hold a JSON object")
     return raw

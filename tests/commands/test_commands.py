@@ -54,7 +54,6 @@ NOT_RUN = {
     "benchmarks/gpu.sh --second --dry-run": "minutes; tests/benchmarks/test_gpu_button.py goes through its parts",
     "benchmarks/gpu.sh --archive all.tar.gz": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "benchmarks/gpu.sh --third": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
-    "benchmarks/gpu.sh": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "benchmarks/gpu.sh --second": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "PARTS=verify benchmarks/gpu.sh": "needs a GPU; tests/benchmarks/test_gpu_button.py chooses parts",
     "python train/pipeline.py --save_dir out/try --max_steps 3": "tests/stages/test_pipeline.py runs the chain so",
@@ -232,7 +231,8 @@ class Reader:
             shutil.rmtree(self.folder / argv[place], ignore_errors=True)
         text = self.run("minimind-fast", words, said, before)
         if place:
-            self.left(argv[place] if argv[place].endswith(".pth") else f"{argv[place]}/config.json")
+            is_file, inside = argv[place].endswith((".pth", ".gguf")), "model.gguf" if "gguf" in argv else "config.json"
+            self.left(argv[place] if is_file else f"{argv[place]}/{inside}")
         else:
             wanted = {"verify": r"\d+ of \d+ pass", "plan": "GPU", "eval": "usage", "generate": r"\S", "chat": r"\S"}
             assert re.search(wanted[argv[0]], text), text

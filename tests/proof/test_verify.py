@@ -244,7 +244,7 @@ def test_a_failing_kernel_gives_exit_code_1(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(ops, "kernel", lambda name: lambda gate_up: reference.swiglu(gate_up) * 1.01)
     assert verify.main([*SWIGLU, "--jobs", "0"]) == 1
-    assert "FAIL swiglu: minimind3 T=" in capsys.readouterr().out
+    assert "FAIL swiglu: " in capsys.readouterr().out
 
 
 def test_of_failures_the_smallest_case_is_told():
@@ -275,7 +275,7 @@ def test_of_failures_the_smallest_case_is_told():
     [
         (["--ops", "nope"], "unknown op nope; choose of rms_norm"),
         (["--dtype", "int8"], "unknown dtype int8"),
-        (["--device", "cpu", "--dtype", "bfloat16"], "bfloat16 needs a GPU"),
+        (["--device", "cpu", "--dtype", "bfloat16"], "interpreter is wrong in it; use a GPU"),
     ],
 )
 def test_wrong_usage_is_told(argv, message, capsys):
