@@ -54,6 +54,7 @@ def test_joined_rows_are_the_packs_tokens(tmp_path):
         assert rows.num_targets == (rows.targets != IGNORE_INDEX).sum() > 0.9 * whole
 
 
+@pytest.mark.slow
 def test_three_rungs_are_timed_compared_and_written(tmp_path):
     options = "--preset tiny --pack_tokens 1024 --warm 1 --steps 2 --turns 1 --threads 1 --rungs eager joined ours"
     run("benchmarks.studies.train_step", [*options.split(), "--out", tmp_path], cwd=ROOT)

@@ -228,7 +228,10 @@ class Reader:
                 shutil.copytree(self.folder / "out" / "hf", self.folder / argv[1])
         place = PLACE_OF_RESULT.get(" ".join(argv[: 2 if argv[0] == "lora" else 1]))
         if place:  # two pages may name the same
-            shutil.rmtree(self.folder / argv[place], ignore_errors=True)
+            there = self.folder / argv[place]
+            shutil.rmtree(there, ignore_errors=True)
+            for file in (there, there.with_suffix(".Modelfile")):
+                file.unlink(missing_ok=True)
         text = self.run("minimind-fast", words, said, before)
         if place:
             is_file, inside = argv[place].endswith((".pth", ".gguf")), "model.gguf" if "gguf" in argv else "config.json"

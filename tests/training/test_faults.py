@@ -144,6 +144,7 @@ def test_another_shape_is_told_before_anything_is_loaded(trained, tmp_path):
 # --------------------------------------------------------------------------------------------------- signals and screens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_lost_terminal_and_slurms_warning_save_and_end(corpus, tmp_path, number):
     args = [*TINY, *corpus, "--save_dir", tmp_path, "--max_steps", 100_000, "--epochs", 100_000]
@@ -155,6 +156,7 @@ def test_a_lost_terminal_and_slurms_warning_save_and_end(corpus, tmp_path, numbe
     assert mm.load_pretrained(tmp_path / "pretrain" / "weights").num_parameters() > 0
 
 
+@pytest.mark.slow
 def test_under_nohup_a_lost_terminal_does_not_end_the_run(corpus, tmp_path):
     args = [*TINY, *corpus, "--save_dir", tmp_path, "--max_steps", 100_000, "--epochs", 100_000]
     processes = start("pretrain.py", args, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")

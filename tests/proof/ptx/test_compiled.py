@@ -50,6 +50,7 @@ def test_a_few_cases_in_bfloat16_on_a_hopper(tmp_path):
         assert row["executed"]["programs"] and {"out0"} <= row["results"].keys()
 
 
+@pytest.mark.slow
 def test_matmuls_run_on_the_cards_own_matrix_instructions(tmp_path):
     argv = ("--ops", "moe_route", "--dtype", "float16", "--models", "no", "--case", "many experts")
     hopper, said = verify(tmp_path, "sm_90", *argv)
