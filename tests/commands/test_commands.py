@@ -40,6 +40,8 @@ NO_LM_EVAL = "lm-eval is not installed here; tests/weights/test_exchange.py hold
 NOT_RUN = {
     "make test": "it is this suite",
     "make aot": "minutes; CI runs it after the suite",
+    "make proof": "an hour; its parts are tests of their own",
+    "minimind-fast verify --device ptx:sm_90 --ops swiglu": "a minute; tests/proof/ptx/test_compiled.py runs such cases",
     "make bench": "minutes; tests/benchmarks/test_bench.py runs some of the suite",
     "pytest benchmarks/ --benchmark-json=run.json": "minutes; tests/benchmarks/test_bench.py runs some of the suite",
     "python -m benchmarks.report suite run.json": "needs the file of the line before; test_bench.py has others",
@@ -48,6 +50,7 @@ NOT_RUN = {
     f"{LM_EVAL},add_bos_token=True --device cpu --batch_size 8 --include_path tasks --tasks my_choices": NO_LM_EVAL,
     f"{LM_EVAL} --device cpu --batch_size 8 --include_path tasks --tasks my_texts": NO_LM_EVAL,
     "pip install -c constraints.txt -e '.[serve]'": "needs a network",
+    "pip install -c constraints.txt -e '.[gguf]'": "needs a network",
     "python -m benchmarks.pack_for_gpu --data_path pretrain.jsonl --val_data_path val.jsonl --sft_data_path chats.jsonl "
     "--tokenizer_path FOLDER": "needs a network for wheels; tests/benchmarks/test_gpu_button.py packs without them",
     "benchmarks/gpu.sh --dry-run": "minutes; tests/benchmarks/test_gpu_button.py goes through its parts",

@@ -67,13 +67,11 @@ def test_every_model_on_every_architecture(tmp_path, request):
     )
 
 
-@pytest.mark.aot
+@pytest.mark.proof
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_compilation_that_can_be_met(tmp_path, request, dtype):
+def test_every_compilation_that_can_be_met(tmp_path, dtype):
     """One token (integers that are 1 become constants), a number that 16 does not divide, verify's cases, the large ones."""
-    if "aot" not in request.config.getoption("markexpr"):
-        pytest.skip("minutes of compilation: run with -m aot, as CI does")
     found = compile_all(tmp_path, "--shapes", "all", "--targets", "sm_80,sm_90", "--dtype", dtype, timeout_s=2900)
     assert {row["op"] for row in found["kernels"]} == set(ops.NAMES)
     assert not [row for row in found["kernels"] if row["problems"]]
