@@ -344,6 +344,8 @@ def test_every_command_does_what_it_says(reader):
     if not reader.interprets:
         for page in PAGES:
             for number, block in enumerate(fenced(page.read_text(encoding="utf-8"), "python")):
+                if "setup.begin(" in block:  # half an hour of training; tests/training/test_run.py cuts it short
+                    continue
                 script = reader.folder / f"{page.stem}_{number}.py"
                 script.write_text(SOMETHING + block, encoding="utf-8")
                 reader.run(script.name, [])
