@@ -175,6 +175,26 @@ def _read(item: Any, formats: Formats) -> dict[str, Any] | BadRow | None:
         return BadRow(str(error))
 
 
+def read_utf8(path: str | os.PathLike[str]) -> str:
+    """Read a file of text.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8; names the line.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}): convert it") from None
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a file that holds one JSON value: a config, a list of tools.
 
@@ -184,22 +204,28 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         UserError: it cannot be read, or is not JSON in UTF-8; names the line.
     """
+    text = read_utf8(path)
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json.loads(text, object_pairs_hook=_without_twins)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}): convert it") from None
     except UnicodeEncodeError:
         raise UserError(f"{path} holds {HALF_A_PAIR}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, objects nested too deep
+    except (ValueError, RecursionError) as error:  # numbers too long, objects nested too deep, fields that come twice
         raise UserError(f"{path}: not usable JSON: {error}") from None
+    return value
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `read_json`, for a file that must hold a JSON object.
+
+    Raises:
+        UserError: as there, or the value is none.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {_json_type(value)}")
     return value
 
 

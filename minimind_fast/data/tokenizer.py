@@ -26,7 +26,7 @@ import tokenizers
 from jinja2 import TemplateError
 from tokenizers import decoders
 
-from minimind_fast.data.rows import read_json
+from minimind_fast.data.rows import read_object, read_utf8
 from minimind_fast.data.template import environment, plain, with_reasoning
 from minimind_fast.errors import UserError
 
@@ -101,14 +101,12 @@ class Tokenizer:
         config: dict[str, Any] = {}
         config_file = file.with_name("tokenizer_config.json")
         if config_file.is_file():
-            config = read_json(config_file)
-            if not isinstance(config, dict):
-                raise UserError(f"{config_file} must hold a JSON object, not {type(config).__name__}")
+            config = read_object(config_file)
         else:
             config = {"bos_token": CONTROL_TOKENS[1], "eos_token": CONTROL_TOKENS[2], "pad_token": CONTROL_TOKENS[0]}
         template_file = file.with_name("chat_template.jinja")
         if template_file.is_file():  # newer Transformers writes it here and prefers it
-            config["chat_template"] = template_file.read_text(encoding="utf-8-sig")
+            config["chat_template"] = read_utf8(template_file)
         return cls(backend, config, source=str(path))
 
     def has(self, field: str) -> bool:

@@ -13,7 +13,7 @@ import types
 import typing
 from typing import Any
 
-from minimind_fast.data.rows import read_json
+from minimind_fast.data.rows import read_object
 from minimind_fast.errors import UserError
 from minimind_fast.training.config import Config
 
@@ -74,11 +74,9 @@ def _add(parser: argparse.ArgumentParser, name: str, hint: Any, f: dataclasses.F
 
 def _read_defaults(parser: argparse.ArgumentParser, file: str, known: set[str]) -> dict[str, Any]:
     try:
-        raw = read_json(file)
+        raw = read_object(file)
     except UserError as error:
         parser.error(f"--config: {error}")
-    if not isinstance(raw, dict):
-        parser.error(f'--config {file}: must hold an object such as {{"epochs": 2}}')
     if unknown := sorted(set(raw) - known):
         parser.error(f"--config {file}: unknown options {unknown}")
     return raw

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_fast.data.batches import Batches
-from minimind_fast.data.rows import read_json
+from minimind_fast.data.rows import read_object
 from minimind_fast.errors import UserError
 from minimind_fast.training.engine import Engine, to_universal
 from minimind_fast.training.ranks import first, say, together, world
@@ -52,8 +52,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged.
     """
-    state = read_json(checkpoint / STATE_FILE)
-    if not isinstance(state, dict) or not {"step", "dtype", "zero_stage", "world_size"} <= set(state):
+    state = read_object(checkpoint / STATE_FILE)
+    if not {"step", "dtype", "zero_stage", "world_size"} <= set(state):
         raise UserError(f"{checkpoint / STATE_FILE} is not the state of a run")
     return state
 
@@ -74,7 +74,7 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing, or if it is too old to have a manifest."""
     try:
         read_state(checkpoint)
-        entries = read_json(checkpoint / MANIFEST) if (checkpoint / MANIFEST).exists() else {}
+        entries = read_object(checkpoint / MANIFEST) if (checkpoint / MANIFEST).exists() else {}
     except UserError as error:
         return str(error)
     for name, (size, checksum) in entries.items():

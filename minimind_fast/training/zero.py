@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minimind_fast.data.rows import read_json
+from minimind_fast.data.rows import read_object
 from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
 from minimind_fast.training.config import TrainConfig
@@ -112,12 +112,9 @@ _OURS_ONLY = ("optimizer", "scheduler", "train_batch_size")
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        raw = read_json(file)
+        return read_object(file)
     except UserError as error:
         raise UserError(f"--deepspeed_config {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"--deepspeed_config {file}: must hold a JSON object")
-    return raw
 
 
 def _overlay(made: dict[str, Any], theirs: dict[str, Any], file: str, given: frozenset[str], path: str = "") -> None:

@@ -12,6 +12,7 @@ Source: file format and kinds of Hugging Face PEFT 0.21; `.pth` of MiniMind's mo
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minimind_fast.data.rows import read_object
 from minimind_fast.errors import UserError
+from minimind_fast.weights.checkpoint import check_numbers
 from minimind_fast.weights.files import check_replaceable, written_aside
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -74,15 +77,21 @@ class LoRA:
             raise UserError(
                 f"LoRA has no target {', '.join(unknown) or 'at all'}; choose from {', '.join(TARGETS)}, square"
             )
-        if self.rank < 1 or not 0 <= self.dropout < 1:
+        if not _is_number(self.rank) or self.rank < 1 or not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise UserError(
-                f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {self.rank} and {self.dropout}"
+                f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {self.rank!r} and {self.dropout!r}"
             )
+        if self.alpha is not None and not _is_number(self.alpha):
+            raise UserError(f"LoRA's alpha must be a finite number, not {self.alpha!r}")
 
     @property
     def scale(self) -> float:
         """Factor on the adapters' output."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def save_adapters(
@@ -180,12 +189,12 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
         return found, LoRA(_rank(found, path), None, 0.0, _leaves(found, path))
     path = _folder(path)
     try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         raw = load_file(path / WEIGHTS_FILE)
     except OSError as error:
         raise UserError(f"{path} holds no adapters: {error}") from None
-    except Exception as error:  # JSON's and safetensors' own
+    except Exception as error:  # safetensors' own
         raise UserError(f"{path} cannot be read as adapters: {error}") from None
+    config = read_object(path / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: only LoRA adapters can be read, not {config.get('peft_type')}")
     used = sorted(key for key, value in config.items() if value and key not in _HARMLESS)
@@ -201,8 +210,16 @@ def read_adapters(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], L
         )
     found = _pairs(raw, _PEFT_KEY, path)
     rank = _rank(found, path)
-    alpha, dropout = float(config.get("lora_alpha", rank)), config.get("lora_dropout", 0.0)
-    return found, LoRA(rank, alpha, dropout, _leaves(found, path), str(start) if start in BASE_CHANGES else "")
+    if config.get("r", rank) != rank:  # PEFT would divide alpha by it
+        raise UserError(f"{path}: {CONFIG_FILE} says r={config['r']!r}, the adapters have rank {rank}")
+    alpha, dropout = config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if alpha is None:
+        raise UserError(f"{path}: {CONFIG_FILE} lacks lora_alpha, which scales the adapters")
+    try:
+        lora = LoRA(rank, alpha, dropout, _leaves(found, path), str(start) if start in BASE_CHANGES else "")
+    except UserError as error:
+        raise UserError(f"{path / CONFIG_FILE}: {error}") from None
+    return found, lora
 
 
 def _folder(path: Path) -> Path:
@@ -218,7 +235,7 @@ def recorded_base(path: str | Path) -> tuple[str, str]:
     folder = _folder(Path(path))
     if not folder.is_dir():
         return "", ""
-    name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = read_object(folder / CONFIG_FILE).get("base_model_name_or_path")
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         return str(name or ""), (file.metadata() or {}).get(_BASE, "")
 
@@ -232,6 +249,7 @@ def _pairs(raw: Any, key: re.Pattern[str], path: Path) -> dict[str, tuple[Tensor
         halves.setdefault(match[1], {})[match[2]] = tensor
     if not halves or any(set(pair) != {"A", "B"} for pair in halves.values()):
         raise UserError(f"{path} does not hold an A and a B for each adapter")
+    check_numbers(raw, str(path))
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimind_fast.config import NO_TOKEN, ModelConfig
+from minimind_fast.data.rows import read_object
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind
@@ -276,10 +277,10 @@ def load_config(path: str | Path) -> ModelConfig:
         ValueError: no such file, not JSON, or an unknown model type or field.
     """
     file = Path(path) / "config.json"
-    raw = _read_json(file)
+    raw = read_object(file)
     kind = raw.get("model_type", "minimind")
     beside = file.with_name("generation_config.json")
-    generation = _read_json(beside) if beside.is_file() else {}
+    generation = read_object(beside) if beside.is_file() else {}
     if kind in ARCHITECTURES:
         return from_hf_config(raw, str(file), generation)
     if kind != "minimind":
@@ -289,21 +290,9 @@ def load_config(path: str | Path) -> ModelConfig:
     return ModelConfig.from_dict(raw, str(file))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} must hold a JSON object")
-    return raw
-
-
 def tokenizer_fingerprint(path: str | Path) -> str | None:
     """The recorded fingerprint of the tokenizer that a folder's weights were trained with, if any."""
-    return _read_json(Path(path) / "config.json").get("minimind_fast", {}).get("tokenizer_fingerprint")
+    return read_object(Path(path) / "config.json").get("minimind_fast", {}).get("tokenizer_fingerprint")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -329,12 +318,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise UserError(f"{file} cannot be read as weights: {error}") from None
         if not isinstance(read, dict) or not all(isinstance(t, Tensor) for t in read.values()):
             raise UserError(f"{file} does not hold tensors by name")
+        check_numbers(read, str(file))
         out.update(read)
     return out
 
 
+def check_numbers(tensors: dict[str, Tensor], where: str) -> None:
+    """Refuse what copying into float parameters would turn into other weights without a word.
+
+    Args:
+        tensors: by name.
+        where: the file, to name in errors.
+
+    Raises:
+        UserError: names a quantised tensor, or one with values that are not finite.
+    """
+    for name, tensor in tensors.items():
+        if _BUFFERS.search(name):
+            continue
+        if tensor.dtype not in (*DTYPES, torch.float64):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{where}: {name} is stored as {kind}, so it is quantised: convert the model to bfloat16 first"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds NaN or infinity: its training diverged, or the file is damaged")
+
+
 def _shards(index: Path) -> list[Path]:
-    names = _read_json(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map")
     shards = sorted({str(name) for name in names.values()})
@@ -380,7 +392,7 @@ def load_pretrained(
     with torch.random.fork_rng(devices=[]):  # discarded initial weights must not advance the caller's generator
         model = MiniMind(config)
     load_disk_weights(model, disk, str(path))
-    if path.is_dir() and (merged := _read_json(path / "config.json").get("minimind_fast", {}).get("merged_adapters")):
+    if path.is_dir() and (merged := read_object(path / "config.json").get("minimind_fast", {}).get("merged_adapters")):
         model.merged_adapters = tuple(merged)
     model.to(device=device, dtype=dtype or (torch.float32 if path.is_file() else stored))
     return model.eval()

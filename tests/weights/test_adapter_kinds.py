@@ -95,6 +95,36 @@ def test_every_other_kind_is_refused_by_its_name(field, value, tmp_path):
         lora.read_adapters(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("lora_alpha", float("nan"), "LoRA's alpha must be a finite number, not nan"),
+        ("lora_alpha", float("inf"), "LoRA's alpha"),
+        ("lora_alpha", "16", "LoRA's alpha must be a finite number, not '16'"),
+        ("lora_alpha", None, "lacks lora_alpha"),
+        ("lora_dropout", float("nan"), "a dropout in"),
+        ("r", 8, "says r=8, the adapters have rank 3"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(field, value, problem, tmp_path):
+    folder = saved(trained(base_model()), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ValueError, match=f"adapter_config.json.*{problem}"):
+        lora.read_adapters(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("file", ["adapter", "adapter.pth"])
+def test_adapters_that_hold_no_numbers_are_named(file, value, tmp_path):
+    model = trained(base_model())
+    with torch.no_grad():
+        next(iter(lora.adapters(model).values()))[1][0, 0] = value
+    saved(model, tmp_path / file)
+    with pytest.raises(ValueError, match=r"lora.*B.*holds NaN or infinity"):
+        lora.read_adapters(tmp_path / file)
+
+
 def test_a_wrong_base_is_told(tmp_path):
     folder = saved(trained(base_model()), tmp_path / "adapter")
     lora.load_adapters(base_model(), folder)

@@ -254,10 +254,10 @@ def test_what_is_no_model_ends_in_a_sentence(tmp_path):
         mm.load_pretrained(tmp_path / "list.pth")
     folder = tmp_path / "m"
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"config\.json: No such file"):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: No such file"):
         mm.load_pretrained(folder)
     (folder / "config.json").write_text("{]")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="config.json, line 1: not JSON"):
         mm.load_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match="'mamba' cannot be read; known are minimind, llama, qwen3, qwen3_moe"):
@@ -268,6 +268,34 @@ def test_what_is_no_model_ends_in_a_sentence(tmp_path):
     (folder / "model.safetensors").write_bytes(b"\x00" * 50)
     with pytest.raises(ValueError, match="cannot be read as weights"):
         mm.load_pretrained(folder)
+
+
+def test_a_folder_edited_on_windows_is_read(tmp_path):
+    mm.save_pretrained(tiny("dense2"), tmp_path / "m")
+    for file in (tmp_path / "m").glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert mm.load_pretrained(tmp_path / "m").config == tiny("dense2").config
+
+
+@pytest.mark.parametrize("kind", ["folder", "pth"])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.to(torch.int8), "is stored as int8, so it is quantised"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is stored as float8_e4m3fn"),
+        (lambda t: t.index_fill(0, torch.tensor(1), float("nan")), "holds NaN or infinity"),
+        (lambda t: t.index_fill(0, torch.tensor(1), float("inf")), "holds NaN or infinity"),
+    ],
+    ids=["int8", "float8", "nan", "inf"],
+)
+def test_weights_that_are_no_numbers_are_named(kind, change, problem, tmp_path):
+    path, name = tmp_path / {"folder": "m", "pth": "m.pth"}[kind], "model.layers.0.mlp.up_proj.weight"
+    mm.save_pretrained(tiny("dense2"), path, format={"folder": "minimind"}.get(kind, kind), dtype=torch.float32)
+    disk = read_weights(path)
+    disk[name] = change(disk[name])
+    torch.save(disk, path) if kind == "pth" else save_file(disk, path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} {problem}"):
+        mm.load_pretrained(path)
 
 
 def test_wrong_wishes_are_refused_before_anything_is_written(tmp_path):
