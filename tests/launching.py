@@ -113,7 +113,7 @@ def start(
         file_limit_bytes: as if the disk were full; 0 is none.
         fresh: start Python anew, and not as a fork.
         env: variables besides those that are there.
-        before: Python that a fork executes first.
+        before: Python that each process executes first.
 
     Returns:
         What `finish` waits for.
@@ -132,6 +132,10 @@ def start(
             own.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         words = [str(arg) for arg in args]
         if fresh or torch.cuda.is_available():
+            if before:
+                assert target.endswith(".py"), target
+                start_it = f"import runpy; runpy.run_path({target!r}, run_name='__main__')"
+                first, target = ["-c"], f"{before}\n{start_it}"
             whole = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: exec(limit))
             processes.append(subprocess.Popen([sys.executable, *first, target, *words], env=own, cwd=cwd, **whole))
         else:
@@ -180,6 +184,16 @@ def read_log(folder: Path) -> dict[int, dict]:
         row = json.loads(line)
         rows.setdefault(row["step"], {}).update(row)
     return rows
+
+
+def held_at(step: int, go: Path) -> str:
+    """For `start(before=...)`: once a step is logged, the run waits until `go` exists, so that no machine is too fast."""
+    return (
+        "import pathlib, time\nfrom minimind_fast.training.log import Progress\nlog = Progress.log\n"
+        "def held(self, step, *rest):\n    log(self, step, *rest)\n"
+        f"    while step == {step} and not pathlib.Path({str(go)!r}).exists(): time.sleep(0.005)\n"
+        "Progress.log = held\n"
+    )
 
 
 def wait_for_step(folder: Path, step: int, processes: list, timeout: float = 120) -> None:

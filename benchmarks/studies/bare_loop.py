@@ -24,9 +24,9 @@ from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
 from minimind_fast.training import setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import param_groups
 from minimind_fast.training.log import Window
 from minimind_fast.training.trainer import learning_rate
+from minimind_fast.training.zero.engine import param_groups
 
 DOCUMENT = 512  # positions per packed document, or the whole batch if shorter
 

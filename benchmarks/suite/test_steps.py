@@ -21,8 +21,8 @@ from minimind_fast.proof.roofline import OPTIMIZER_BYTES, shape_of, step_work
 from minimind_fast.proof.rule import compare
 from minimind_fast.training import graphs, ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.engine import Engine
+from minimind_fast.training.zero.options import deepspeed_config
 
 FLAVOURS = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "ours": {"fused": True}}
 CHECKED_TOKENS = 4096  # for the float32 truth, which stores full logits

@@ -28,9 +28,9 @@ import torch.distributed as dist
 from minimind_fast.data.batches import Batches
 from minimind_fast.data.rows import read_object
 from minimind_fast.errors import UserError
-from minimind_fast.training.engine import Engine, to_universal
 from minimind_fast.training.ranks import first, say, together, world
 from minimind_fast.training.run import Run
+from minimind_fast.training.zero.engine import Engine, to_universal
 from minimind_fast.weights.files import sync_to_disk, written_aside
 
 STATE_FILE, MANIFEST = "state.json", "manifest.json"
@@ -151,6 +151,24 @@ def save(engine: Engine, folder: Path, state: dict[str, Any], keep: int, own: An
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def check_room(folder: Path, trained: int) -> None:
+    """Refuse a disk that cannot hold one checkpoint, before the first step.
+
+    Args:
+        folder: exists.
+        trained: parameters that are trained; master and both moments take 12 bytes each.
+
+    Raises:
+        UserError: says how much is free.
+    """
+    free, need = shutil.disk_usage(folder).free, 12 * trained
+    if free < need:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free and a checkpoint takes {need / 1e9:.2f} GB or more: free some, or give "
+            "another --save_dir"
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from minimind_fast.data import samples
 from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.zero import decided, deepspeed_config
+from minimind_fast.training.zero.options import decided, deepspeed_config
 
 Options = TypeVar("Options", bound=TrainConfig)
 
@@ -135,6 +135,8 @@ def resolve(config: Options, stage: Stage, ranks: int = 1) -> Run[Options]:
         )
     if stage.also is not None:
         config = stage.also(config)
+    if "val_interval" in config.given and config.val_interval and not config.val_data_path:
+        raise UserError("--val_interval validates nothing without --val_data_path: give a file that is not trained on")
     ds = deepspeed_config(config, ranks)
     by = f"in {config.deepspeed_config}" if config.deepspeed_config else ""
     for name, value in decided(ds).items():

@@ -9,7 +9,6 @@ Properties: a script runs its own checkout's package. User errors end in one sen
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import random
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from minimind_fast import ops, plugins
-from minimind_fast.config import IGNORE_INDEX, ModelConfig, ends_at
+from minimind_fast.config import IGNORE_INDEX, ends_at
 from minimind_fast.data import samples
 from minimind_fast.data.batches import Batch, Batches
 from minimind_fast.data.cache import Encoder, build_cache
@@ -38,11 +37,12 @@ from minimind_fast.ops.attention import use as use_attention
 from minimind_fast.ops.documents import run as run_packed
 from minimind_fast.training import graphs, losses, ranks, resume, words
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.ranks import start  # noqa: F401  what a script ends with: setup.start(main)
 from minimind_fast.training.run import Run, Stage, resolve
+from minimind_fast.training.shape import check_shape_options, preset_config, pth_shape
 from minimind_fast.training.trainer import Hooks, Trainer
+from minimind_fast.training.zero.engine import Engine
 from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder
 from minimind_fast.weights.files import check_free
 from minimind_fast.weights.open import check_match, check_size, tokenizer_of
@@ -100,59 +100,18 @@ def load_model(config: TrainConfig, tokenizer: Tokenizer) -> MiniMind:
     """
     if config.from_weight != "none":
         path = resolve_folder(config.from_weight)
-        given: dict[str, Any] = {"told": {"dropout": config.dropout}}
-        shape = pth_shape(config, tokenizer) if path.is_file() else given
+        told: dict[str, Any] = {"dropout": config.dropout}
+        if "straight_through_router" in config.given:  # these two matter in training only
+            told["straight_through_router"] = config.straight_through_router
+        shape: dict[str, Any] = pth_shape(config, tokenizer) if path.is_file() else {"told": told}
         model = load_pretrained(path, **shape, dtype=torch.float32)
+        check_shape_options(config, model.config)
     else:
         model = MiniMind(preset_config(config, tokenizer))
     check_size(tokenizer, model.config.vocab_size)
     model.config = ends_at(model.config, tokenizer.eos_id)
     model.config.check_context(config.max_seq_len, "--max_seq_len")
     return model
-
-
-def pth_shape(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """How `load_pretrained` is told the shape of a .pth: by its tensors and, where given, by the options.
-
-    Args:
-        config: read for preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob and dropout.
-        tokenizer: sets the special ids.
-    """
-    if "preset" in config.given:
-        if config.norm_topk_prob is None:  # a .pth is MiniMind's: its mixtures normalise
-            config = dataclasses.replace(config, norm_topk_prob=True)
-        shape = preset_config(config, tokenizer)
-        return {"config": dataclasses.replace(shape, num_experts_per_tok=2 if shape.generation == 2 else 1)}
-    told: dict[str, Any] = dict(
-        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
-        dropout=config.dropout, max_position_embeddings=max(32768, config.max_seq_len),
-    )  # fmt: skip
-    names = ("hidden_size", "num_hidden_layers", "use_moe", "straight_through_router")
-    told.update({name: getattr(config, name) for name in names if getattr(config, name)})
-    if config.norm_topk_prob is not None:
-        told["norm_topk_prob"] = config.norm_topk_prob
-    return {"told": told}
-
-
-def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model shape given by --preset and its overrides.
-
-    Args:
-        config: read for preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob and dropout.
-        tokenizer: sets vocabulary size and special ids.
-    """
-    name = config.preset
-    if config.use_moe and not name.endswith("-moe"):
-        name = f"{name.removesuffix('-small')}-moe"
-    changes: dict[str, Any] = {"vocab_size": max(tokenizer.vocab_size, 6400), "dropout": config.dropout}
-    changes.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    changes["max_position_embeddings"] = max(32768, config.max_seq_len)
-    for field in ("hidden_size", "num_hidden_layers", "straight_through_router"):
-        if getattr(config, field):
-            changes[field] = getattr(config, field)
-    if config.norm_topk_prob is not None:
-        changes["norm_topk_prob"] = config.norm_topk_prob
-    return ModelConfig.preset(name, **changes)
 
 
 def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encode: Encoder, training: bool) -> Batches:

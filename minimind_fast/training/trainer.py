@@ -32,11 +32,11 @@ from minimind_fast.model import MiniMind
 from minimind_fast.ops.cards import peak_flops
 from minimind_fast.training import ranks, resume, words
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
 from minimind_fast.training.log import Progress, Window, draw_loss, expert_load, peak_memory
 from minimind_fast.training.losses import LossFunction
 from minimind_fast.training.ranks import world
 from minimind_fast.training.run import Run
+from minimind_fast.training.zero.engine import Engine
 from minimind_fast.weights.checkpoint import save_pretrained
 from minimind_fast.weights.files import Hold, check_replaceable
 
@@ -358,6 +358,8 @@ class Trainer:
             ranks.say(f"An older run was moved from {folder} to {aside}.")
         if self.hooks.save_weights is None:
             check_replaceable(self.plan.weights)  # fail now, not after an hour of training
+        numbers = sum(math.prod(shape) for shape in (self._trained or {}).values())
+        resume.check_room(folder.parent, numbers)
         options, sinks = config.options(), dict(use_wandb=config.use_wandb, use_swanlab=config.use_swanlab)
         self.progress = Progress(folder, self.total_steps, self.step, options, folder.name, **sinks)
         self.plan.write()

@@ -26,8 +26,8 @@ from minimind_fast.data.packing import Batch
 from minimind_fast.model import MiniMind
 from minimind_fast.training import ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.engine import Engine
+from minimind_fast.training.zero.options import deepspeed_config
 
 ranks.keep_freed_memory = lambda: None
 ranks.prepare(1)

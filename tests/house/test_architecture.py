@@ -144,7 +144,7 @@ def test_each_dependency_is_imported_where_it_belongs(path):
     if "triton" in found:
         assert folder in ("kernels", "minimind_fast/proof"), f"{place} imports triton"
     if "deepspeed" in found:
-        assert folder == "minimind_fast/training" and path.stem.startswith("engine"), f"{place} imports deepspeed"
+        assert place.parent.as_posix() == "minimind_fast/training/zero", f"{place} imports deepspeed"
     if WEB & found:
         assert folder == "minimind_fast/serve" or place.name == "serve.py", f"{place} imports the web framework"
     if place.parent.name == "remote":  # runs in Transformers, from a model's folder, where nothing of ours is

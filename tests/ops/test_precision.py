@@ -21,7 +21,7 @@ from minimind_fast.ops import precision
 from minimind_fast.ops.attention import resolve
 from minimind_fast.proof import cases
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.options import deepspeed_config
 
 attention = sys.modules["minimind_fast.ops.attention"]  # the module: `ops.attention` is the op
 AVX2, ZEN4 = {"avx2": True, "avx512_bf16": False}, {"avx2": True, "avx512_bf16": True, "avx512_fp16": False}

@@ -18,8 +18,8 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.model import MiniMind
 from minimind_fast.training import ranks
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.engine import Engine
+from minimind_fast.training.zero.options import deepspeed_config
 
 BF16_STEP = "mpu has_moe_layers norm_type grad_acc_dtype clip_grad optimizer fp32_groups_gradients_flat overflow".split()
 BF16_STEP += "fp32_groups_flat_partition fp32_groups_gradient_flat_partition _global_grad_norm update_lp_params".split()

@@ -11,12 +11,12 @@ from launching import finish_all, run, start
 import minimind_fast as mm
 from minimind_fast.training import losses, ranks
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import param_groups
 from minimind_fast.training.log import clock, draw_loss
 from minimind_fast.training.run import Stage, resolve
 from minimind_fast.training.trainer import learning_rate
 from minimind_fast.training.words import memory_advice
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.engine import param_groups
+from minimind_fast.training.zero.options import deepspeed_config
 
 
 def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
@@ -119,8 +119,8 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.model import MiniMind
 from minimind_fast.training import ranks
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.engine import Engine
+from minimind_fast.training.zero.options import deepspeed_config
 
 ranks.prepare(1)
 from deepspeed.accelerator import get_accelerator
@@ -194,8 +194,8 @@ from minimind_fast.config import ModelConfig
 from minimind_fast.model import MiniMind
 from minimind_fast.training import ranks
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.engine import Engine
+from minimind_fast.training.zero.options import deepspeed_config
 
 ranks.prepare(1)
 rank, size = ranks.world()
@@ -294,9 +294,10 @@ from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import MiniMind
-from minimind_fast.training import engine as engine_module, ranks
+from minimind_fast.training import ranks
+from minimind_fast.training.zero import engine as engine_module
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.options import deepspeed_config
 
 class Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -326,8 +326,8 @@ from minimind_fast.data.batches import Batch
 from minimind_fast.ops.attention import use
 from minimind_fast.training import graphs, ranks, setup
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.engine import Engine
-from minimind_fast.training.zero import deepspeed_config
+from minimind_fast.training.zero.engine import Engine
+from minimind_fast.training.zero.options import deepspeed_config
 from test_graphs import make, pack, stand_for_cuda
 
 ranks.prepare(1)

@@ -82,6 +82,13 @@ def test_weights_are_found_by_the_name_of_a_run(tmp_path):
     assert run.config.why("from_weight") == f"the run pretrain in {tmp_path}"
 
 
+def test_an_interval_without_anything_to_validate_on_is_refused():
+    with pytest.raises(ValueError, match="--val_interval validates nothing without --val_data_path"):
+        resolve(TrainConfig(data_path=["mine.jsonl"], val_interval=5), SAMPLE)
+    assert resolve(TrainConfig(val_interval=5), SAMPLE).config.val_data_path  # the sample brings its own
+    resolve(TrainConfig(data_path=["mine.jsonl"], val_interval=5, val_data_path=["more.jsonl"]), SAMPLE)
+
+
 def test_impossible_values_are_refused_in_python_too():
     with pytest.raises(ValueError, match="--batch_size must be at least 1"):
         TrainConfig(batch_size=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from halves import HALF
-from launching import ROOT, TINY, finish, free_port, read_log, run, start, wait_for_step, write_corpus
+from launching import ROOT, TINY, finish, free_port, held_at, read_log, run, start, wait_for_step, write_corpus
 
 import minimind_fast as mm
 from minimind_fast.data.bpe import train_bpe
@@ -42,7 +42,8 @@ def test_kill_9_and_resume_is_bitwise(corpus, tmp_path, stage, ranks, dtype):
     assert len(whole) == 7
 
     folder = tmp_path / "killed" / "pretrain"
-    processes = start("pretrain.py", [*args, "--save_dir", tmp_path / "killed"], ranks)
+    never = held_at(5, tmp_path / "never")
+    processes = start("pretrain.py", [*args, "--save_dir", tmp_path / "killed"], ranks, before=never)
     wait_for_step(folder, 5, processes)
     for process in processes:
         process.send_signal(signal.SIGKILL)
@@ -102,12 +103,13 @@ def test_ranks_and_zero_stages_agree_in_fp32(corpus, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_no_token_is_lost(corpus, tmp_path, number):
-    args = [*TINY, *corpus, "--accumulation_steps", 1, "--max_steps", 60]
+    args = [*TINY, *corpus, "--accumulation_steps", 1, "--max_steps", 5]
     run("pretrain.py", [*args, "--save_dir", tmp_path / "whole"])
     args += ["--save_dir", tmp_path]
-    processes = start("pretrain.py", args)
+    processes = start("pretrain.py", args, before=held_at(2, tmp_path / "go"))
     wait_for_step(tmp_path / "pretrain", 2, processes)
     processes[0].send_signal(number)
+    (tmp_path / "go").touch()
     assert "as asked" in finish(processes)
     assert len(checkpoints(tmp_path / "pretrain" / "checkpoints")) == 1
     assert mm.load_pretrained(tmp_path / "pretrain" / "weights").num_parameters() > 0

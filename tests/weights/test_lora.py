@@ -11,7 +11,7 @@ import minimind_fast as mm
 from minimind_fast import cli
 from minimind_fast.commands import convert, options
 from minimind_fast.data import samples
-from minimind_fast.training.engine import param_groups
+from minimind_fast.training.zero.engine import param_groups
 from minimind_fast.weights import lora
 from minimind_fast.weights.checkpoint import to_disk_names
 from minimind_fast.weights.lora import ATTENTION, TARGETS, LoRA

@@ -31,7 +31,7 @@ from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind, ModelOutput
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.ranks import world
-from minimind_fast.training.zero import dtype_of
+from minimind_fast.training.zero.options import dtype_of
 
 # ds_to_universal requires this at stages 1 and 2.
 _CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
