@@ -395,6 +395,8 @@ class Trainer:
         for epoch in range(current, config.epochs):
             batches = self.data.num_left() if epoch == current else self.data.num_batches(epoch)
             step += -(-batches // config.accumulation_steps)
+            if config.max_steps and step >= config.max_steps:  # packing an epoch to count its batches takes time
+                break
         return min(step, config.max_steps) if config.max_steps else step
 
     def _say(self, text: str) -> None:
