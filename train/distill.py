@@ -24,7 +24,7 @@ from minimind_fast.model import MiniMind, Teacher
 from minimind_fast.ops.documents import run as run_packed
 from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
-from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.config import ChatConfig, option, with_defaults
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Run, Stage, command
 from minimind_fast.weights.checkpoint import resolve_folder
@@ -43,12 +43,13 @@ QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么
     epochs=6,
     truncate=True,
 )
-class DistillConfig(TrainConfig):
+class DistillConfig(ChatConfig):
     """MiniMind's defaults of this stage."""
 
     teacher_path: str = option("dpo", "the teacher: a folder with weights, or the name of a run in --save_dir")
     alpha: float = option(0.5, "weight of the cross-entropy; the KL to the teacher gets the rest")
     temperature: float = option(1.5, "softens both distributions in the KL term")
+    alpha_weighs_aux: bool = option(False, "alpha weighs the experts' balancing loss too, as in MiniMind")
 
     def check(self) -> None:
         """Reject invalid values."""
@@ -101,7 +102,8 @@ def make_loss(run: Run[DistillConfig], student: MiniMind, tokenizer: Tokenizer) 
         out = run_packed(model, batch, targets=batch.targets, teacher=view)
         total = losses.distill(out.logprobs, out.kl, config.alpha, config.temperature)
         metrics = {"nll": losses.lm(out.logprobs.detach()), "kl": out.kl.detach().sum()}
-        return StepLoss(total, out.aux_loss if model.config.use_moe else None, metrics)
+        weight = config.alpha if config.alpha_weighs_aux else 1.0
+        return StepLoss(total, weight * out.aux_loss if model.config.use_moe else None, metrics)
 
     return loss
 

@@ -20,7 +20,7 @@ from minimind_fast.model import MiniMind
 from minimind_fast.rl.preferences import answer_lengths, answer_logprobs, open_pairs
 from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
-from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.config import AnswerConfig, option, with_defaults
 from minimind_fast.training.log import draw_loss
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.run import Stage, command
@@ -39,7 +39,7 @@ QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么
 @with_defaults(
     from_weight="sft", learning_rate=4e-8, batch_size=4, accumulation_steps=1, max_seq_len=1024, epochs=1, truncate=True
 )
-class DPOConfig(TrainConfig):
+class DPOConfig(AnswerConfig):
     """MiniMind's defaults of this stage; batch_size counts pairs."""
 
     beta: float = option(0.15, "scale of the log-ratios to the reference; larger keeps the model closer to it")

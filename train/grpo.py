@@ -4,8 +4,8 @@ Purpose: `deepspeed train/grpo.py` on MiniMind's rlaif lines, `{"conversations":
     arguments it continues from `train/reason.py`, on arithmetic problems that can be checked.
 Principle: the model writes several answers to each prompt; those better than the prompt's average become likelier, the
     others less likely, and a KL term keeps the model near its initial weights. No critic.
-Properties: each answer has the same weight, however long. Rollouts and log-probabilities share one temperature, so the
-    first update's ratio is 1. The rewards are in `minimind_fast/rl/rewards.py`, or yours.
+Properties: each answer has the same weight, however long. Rollouts and log-probabilities share one temperature unless told
+    otherwise (--logprob_temperature). The rewards are in `minimind_fast/rl/rewards.py`, or yours.
 
 Source: Shao et al., DeepSeekMath, 2024; MiniMind's train_grpo for defaults.
 """
@@ -15,8 +15,11 @@ from typing import Any
 import torch
 
 from minimind_fast.data.chats import PROMPTS
+from minimind_fast.data.minimind.variety import Variety
 from minimind_fast.errors import UserError
-from minimind_fast.rl.rewards import ModelReward, Rewards
+from minimind_fast.infer.sampling import Sampling
+from minimind_fast.rl.judge import open_judge
+from minimind_fast.rl.rewards import BUILT_IN, Rewards
 from minimind_fast.rl.rollout import RolloutBatch, Rollouts, read_prompts
 from minimind_fast.training import losses, ranks, setup
 from minimind_fast.training.cli import parse
@@ -62,14 +65,20 @@ class GRPOConfig(TrainConfig):
 
     num_generations: int = option(6, "answers to each prompt")
     max_gen_len: int = option(1024, "longest answer in tokens")
-    temperature: float = option(0.8, "temperature of the answers and of all log-probabilities")
+    temperature: float = option(
+        0.8, "temperature of the answers and, unless --logprob_temperature, of log-probabilities"
+    )
+    top_p: float = option(1.0, "answers are drawn from the likeliest tokens with this much probability together")
+    top_k: int = option(0, "answers are drawn from this many likeliest tokens (0: from all)")
+    logprob_temperature: float = option(0.0, "temperature of all log-probabilities (0: that of the answers)")
+    system_ratio: float = option(0.0, "share of the prompts without a system prompt that get one of MiniMind's ten")
     thinking_ratio: float = option(0.9, "share of the prompts that open a thought")
     reward: list[str] = option(
         ["length", "thinking", "repetition"],
-        "rewards to add up: length, thinking, repetition, format, tagged, correct, MODULE:FUNCTION or FILE.py:FUNCTION, "
-        "each with *WEIGHT if not 1",
+        f"rewards to add up: {', '.join(BUILT_IN)}, MODULE:FUNCTION or FILE.py:FUNCTION, each with *WEIGHT if not 1",
     )
     reward_model_path: str = option("", "folder of a reward model or a language model whose score is added")
+    trust_remote_code: bool = option(False, "run the Python code that a reward model's folder brings")
     grpo_loss: str = option("grpo", "clipped ratio, or clipped weight", choices=("grpo", "cispo"))
     epsilon: float = option(0.2, "GRPO: the ratio is clipped to 1 -+ this")
     epsilon_high: float = option(5.0, "CISPO: largest weight")
@@ -84,6 +93,10 @@ class GRPOConfig(TrainConfig):
                 raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.temperature <= 0:
             raise UserError(f"--temperature must be above 0, not {self.temperature}: equal answers teach nothing")
+        if self.logprob_temperature < 0 or not 0 <= self.system_ratio <= 1:
+            raise UserError("--logprob_temperature must not be negative, and --system_ratio in [0, 1]")
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError(f"--top_p must be in (0, 1] and --top_k at least 0, not {self.top_p} and {self.top_k}")
         if self.dropout or not self.packing or self.val_data_path or self.loss:
             raise UserError(
                 "GRPO has no --dropout (the ratio compares two passes), --no_packing, --val_data_path or --loss"
@@ -117,11 +130,15 @@ def main(argv: list[str] | None = None) -> None:
     longest = config.max_seq_len + config.max_gen_len
     model.config.check_context(longest, "--max_seq_len and --max_gen_len: together")
     reference = frozen(model, device, run.dtype) if config.beta else None
-    judge = ModelReward(config.reward_model_path, device, run.dtype) if config.reward_model_path else None
+    judge = None
+    if config.reward_model_path:
+        judge = open_judge(config.reward_model_path, device, run.dtype, config.trust_remote_code)
     rewards = Rewards(config.reward, judge)
     how = (config.on_bad_line, ranks.say, config.data_format, rewards.check_row)
     data = Rollouts(
-        read_prompts(config.data_path, tokenizer, config.max_seq_len, *how),
+        read_prompts(
+            config.data_path, tokenizer, config.max_seq_len, *how, Variety(config.system_ratio, seed=config.seed)
+        ),
         tokenizer,
         rewards,
         reference,
@@ -130,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         generations=config.num_generations,
         max_new_tokens=config.max_gen_len,
         seed=config.seed,
-        temperature=config.temperature,
+        sampling=Sampling(config.temperature, config.top_p, config.top_k),
+        logprob_temperature=config.logprob_temperature,
         thinking_ratio=config.thinking_ratio,
         accumulation_steps=config.accumulation_steps,
         updates=config.updates_per_rollout,

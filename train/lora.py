@@ -11,7 +11,7 @@ from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
-from minimind_fast.training.config import TrainConfig, option, with_defaults
+from minimind_fast.training.config import ChatConfig, option, with_defaults
 from minimind_fast.training.run import Run, Stage
 from minimind_fast.weights import lora
 from minimind_fast.weights.checkpoint import save_pretrained
@@ -34,7 +34,7 @@ QUESTIONS = ["Who are you?", "你是谁？", "What is 2 + 3?"]
     epochs=10,
     truncate=True,
 )
-class LoRAConfig(TrainConfig):
+class LoRAConfig(ChatConfig):
     """MiniMind's defaults of this stage."""
 
     lora_rank: int = option(16, "rank of the adapters")

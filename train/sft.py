@@ -10,7 +10,7 @@ Properties: chats longer than --max_seq_len are cut off; one whose answers all l
 from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
-from minimind_fast.training.config import TrainConfig, with_defaults
+from minimind_fast.training.config import ChatConfig, with_defaults
 from minimind_fast.training.run import Stage, command
 
 STAGE = Stage(
@@ -31,7 +31,7 @@ QUESTIONS = ["What is 2 + 3?", "Why is the sky blue?", "地球的卫星是什么
     epochs=2,
     truncate=True,
 )
-class SFTConfig(TrainConfig):
+class SFTConfig(ChatConfig):
     """MiniMind's defaults of this stage."""
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from minimind_fast.config import PRESETS, ModelConfig
+from minimind_fast.data.minimind import sets
 from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
 from minimind_fast.ops.cards import model_of, peak_flops
@@ -357,6 +358,9 @@ def main(argv: list[str] | None = None) -> int:
         "--network", type=float, default=50.0, metavar="GB/S", help="of each rank to other nodes (default: 50)"
     )
     p.add_argument("--corpus_tokens", type=float, default=0.0, metavar="N", help="e.g. 1e9: hours for such a corpus")
+    p.add_argument(
+        "--corpus", default="", metavar="NAME", help="the same for one of MiniMind's data sets: pretrain_t2t_mini, ..."
+    )
     p.add_argument("--epochs", type=float, default=1.0, help="passes over the corpus")
     p.add_argument("--price", type=float, default=0.0, help="price of a GPU hour, in your currency")
     p.add_argument("--results", type=Path, default=RESULTS, help="folder with committed measurements")
@@ -364,6 +368,9 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if min(args.gpus, args.batch_size, args.max_seq_len, args.accumulation_steps, args.gpus_per_node) < 1:
         raise UserError("--gpus, --batch_size, --max_seq_len, --accumulation_steps and --gpus_per_node are at least 1")
+    if args.corpus and args.corpus_tokens:
+        raise UserError("--corpus and --corpus_tokens say the same: give one of them")
+    corpus = sets.find(args.corpus).tokens if args.corpus else args.corpus_tokens
     changes = {k: getattr(args, k) for k in ("hidden_size", "num_hidden_layers", "vocab_size") if getattr(args, k)}
     config = ModelConfig.preset(args.preset, **changes)
     here = args.card == "here" or not args.card and torch.cuda.is_available()
@@ -383,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     need = micro_batch(config, tokens, document, dtype, run.kernels, run.gradient_checkpointing)
     plan = make(run, need, args.zero_stage, measured(args.results, card.name), args.preset)
-    print(show(plan, run, args.corpus_tokens, args.epochs, args.price, on_cpu))
+    print(show(plan, run, corpus, args.epochs, args.price, on_cpu))
     if args.json:
         Path(args.json).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return 0

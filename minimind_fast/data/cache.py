@@ -56,6 +56,7 @@ class Encoder(Protocol):
     name: str
     kind: str  # of rows, for `Formats`: "text", "chats" or "pairs"
     masked: bool  # every document comes with weights
+    # It may have `notes() -> list[str]`: what the log says of the rows it has encoded.
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
         """Return, for each row, its documents (none if the row is empty) or what is wrong with it."""
@@ -191,6 +192,8 @@ def build_cache(
         raise DataError(bad["first"][0])
     if bad["count"]:
         log(f"left out {bad['count']:,} unusable lines, the first: {bad['first'][0]}")
+    for line in cache.meta.get("notes", []):
+        log(line)
     return cache
 
 
@@ -243,6 +246,7 @@ def _build(
             raise DataError(
                 f"{', '.join(map(str, sources))}: changed while being read; start again when it is complete"
             )
+        notes = encode.notes() if hasattr(encode, "notes") else []  # type: ignore[attr-defined]
         with open(aside / "offsets.npy", "wb") as file:
             np.save(file, offsets)
             _flush(file)
@@ -257,6 +261,7 @@ def _build(
             "num_tokens": int(offsets[-1]),
             "num_empty": num_empty,
             "formats": formats.said,
+            "notes": notes,
             "bad_lines": {"count": lines.count, "first": lines.first},
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,

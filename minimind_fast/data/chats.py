@@ -10,9 +10,9 @@ as in generation, so no token spans both.
 
 Properties: correct for any template whose answers begin with its own generation prompt (otherwise an error says so). An
 empty thought from the prompt is not trained; a thought the model writes is. The newline after the end marker is not
-trained either: generation stops before it (MiniMind trains it). If a template renders finished turns differently from the
-current one (it drops old thoughts), the chat becomes several documents, each as the model would see it. Ids equal those of
-the whole text encoded at once, except where a token would straddle the start of an answer.
+trained either: generation stops before it. MiniMind trains both; `Variety` does as it does. If a template renders finished
+turns differently from the current one (it drops old thoughts), the chat becomes several documents, each as the model would
+see it. Ids equal those of the whole text encoded at once, except where a token would straddle the start of an answer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from minimind_fast.data import fields
 from minimind_fast.data.cache import Document
 from minimind_fast.data.complete import check_complete
+from minimind_fast.data.minimind.variety import Draw, Variety, whole_turn
 from minimind_fast.data.rows import HALF_A_PAIR, BadRow
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import UserError
@@ -146,13 +147,14 @@ def _message(turn: dict[str, Any], role: str, where: str) -> dict[str, Any]:
     return message
 
 
-def lay_out(tokenizer: Tokenizer, chat: Chat) -> list[Layout]:
+def lay_out(tokenizer: Tokenizer, chat: Chat, whole: bool = False) -> list[Layout]:
     """Render a chat and find its answers.
 
     Args:
         tokenizer: must have a chat template.
         chat: messages and tools. An assistant message that opens the chat is not an answer and is not trained; nor are
             the chat's `unlearned`.
+        whole: an answer is the whole turn, as MiniMind counts it.
 
     Returns:
         One layout, or several if the template renders earlier answers differently from the current one.
@@ -170,7 +172,7 @@ def lay_out(tokenizer: Tokenizer, chat: Chat) -> list[Layout]:
             layouts.append(Layout(text))
         span = _find_answer(tokenizer, messages, tools, index, text)
         if index not in chat.unlearned:
-            layouts[-1].answers.append(span)
+            layouts[-1].answers.append(whole_turn(text, *span) if whole else span)
     learned = [layout for layout in layouts if layout.answers]
     if not learned:  # nothing to learn; the row counts as one that was left out
         return layouts[:1] or [Layout(tokenizer.render_chat(messages, tools))]
@@ -214,6 +216,7 @@ class ChatEncoder:
         tokenizer: the model's; its template decides the documents, so it is part of the name.
         tag_weight: weight of the tokens that spell a tag in an answer; other answer tokens weigh 1.
         tags: texts to weigh more, such as `<think>`.
+        variety: how the documents differ from the rows.
 
     Raises:
         ValueError: the weight does not fit in a byte, or the tokenizer is not byte-level.
@@ -222,7 +225,9 @@ class ChatEncoder:
     masked = True
     kind = "chats"
 
-    def __init__(self, tokenizer: Tokenizer, tag_weight: int = 1, tags: tuple[str, ...] = TAGS) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, tag_weight: int = 1, tags: tuple[str, ...] = TAGS, variety: Variety | None = None
+    ) -> None:
         if not 1 <= tag_weight <= 255:
             raise UserError(f"the weight of the tags must be a whole number from 1 to 255, not {tag_weight}")
         self.token_bytes = tokenizer.token_bytes()
@@ -235,6 +240,9 @@ class ChatEncoder:
             tag_weight,
             tags if tag_weight > 1 else (),
         ]
+        self.variety = variety or Variety()
+        decides += [self.variety.identity] if self.variety.identity else []
+        self.rows = self.with_system = self.without_thought = 0  # encoded so far; given a system prompt; shortened
         self.name = f"chat-2-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[list[Document] | BadRow]:
@@ -249,7 +257,32 @@ class ChatEncoder:
     def layouts(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
         """Return the layouts of a row, or what is wrong with it; subclasses read other rows."""
         chat = read_chat(row)
-        return chat if isinstance(chat, BadRow) else lay_out(tokenizer, chat)
+        if isinstance(chat, BadRow):
+            return chat
+        draw = self.variety.draw(row)
+        system = draw.system_for(chat.messages, chat.tools)
+        if system is not None:
+            first = {"role": "system", "content": system}
+            chat = Chat([first, *chat.messages], chat.tools, frozenset(index + 1 for index in chat.unlearned))
+        layouts = self.vary(draw, lay_out(tokenizer, chat, self.variety.whole_turn))
+        self.with_system += system is not None
+        return layouts
+
+    def vary(self, draw: Draw, layouts: list[Layout]) -> list[Layout]:
+        """Apply a row's draw to its layouts, and count it."""
+        out = [Layout(*draw.shorten(layout.text, layout.answers)) for layout in layouts]
+        self.rows += 1
+        self.without_thought += any(new.text != old.text for new, old in zip(out, layouts, strict=True))
+        return out
+
+    def notes(self) -> list[str]:
+        """What the log says of the rows encoded so far."""
+        if not self.variety.draws:
+            return []
+        return [
+            f"of {self.rows:,} rows, {self.with_system:,} were given a system prompt and {self.without_thought:,} lost "
+            f"their empty thoughts (by seed {self.variety.seed}; the same in every epoch)"
+        ]
 
     def _lay_out(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
         try:

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from minimind_fast.data.minimind import sets
 from minimind_fast.errors import DataError, UserError
 
 MAX_LINE_BYTES = 1 << 28  # a longer "line" means the file is not JSONL; do not read it into memory
@@ -88,7 +89,7 @@ def _is_data(path: Path) -> bool:
 
 def _check(path: Path) -> None:
     if not path.exists():
-        raise DataError(f"{path} does not exist (seen from {Path.cwd()})")
+        raise DataError(f"{path} does not exist (seen from {Path.cwd()}){sets.missing(path)}")
     if not path.is_file():
         raise DataError(f"{path} is not a file: give a data file, or a folder of them")
     if not os.access(path, os.R_OK):

@@ -22,6 +22,7 @@ from minimind_fast.data.batches import Batch
 from minimind_fast.data.cache import TokenCache
 from minimind_fast.data.chats import Chat, ChatEncoder, Layout, lay_out, read_chat
 from minimind_fast.data.formats import SIDES
+from minimind_fast.data.minimind.variety import Variety
 from minimind_fast.data.packing import PackedBatches
 from minimind_fast.data.rows import BadRow
 from minimind_fast.data.tokenizer import Tokenizer
@@ -34,8 +35,8 @@ class PairEncoder(ChatEncoder):
 
     kind = "pairs"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, variety: Variety | None = None) -> None:
+        super().__init__(tokenizer, variety=variety)
         self.name = f"pairs-2-{self.name}"
 
     def layouts(self, row: dict[str, Any], tokenizer: Tokenizer) -> list[Layout] | BadRow:
@@ -57,8 +58,10 @@ class PairEncoder(ChatEncoder):
         for side, chat in zip(SIDES, chats, strict=True):
             if any(index >= shared for index in chat.unlearned):
                 return BadRow(f"{side}: an answer that is not to be learned (weight 0) cannot be preferred")
-        layouts = [_last_layout(tokenizer, chat, shared) for chat in chats]
-        return SAME if layouts[0].text == layouts[1].text else layouts
+        layouts = [_last_layout(tokenizer, chat, shared, self.variety.whole_turn) for chat in chats]
+        if layouts[0].text == layouts[1].text:
+            return SAME
+        return self.vary(self.variety.draw(row), layouts)
 
 
 def _shared_messages(tokenizer: Tokenizer, chosen: Chat, rejected: Chat) -> int | BadRow:
@@ -89,10 +92,10 @@ def _alike(tokenizer: Tokenizer, chosen: Chat, rejected: Chat, index: int) -> bo
     return texts[0] == texts[1]
 
 
-def _last_layout(tokenizer: Tokenizer, chat: Chat, shared: int) -> Layout:
+def _last_layout(tokenizer: Tokenizer, chat: Chat, shared: int, whole: bool) -> Layout:
     """The chat as the model sees it at its last answer; answers in the shared prefix are not marked."""
     early = {i for i, message in enumerate(chat.messages[:shared]) if message["role"] == "assistant"}
-    return lay_out(tokenizer, replace(chat, unlearned=chat.unlearned | early))[-1]
+    return lay_out(tokenizer, replace(chat, unlearned=chat.unlearned | early), whole)[-1]
 
 
 @dataclass

@@ -28,7 +28,7 @@ from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.model import MiniMind, ModelOutput
 from minimind_fast.ops.documents import run
 from minimind_fast.training import ranks
-from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.config import AnswerConfig
 from minimind_fast.training.resume import frozen_fingerprint
 from minimind_fast.weights.files import written_aside
 
@@ -115,7 +115,7 @@ def cached_reference(
 
 
 def open_pairs(
-    config: TrainConfig,
+    config: AnswerConfig,
     paths: list[str],
     tokenizer: Tokenizer,
     reference: MiniMind,
@@ -126,19 +126,19 @@ def open_pairs(
     """Tokenise, cache and batch pairs, and tie them to their reference.
 
     Args:
-        config: batch_size, max_seq_len, seed, cache_dir, on_bad_line are read.
+        config: batch_size, max_seq_len, seed, cache_dir, on_bad_line, variety are read.
         paths: JSONL files.
         tokenizer: the model's.
         reference: frozen, on the CPU.
         device: this rank's device.
         cached: store the reference's log-probabilities in the batches.
-        training: shuffle.
+        training: shuffle and vary.
 
     Raises:
         DataError: unusable data; names file and line.
     """
     (rank, world_size), log = ranks.world(), ranks.say
-    folder, encode = config.cache_dir or None, PairEncoder(tokenizer)
+    folder, encode = config.cache_dir or None, PairEncoder(tokenizer, config.variety if training else None)
     how = {"on_bad_line": config.on_bad_line, "data_format": config.data_format, "log": log}
     cache = build_cache(paths, tokenizer, cache_dir=folder, encode=encode, **how)
     size = {"batch_size": config.batch_size, "max_seq_len": config.max_seq_len, "seed": config.seed}

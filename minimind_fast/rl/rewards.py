@@ -7,8 +7,8 @@ Principle: a reward is a function f(prompts, answers, rows) -> list of floats, o
 Properties: pure Python on strings; a wrong number of values, or one that is not finite, is an error that names the reward.
     If the prompt opens a thought, it counts as the start of the answer.
 
-Built in: `length`, `thinking`, `repetition` are the rules of MiniMind's GRPO; `format`, `tagged` and `correct` are strict,
-for answers that can be checked. For a model as judge see `ModelReward`.
+Built in: `length`, `thinking`, `repetition` are the rules of MiniMind's GRPO (`minimind_repetition` to the letter);
+`format`, `tagged` and `correct` are strict, for answers that can be checked. For a model as judge see `ModelReward`.
 
 Source: MiniMind's train_grpo for the first three.
 """
@@ -109,9 +109,25 @@ def repetition(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[di
     for answer in answers:
         # Each Chinese character is a word: \w+ would match a whole sentence as one.
         words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]", answer.rpartition("</think>")[2].lower())
-        runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
-        out.append(-min(0.5, (len(runs) - len(set(runs))) / len(runs)) if runs else 0.0)
+        out.append(_repeated(words))
     return out
+
+
+def minimind_repetition(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """MiniMind's own `repetition`: Chinese without punctuation is one word, and the answer follows the first </think>."""
+    out = []
+    for answer in answers:
+        words = re.findall(
+            r"\w+|[^\w\s]", (answer.partition("</think>")[2] if "</think>" in answer else answer).lower()
+        )
+        out.append(_repeated(words))
+    return out
+
+
+def _repeated(words: list[str]) -> float:
+    """Minus the share of trigrams that occurred before, at least -0.5; 0 for fewer than three words."""
+    runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return -min(0.5, (len(runs) - len(set(runs))) / len(runs)) if runs else 0.0
 
 
 def format(prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
@@ -157,17 +173,18 @@ def _same(answer: str, expected: str) -> bool:
     return " ".join(answer.split()).casefold() == " ".join(expected.split()).casefold()
 
 
-BUILT_IN: dict[str, Reward] = {f.__name__: f for f in (length, thinking, repetition, format, tagged, correct)}
+BUILT_IN: dict[str, Reward] = {
+    f.__name__: f for f in (length, thinking, repetition, minimind_repetition, format, tagged, correct)
+}
 
 
 class ModelReward:
-    """Scores answers (after their thoughts) with a model.
+    """Scores answers (after their thoughts) with a model that our own reader knows; for others see `judge`.
 
     A folder whose config names a `...ForSequenceClassification` with one label, as published reward models of the Llama
     and Qwen3 families do, gives its score of the chat, clipped to +-3 as in MiniMind. Any other readable folder is a
     language model: the reward is the mean log-probability of the answer's tokens under it, which asks "would this model
-    say so?" and is not a learned preference. MiniMind's own choice, internlm2-1_8b-reward, ships code that only
-    Transformers can run: call it from your own function, `--reward mine.py:score`.
+    say so?" and is not a learned preference.
 
     Args:
         folder: weights, config.json and tokenizer; the chat is rendered by its own template.
@@ -194,10 +211,7 @@ class ModelReward:
             else:
                 self.model = frozen(folder, device, dtype)
         except ValueError as error:
-            raise UserError(
-                f"--reward_model_path: {error}. A model that only Transformers can run is called from a function of your "
-                "own: --reward FILE.py:FUNCTION, with FUNCTION(prompts, answers, rows) -> list of floats"
-            ) from None
+            raise UserError(f"--reward_model_path: {error}") from None
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
@@ -266,7 +280,7 @@ class Rewards:
         UserError: an unknown name, or something that cannot be imported or called.
     """
 
-    def __init__(self, specs: Sequence[str], model: ModelReward | None = None) -> None:
+    def __init__(self, specs: Sequence[str], model: Reward | None = None) -> None:
         if not specs and model is None:
             raise UserError("give at least one --reward")
         self.parts: list[tuple[str, Reward, float]] = []

@@ -32,6 +32,7 @@ from minimind_fast.data.batches import Batch, Position
 from minimind_fast.data.chats import PROMPTS
 from minimind_fast.data.complete import check_complete
 from minimind_fast.data.formats import Formats
+from minimind_fast.data.minimind.variety import Variety
 from minimind_fast.data.rows import HALF_A_PAIR, BadRow, read_rows
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import DataError, UserError
@@ -84,6 +85,7 @@ def read_prompts(
     log: Callable[[str], None] = print,
     data_format: str = "auto",
     check: Callable[[dict[str, Any]], None] | None = None,
+    variety: Variety | None = None,
 ) -> list[Prompt]:
     """Read `{"conversations": [...]}` lines whose last message, the assistant's, is empty or missing.
 
@@ -95,6 +97,7 @@ def read_prompts(
         log: called with a line about dropped prompts.
         data_format: as for `build_cache`.
         check: raises UserError for a row that cannot be used, such as `Rewards.check_row`.
+        variety: its system prompts are added.
 
     Returns:
         The prompts, in order.
@@ -103,14 +106,20 @@ def read_prompts(
         DataError: a line is unusable, or no prompts remain.
     """
 
+    varied, given = variety or Variety(), [0]
+
     def read(row: dict[str, Any]) -> Prompt | BadRow:
         try:
             chat = question(row)
+            system = varied.draw(row).system_for(chat.messages, chat.tools)
+            if system is not None:
+                chat.messages.insert(0, {"role": "system", "content": system})
             if check is not None:
                 check(row)
             check_complete(tokenizer, chat.messages, chat.tools)
             texts = [tokenizer.render_chat(chat.messages, chat.tools, add_generation_prompt=True, **p) for p in PROMPTS]
             "".join(texts).encode()  # the tokenizer's own error would not name the row
+            given[0] += system is not None
             return Prompt(row, texts, [tokenizer.encode(text) for text in texts])
         except UnicodeEncodeError:
             return BadRow(f"holds {HALF_A_PAIR}")
@@ -118,6 +127,8 @@ def read_prompts(
             return BadRow(str(error))
 
     found = list(read_rows(paths, read, formats=Formats("chats", data_format), on_bad_line=on_bad_line, log=log))
+    if varied.draws:
+        log(f"{given[0]:,} of {len(found):,} prompts were given a system prompt (by seed {varied.seed})")
     short = [prompt for prompt in found if max(map(len, prompt.ids)) <= max_seq_len]
     if len(short) < len(found):
         log(
@@ -140,7 +151,8 @@ class Rollouts:
         batch_size: prompts in a micro-batch.
         generations: answers per prompt, at least 2.
         max_new_tokens: limit for an answer.
-        temperature: for sampling and for all log-probabilities.
+        sampling: how the answers' tokens are chosen.
+        logprob_temperature: of all log-probabilities; 0: the sampling's.
         thinking_ratio: share of prompts that open a thought.
         accumulation_steps: micro-batches in an optimizer step.
         updates: optimizer steps per rollout.
@@ -164,14 +176,16 @@ class Rollouts:
         generations: int,
         max_new_tokens: int,
         seed: int,
-        temperature: float = 1.0,
+        sampling: Sampling = Sampling(1.0),  # noqa: B008  frozen
+        logprob_temperature: float = 0.0,
         thinking_ratio: float = 0.0,
         accumulation_steps: int = 1,
         updates: int = 1,
     ) -> None:
         self.prompts, self.tokenizer, self.rewards, self.reference = prompts, tokenizer, rewards, reference
         self.batch_size, self.generations, self.max_new_tokens = batch_size, generations, max_new_tokens
-        self.temperature, self.thinking_ratio, self.seed = temperature, thinking_ratio, seed
+        self.sampling, self.thinking_ratio, self.seed = sampling, thinking_ratio, seed
+        self.temperature = logprob_temperature or sampling.temperature  # of log-probabilities
         self.accumulation_steps, self.updates = accumulation_steps, updates
         self.rank, self.world_size = rank, world_size
         self.engine: Any = None
@@ -275,9 +289,7 @@ class Rollouts:
                 texts.append(prompt.texts[opened])
                 seeds.append(row_seed(self.seed, first + 1 + answer))
         begin_s = time.perf_counter()
-        done = complete(
-            self._author(), contexts, Sampling(self.temperature), max_new_tokens=self.max_new_tokens, seed=seeds
-        )
+        done = complete(self._author(), contexts, self.sampling, max_new_tokens=self.max_new_tokens, seed=seeds)
         seconds = time.perf_counter() - begin_s
         said = [c.ids for c in done]
         answers = [self.tokenizer.decode(c.ids[: len(c.ids) - (c.finish_reason == "stop")]) for c in done]
@@ -326,7 +338,7 @@ class Rollouts:
         return batch
 
     def run(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Run a batch, with log-probabilities at the sampling temperature.
+        """Run a batch, with log-probabilities at the run's temperature.
 
         Args:
             model: a model or an engine.

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, dataclass_transform
 
 from minimind_fast.data.formats import NAMES as FORMATS
+from minimind_fast.data.minimind.variety import Variety
 from minimind_fast.errors import UserError
 from minimind_fast.ops import NAMES
+from minimind_fast.recipes import RECIPES
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:
@@ -47,6 +49,9 @@ class TrainConfig:
         ValueError: an invalid value; the message names the option.
     """
 
+    recipe: str = option(
+        "none", "a set of option values by name; options given beside it win", choices=("none", *RECIPES)
+    )
     # model, data and output
     preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
     from_weight: str = option("none", "start from these weights: a folder or a MiniMind .pth; none starts from nothing")
@@ -120,8 +125,11 @@ class TrainConfig:
     max_nonfinite_steps: int = option(
         5, "stop after this many skipped steps in a row, whose loss or gradient was not finite"
     )
-    use_wandb: bool = option(False, "also log to Weights & Biases")
-    use_swanlab: bool = option(False, "also log to SwanLab")
+    use_wandb: bool = option(False, "also log to Weights & Biases; a resumed run continues its curve")
+    use_swanlab: bool = option(False, "also log to SwanLab; a resumed run continues its curve")
+    wandb_project: str = option("minimind_fast", "project in Weights & Biases")
+    swanlab_project: str = option("minimind_fast", "project in SwanLab")
+    wandb_run_name: str = option("", "the run's name there and in SwanLab; that of its folder if not given")
     sample_prompts: list[str] = option([], "prompts to continue at the end of the run")
     sample_tokens: int = option(60, "tokens to continue each of them by (0: no samples)")
 
@@ -212,6 +220,37 @@ class TrainConfig:
             raise UserError(f"--learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
             raise UserError(f"--beta1 and --beta2 must be in [0, 1), not {self.beta1} and {self.beta2}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig(TrainConfig):
+    """What stages that learn answers add: MiniMind's ways with a turn."""
+
+    empty_think_ratio: float = option(1.0, "share of the training rows that keep the template's empty thoughts")
+    whole_turn: bool = option(
+        False, "also learn what MiniMind counts of a turn: its thought's opening, the newline after its end marker"
+    )
+
+    def check(self) -> None:
+        """Reject invalid values."""
+        super().check()
+        for name in ("empty_think_ratio", "system_ratio"):
+            if not 0 <= getattr(self, name, 0.0) <= 1:
+                raise UserError(f"--{name} must be in [0, 1], not {getattr(self, name)}")
+
+    @property
+    def variety(self) -> Variety:
+        """How the training rows differ from the file's; validation rows do not."""
+        return Variety(getattr(self, "system_ratio", 0.0), self.empty_think_ratio, self.whole_turn, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(AnswerConfig):
+    """What stages that learn from whole chats add."""
+
+    system_ratio: float = option(
+        0.0, "share of the training chats without a system prompt that get one of MiniMind's ten"
+    )
 
 
 @functools.cache

@@ -4,7 +4,8 @@ Purpose: sums between two log lines (`Window`); a progress bar or lines, a JSONL
     or SwanLab (`Progress`); a plot of the loss.
 Principle: tensors stay on their device until the log line. Each log step is one dict of numbers, the same for every sink.
 Properties: on a terminal a bar with the latest numbers, elsewhere one line a log step; MFU is reported with the peak that
-    it refers to. Nothing here touches the model.
+    it refers to. A resumed run goes on with its curve in wandb and SwanLab: their ids are in trackers.json. Nothing here
+    touches the model.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ class Progress:
         first_step: where a resumed run begins.
         options: the run's options, for wandb and SwanLab.
         name: the run's name, for wandb and SwanLab.
-        use_wandb, use_swanlab: also log there.
+        trackers: "wandb" and "swanlab" -> the project to log to.
 
     Raises:
-        ValueError: wandb or swanlab requested but not installed.
+        UserError: wandb or swanlab is not installed or cannot be reached.
     """
 
     SHOWN = (
@@ -83,14 +84,11 @@ class Progress:
         first_step: int,
         options: dict[str, Any],
         name: str,
-        use_wandb: bool = False,
-        use_swanlab: bool = False,
+        trackers: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.total, self.step = folder, total_steps, first_step
-        self.sinks = [_import(sink) for sink, on in (("wandb", use_wandb), ("swanlab", use_swanlab)) if on]
-        for sink in self.sinks:
-            sink.init(project="minimind_fast", name=name, config=options)
+        self.sinks = _open_trackers(trackers or {}, folder / "trackers.json", first_step > 0, name, options)
         self.file = (folder / "log.jsonl").open("a" if first_step else "w", encoding="utf-8")
         self.board: Any = None
         self.bar: Any = None
@@ -159,13 +157,35 @@ class Progress:
             sink.finish()
 
 
-def _import(name: str) -> Any:
+def _open_trackers(
+    projects: Mapping[str, str], known: Path, resumed: bool, name: str, options: dict[str, Any]
+) -> list[Any]:
+    """Begin a run in each tracker, or go on with the one whose id is in the file `known`."""
     import importlib
 
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"--use_{name} needs the package: pip install {name}") from None
+    ids = json.loads(known.read_text(encoding="utf-8")) if resumed and known.is_file() else {}
+    sinks = []
+    for tracker, project in projects.items():
+        try:
+            sink = importlib.import_module(tracker)
+        except ImportError:
+            raise UserError(f"--use_{tracker} needs the package: pip install {tracker}") from None
+        again: dict[str, Any] = {}
+        if tracker in ids:
+            again = {"id": ids[tracker], "resume": "allow"}
+            if tracker == "wandb":  # --from_resume itself is another option than before
+                again["allow_val_change"] = True
+        try:
+            ids[tracker] = sink.init(project=project, name=name, config=options, **again).id
+        except Exception as error:  # their own kinds: not logged in, no network, no such project
+            raise UserError(
+                f"--use_{tracker}: {tracker} could not begin: {error}. Run `{tracker} login` once, or set "
+                f"{tracker.upper()}_MODE=offline"
+            ) from None
+        sinks.append(sink)
+    if sinks:
+        known.write_text(json.dumps(ids), encoding="utf-8")
+    return sinks
 
 
 class Window:

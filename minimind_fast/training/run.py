@@ -2,7 +2,7 @@
 
 Purpose: `resolve(options, stage, ranks)` returns a frozen `Run`; everything after it only reads.
 Principle: given options stay. The others are settled in one place, in this order: the shipped sample and its defaults, the
-    initial weights, the precision, the DeepSpeed file. Each step records its reason.
+    recipe, the initial weights, the precision, the DeepSpeed file. Each step records its reason.
 Properties: works the same from Python and from the command line; `run.explain()` says what was given, what was chosen and
     why; run.json, in the run's folder, says the same.
 """
@@ -21,10 +21,14 @@ import torch
 from minimind_fast.data import samples
 from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
+from minimind_fast.recipes import RECIPES
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.zero.options import decided, deepspeed_config
 
 Options = TypeVar("Options", bound=TrainConfig)
+
+
+NO_DATA = "the shipped sample: no --data_path"
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,12 @@ def resolve(config: Options, stage: Stage, ranks: int = 1) -> Run[Options]:
         ValueError: missing weights, a clash with the DeepSpeed file, or an invalid combination.
     """
     if stage.sample and not config.data_path:
-        config = config.settle("the shipped sample: no --data_path", data_path=[str(samples.path(stage.sample))])
+        config = config.settle(NO_DATA, data_path=[str(samples.path(stage.sample))])
         if stage.sample_val:
             config = config.suggest("the shipped sample", val_data_path=[str(samples.path(stage.sample_val))])
         config = config.suggest("suits the shipped sample", **{"preset": "tiny", **stage.suits})
+    values = {name: value for name, value in RECIPES.get(config.recipe, {}).items() if name in config.options()}
+    config = config.suggest(f"--recipe {config.recipe}", **values)
     for option, before in stage.needs.items():
         config = _find_weights(config, option, before)
     if config.preset == "auto":

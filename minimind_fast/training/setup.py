@@ -36,7 +36,7 @@ from minimind_fast.ops.attention import chosen, leave_out_of_compilation
 from minimind_fast.ops.attention import use as use_attention
 from minimind_fast.ops.documents import run as run_packed
 from minimind_fast.training import graphs, losses, ranks, resume, words
-from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.config import AnswerConfig, TrainConfig
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.ranks import start  # noqa: F401  what a script ends with: setup.start(main)
 from minimind_fast.training.run import Run, Stage, resolve
@@ -284,7 +284,7 @@ def make_trainer(
 
 def train(
     run: Run,
-    make_encoder: Callable[[Tokenizer], Encoder],
+    make_encoder: Callable[..., Encoder],
     adapt: Callable[[MiniMind], Any] | None = None,
     save_weights: Callable[[MiniMind, Path], None] | None = None,
     make_loss: Callable[[MiniMind, Tokenizer], LossFunction] | None = None,
@@ -293,7 +293,8 @@ def train(
 
     Args:
         run: the resolved run.
-        make_encoder: makes the stage's function from rows to documents.
+        make_encoder: makes the stage's function from rows to documents, from the tokenizer and, with an AnswerConfig,
+            `variety=`.
         adapt: modifies the loaded model.
         save_weights: as for `Hooks`.
         make_loss: makes the stage's own loss; None: `own_loss`.
@@ -307,11 +308,11 @@ def train(
     if adapt is not None:
         adapt(model)
     loss = own_loss(config) if make_loss is None else make_loss(model, tokenizer)
-    encode = make_encoder(tokenizer)
-    data = open_data(config, config.data_path, tokenizer, encode, training=True)
+    varied = {"variety": config.variety} if isinstance(config, AnswerConfig) else {}
+    data = open_data(config, config.data_path, tokenizer, make_encoder(tokenizer, **varied), training=True)
     val_data = None
     if config.val_data_path:
-        val_data = one_pass(open_data(config, config.val_data_path, tokenizer, encode, training=False))
+        val_data = one_pass(open_data(config, config.val_data_path, tokenizer, make_encoder(tokenizer), training=False))
     trainer = make_trainer(run, model, tokenizer, data, loss, Hooks(val_data, save_weights=save_weights))
     trainer.run()
     return trainer

@@ -360,8 +360,10 @@ class Trainer:
             check_replaceable(self.plan.weights)  # fail now, not after an hour of training
         numbers = sum(math.prod(shape) for shape in (self._trained or {}).values())
         resume.check_room(folder.parent, numbers)
-        options, sinks = config.options(), dict(use_wandb=config.use_wandb, use_swanlab=config.use_swanlab)
-        self.progress = Progress(folder, self.total_steps, self.step, options, folder.name, **sinks)
+        wanted = {"wandb": config.use_wandb, "swanlab": config.use_swanlab}
+        trackers = {name: getattr(config, f"{name}_project") for name, on in wanted.items() if on}
+        name = config.wandb_run_name or folder.name
+        self.progress = Progress(folder, self.total_steps, self.step, config.options(), name, trackers)
         self.plan.write()
 
     def _save(self) -> None:

@@ -9,17 +9,19 @@ Properties: anything that might surprise is said once, at the start: the impleme
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minimind_fast import ops
+from minimind_fast.data.minimind import sets
 from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
 from minimind_fast.ops.attention import chosen
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.log import clock
 from minimind_fast.training.resume import Start
-from minimind_fast.training.run import Run
+from minimind_fast.training.run import NO_DATA, Run
 
 
 def introduction(
@@ -48,6 +50,11 @@ def introduction(
         f"{steps} optimizer steps of {c.accumulation_steps * ranks} x up to {batch_tokens:,} tokens; "
         f"attention: {backend} ({reason}).",
     ]
+    if c.why("data_path") == NO_DATA and sets.offer(run.stage):
+        lines.append(f"Data: the shipped sample, for a first try. {sets.offer(run.stage)}")
+    if c.recipe != "none":
+        took = [f"{name} {_shown(v)}" for name, v in c.options().items() if c.why(name) == f"--recipe {c.recipe}"]
+        lines.append(f"Recipe {c.recipe}: {', '.join(took) or 'nothing that was not given'}.")
     groups: dict[str, list[str]] = {}
     for name, how in ops.describe(device).items():
         groups.setdefault(how, []).append(name)
@@ -66,6 +73,10 @@ def introduction(
     if start is not None and start.step:
         lines.append(f"Going on from step {start.step} ({start.useful_tokens:,} tokens).")
     return lines
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def finished(run: Run, steps: int, tokens: int, seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,8 +186,15 @@ def test_the_command_prints_what_it_was_asked(tmp_path, capsys):
     data = json.loads(file.read_text())
     assert data["parameters"] == shape_of(ModelConfig.preset("tiny")).num_parameters()
     assert list(data["scaling"]) == [str(n) for n in plan.SCALES]
-    assert cli(["plan", "--preset", "tiny", "--gpus", "0"]) == 2
-    assert "at least 1" in capsys.readouterr().err
+    assert cli([*argv[:9], "--corpus", "sft_t2t_mini", "--results", str(tmp_path)]) == 2, "both say a corpus"
+    assert cli([*argv[:7], "--corpus", "sft_t2t_mini", "--results", str(tmp_path)]) == 0
+    assert "The corpus: 432,432,432 tokens x 1 epochs" in capsys.readouterr().out  # 1.6 GB of 3.7 bytes
+    for wrong, said in (
+        (["--gpus", "0"], "at least 1"),
+        (["--corpus", "sft"], "no such data set .* there are pretrain_t2t_mini"),
+    ):
+        assert cli(["plan", "--preset", "tiny", *wrong]) == 2
+        assert re.search(said, capsys.readouterr().err)
 
 
 def test_what_does_not_fit_is_said(capsys, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from minimind_fast.data import samples
 from minimind_fast.data.cache import build_cache
 from minimind_fast.data.chats import Chat, ChatEncoder, lay_out, read_chat
+from minimind_fast.data.minimind.variety import SYSTEM_PROMPTS, Variety
 from minimind_fast.data.packing import PackedBatches
 from minimind_fast.data.rows import BadRow, DataError
 from minimind_fast.data.tokenizer import Tokenizer
@@ -266,6 +267,90 @@ def test_a_token_that_is_part_tag_counts_as_tag(tokenizer):
 def test_weights_that_do_not_fit_are_refused(weight):
     with pytest.raises(ValueError, match="from 1 to 255"):
         ChatEncoder(Tokenizer.load(samples.path("tokenizer")), weight)
+
+
+# -------------------------------------------------------------------------------------------------------- MiniMind's ways
+
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+def as_minimind(tokenizer, turns, keep):
+    """(ids, what its trainers learn) by their rule: all of a turn after its header, searched for in the ids of the whole."""
+    text = tokenizer.render_chat(turns)
+    ids = tokenizer.encode(text if keep else text.replace(EMPTY, ""))
+    opens, closes = tokenizer.encode("<|im_start|>assistant\n"), tokenizer.encode("<|im_end|>\n")
+    learned = [0] * len(ids)
+    starts = [i + len(opens) for i in range(len(ids)) if ids[i : i + len(opens)] == opens]
+    for start in starts:
+        end = next(i for i in range(start, len(ids)) if ids[i : i + len(closes)] == closes) + len(closes)
+        learned[start:end] = [1] * (end - start)
+    return ids, learned
+
+
+TURNS = {
+    "plain": [user("你好"), assistant("5, 当然。")],
+    "several": [{"role": "system", "content": "Be brief."}, user("a"), assistant("b"), user("c"), assistant("d e")],
+    "thought": [user("a"), assistant("b", reasoning_content="Hm.\nYes."), user("c"), assistant("d")],
+}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("name", ["ours", "minimind3"])
+def test_whole_turns_and_dropped_thoughts_are_minimind_s_ids_and_labels(name, turns, keep, request):
+    tokenizer = load(name, request)
+    ((ids, weights),) = encode(tokenizer, turns, variety=Variety(empty_think_ratio=float(keep), whole_turn=True))
+    assert (list(ids), list(weights)) == as_minimind(tokenizer, turns, keep)
+    ((ids, weights),) = encode(tokenizer, turns, variety=Variety(empty_think_ratio=float(keep)))
+    assert EOS + "\n" not in "".join(trained(tokenizer, (ids, weights))), "the newline is learned with whole turns only"
+    assert tokenizer.decode(ids).count(EMPTY) == keep * tokenizer.render_chat(turns).count(EMPTY)
+
+
+def test_a_row_is_drawn_by_seed_and_content_at_minimind_s_rates(tmp_path):
+    tokenizer = Tokenizer.load(samples.path("tokenizer"))
+    rows = [{"conversations": [user(f"q{i}"), assistant("a")]} for i in range(1500)]
+    encoder = ChatEncoder(tokenizer, variety=Variety(0.2, 0.2))
+    texts = [tokenizer.decode(documents[0][0]) for documents in encoder(rows, tokenizer)]
+    systems = [next((p for p in SYSTEM_PROMPTS if p in text), "") for text in texts]
+    # Four standard deviations of 1500 draws are 0.041.
+    assert abs(sum(map(bool, systems)) / 1500 - 0.2) < 0.041 and set(systems) == {"", *SYSTEM_PROMPTS}
+    assert abs(sum(EMPTY in text for text in texts) / 1500 - 0.2) < 0.041
+    both = sum(bool(system) and EMPTY in text for system, text in zip(systems, texts, strict=True))
+    assert abs(both / 1500 - 0.04) < 0.021, "two draws of one row are independent"
+    again = ChatEncoder(tokenizer, variety=Variety(0.2, 0.2))(rows[::-1], tokenizer)
+    assert [tokenizer.decode(documents[0][0]) for documents in again] == texts[::-1], "not the order decides"
+    other = ChatEncoder(tokenizer, variety=Variety(0.2, 0.2, seed=7))
+    assert [tokenizer.decode(d[0][0]) for d in other(rows, tokenizer)] != texts and other.name != encoder.name
+
+    file, said = tmp_path / "chats.jsonl", []
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for _ in range(2):  # made, and found
+        build_cache(file, tokenizer, encode=ChatEncoder(tokenizer, variety=Variety(0.2, 0.2)), log=said.append)
+    counts = f"of 1,500 rows, {sum(map(bool, systems))} were given a system prompt and "
+    counts += f"{sum(EMPTY not in text for text in texts):,} lost their empty thoughts (by seed 42;"
+    assert [line.startswith(counts) for line in said if "rows" in line] == [True, True]
+
+
+def test_no_system_prompt_where_there_is_one_or_are_tools(request):
+    tokenizer = load("minimind3", request)
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    always = Variety(system_ratio=1.0)
+    own, with_tools = [{"role": "system", "content": "Mine."}, user("a"), assistant("b")], [user("a"), assistant("b")]
+    rows = [{"conversations": own}, {"conversations": with_tools, "tools": tools}]
+    assert ChatEncoder(tokenizer, variety=always)(rows, tokenizer) == ChatEncoder(tokenizer)(rows, tokenizer)
+    unlearned = {"conversations": [user("a"), assistant("b", weight=0), user("c"), assistant("d")]}
+    ((document,),) = ChatEncoder(tokenizer, variety=always)([unlearned], tokenizer)
+    assert trained(tokenizer, document) == [f"d{EOS}"] and "<|im_start|>system" in tokenizer.decode(document[0])
+
+
+def test_nothing_varied_is_the_cache_of_before():
+    tokenizer = Tokenizer.load(samples.path("tokenizer"))
+    assert ChatEncoder(tokenizer).name == ChatEncoder(tokenizer, variety=Variety(seed=7)).name
+    names = {
+        ChatEncoder(tokenizer, variety=v).name
+        for v in (Variety(), Variety(0.1), Variety(0.0, 0.5), Variety(whole_turn=True))
+    }
+    assert len(names) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ truncation

@@ -143,7 +143,11 @@ def test_no_data_is_an_error(tmp_path, tokenizer):
     write(tmp_path / "void.jsonl", ["", " "])
     (tmp_path / "broken.jsonl").write_text("x\ny\n")
     for name, message in [
-        ("missing.jsonl", "does not exist"),
+        ("missing.jsonl", r"does not exist \(seen from [^)]*\)$"),
+        (
+            "sft_t2t_mini.jsonl",
+            r"does not exist .*MiniMind's data sets \(1\.6 GB\): download it from https://www\.modelscope",
+        ),
         ("empty.jsonl", "is empty"),
         ("blank.jsonl", "no usable document, no rows"),
         ("void.jsonl", "no usable document, 0 unusable and 2 empty rows"),

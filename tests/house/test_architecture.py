@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "console": set(),
     "config": {"errors"},
     "plugins": {"errors"},
+    "recipes": set(),
     "kernels": {"config"},
     "data": {"config", "errors"},
     "ops": {"config", "errors"},  # kernels are loaded by name
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "weights": {"model"} | BELOW_MODEL,
     "infer": {"weights", "model"} | BELOW_MODEL,
     "serve": BELOW_TRAINING,
-    "training": {"console"} | BELOW_TRAINING,
+    "training": {"console", "recipes"} | BELOW_TRAINING,
     "rl": {"training"} | BELOW_TRAINING,
     "stages": {"rl", "training"} | BELOW_TRAINING,
     "proof": {"kernels", "stages", "rl", "training", "serve"} | BELOW_TRAINING,

@@ -18,13 +18,17 @@ from pages import CONTRIBUTING, DOCS, PAGES, ROOT, commands, fenced
 import minimind_fast
 from benchmarks import marked
 from minimind_fast import cli
-from minimind_fast.commands.plan import exchanged_bytes
+from minimind_fast.commands.plan import Run, compute_seconds, exchanged_bytes
+from minimind_fast.config import ModelConfig
 from minimind_fast.data import samples
 from minimind_fast.data.chats import ChatEncoder
+from minimind_fast.data.minimind import sets
 from minimind_fast.data.pairs import PairEncoder
 from minimind_fast.data.rows import BadRow, string_field
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.proof.cards import CARDS
 from minimind_fast.proof.memory import held
+from minimind_fast.recipes import RECIPES
 from minimind_fast.rl.rewards import question
 from minimind_fast.training.cli import parse
 
@@ -150,6 +154,43 @@ def test_shares_of_the_pipeline_that_are_told_are_those_of_the_code(language):
     shares = {stage.name: f"{100 * stage.share:.0f}" for stage in script("pipeline").STAGES}
     told = [(name, share) for name, share in re.findall(r"(\w+) (\d+)%", text) if name in shares]
     assert all(shares[name] == share for name, share in told)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_minimind_s_data_sets_and_their_hours_are_those_of_the_code(language):
+    text = (DOCS / language / "data.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \|$", text, re.M)
+    assert told == [(s.file, s.size, s.about, ", ".join(s.stages)) for s in sets.SETS.values()]
+    assert all(where in text for where in sets.WHERE)
+    hours = re.findall(r"^\| ([A-Z][\w ]+) \| ([\d,]+)k \| (\d+) min \| (\d+) min \|$", text, re.M)
+    assert len(hours) == 4
+    for card, rate, *minutes in hours:
+        seconds = sum(
+            compute_seconds(Run(ModelConfig.preset("minimind3"), CARDS[card], tokens=10800, document=200)).values()
+        )
+        assert float(rate.replace(",", "")) == pytest.approx(10.8 / seconds, abs=0.51)
+        for name, told_minutes in zip(("pretrain_t2t_mini", "sft_t2t_mini"), minutes, strict=True):
+            assert float(told_minutes) == pytest.approx(sets.find(name).tokens * seconds / 10800 / 60, abs=0.51)
+
+
+# All options of MiniMind's scripts of August 2026 but those of train_ppo.py and train_agent.py, which are not here.
+THEIRS = """
+save_dir save_weight epochs batch_size learning_rate device dtype num_workers accumulation_steps grad_clip log_interval
+save_interval hidden_size num_hidden_layers max_seq_len use_moe data_path from_weight from_resume use_wandb wandb_project
+use_compile lora_name beta student_hidden_size student_num_layers teacher_hidden_size teacher_num_layers student_use_moe
+teacher_use_moe from_student_weight from_teacher_weight alpha temperature max_gen_len num_generations loss_type epsilon
+epsilon_high reward_model_path debug_mode debug_interval thinking_ratio rollout_engine sglang_base_url sglang_model_path
+sglang_shared_path load_from weight lora_weight inference_rope_scaling max_new_tokens top_p open_thinking historys show_speed
+"""
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_option_of_minimind_s_is_in_the_table(language):
+    text = (DOCS / language / "from_minimind.md").read_text(encoding="utf-8")
+    section = text.split("\n## ")[2]
+    assert not [name for name in THEIRS.split() if f"`{name}`" not in section]
+    recipe = text.split("\n## ")[3]
+    assert not [name for name in RECIPES["minimind3"] if f"`--{name}`" not in recipe]
 
 
 # ---------------------------------------------------------------------------------------------------------- the commands

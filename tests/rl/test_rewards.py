@@ -1,15 +1,18 @@
 """Rewards: what each gives for answers in hand, plug-ins, and models as judges."""
 
 import json
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import minimind_fast as mm
 from minimind_fast.data import samples
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import UserError
 from minimind_fast.rl import rewards
+from minimind_fast.rl.judge import open_judge
 from minimind_fast.rl.rewards import ModelReward, Rewards
 
 OPENED, PLAIN = "user: 2 + 3?\nassistant\n<think>\n", "user: 2 + 3?\nassistant\n<think>\n\n</think>\n\n"
@@ -147,6 +150,20 @@ def test_minimind_rules():
     assert one(rewards.repetition, "天天天天天天") == -0.5  # no spaces, and yet words
 
 
+@pytest.mark.parametrize(
+    ("text", "ours", "theirs"),
+    [
+        ("我喜欢你我喜欢你我喜欢你我喜欢你", -0.5, 0.0),  # no punctuation: one word there, characters here
+        ("天天 天天 天天 天天", -0.5, -0.5),
+        ("a b c a b c</think>x y z</think>a b c a b c", -0.25, -1 / 11),  # after the last thought; after the first
+        ("a b c a b c", -0.25, -0.25),
+    ],
+)
+def test_minimind_s_own_repetition_differs_where_its_rule_does(text, ours, theirs):
+    assert one(rewards.repetition, text) == pytest.approx(ours)
+    assert one(rewards.minimind_repetition, text) == pytest.approx(theirs)
+
+
 def test_weights_and_plug_ins(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def shorter(prompts, answers, rows):\n    return [-len(a) for a in answers]\n")
     monkeypatch.chdir(tmp_path)
@@ -236,7 +253,85 @@ def test_a_sequence_classifier_gives_transformers_score(judge, tmp_path):
     assert all(abs(value) == 3 for value in ModelReward(tmp_path)([OPENED], ["x"], [row()]))
 
 
-def test_a_model_that_only_transformers_can_run_is_told_how(tmp_path):
+SCORER = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class Config(PretrainedConfig):
+    model_type = "scorer"
+
+class Scorer(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.v_head = torch.nn.Linear(1, 1, bias=False)
+        self.post_init()
+
+    def get_score(self, tokenizer, messages):
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        return self.v_head(torch.tensor([float(len(ids))])).item()
+"""
+
+
+def test_a_model_with_code_of_its_own_scores_as_minimind_asks_it(judge, tmp_path):
+    """As internlm2-1_8b-reward: AutoModel by auto_map, get_score(tokenizer, messages) with the history in the question."""
+    pytest.importorskip("transformers")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((judge[0] / file).read_bytes())
+    (tmp_path / "scorer.py").write_text(SCORER)
+    auto = {"AutoConfig": "scorer.Config", "AutoModel": "scorer.Scorer"}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "scorer", "architectures": ["Scorer"], "auto_map": auto})
+    )
+    save_file({"v_head.weight": torch.tensor([[0.01]])}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"brings Python code of its own \(scorer.py\): read it, then add --trust_remote"
+    ):
+        open_judge(tmp_path)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, *row()["conversations"]]
+    got = open_judge(tmp_path, trust_remote_code=True)(
+        [OPENED] * 2, ["hm</think>five"] * 2, [row(), {"conversations": turns}]
+    )
+    tokenizer = Tokenizer.load(tmp_path)
+    history = "user: hi\nassistant: hello\n以上是对话历史。我的新问题是：\n2 + 3?"
+    for value, question in zip(got, ["2 + 3?", history], strict=True):
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "five"}]
+        assert value == pytest.approx(len(tokenizer.encode(tokenizer.render_chat(chat))) / 100)
+    save_file({"v_head.weight": torch.tensor([[9.0]])}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert open_judge(tmp_path, trust_remote_code=True)([OPENED], ["x"], [row()]) == [3.0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "scorer.py").write_text(SCORER.replace("get_score", "other"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="Scorer gives no score"):
+        open_judge(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_any_sequence_classifier_of_transformers_is_a_judge(tmp_path, labels):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "2", "+", "3", "?", "five", "six"])}
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    shape = dict(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**shape, num_labels=labels)).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path)
+    if labels == 2:
+        with pytest.raises(UserError, match="has 2 labels: a reward model has one"):
+            open_judge(tmp_path)
+        return
+    got = open_judge(tmp_path)([OPENED] * 2, ["hm</think>five", "six"], [row()] * 2)
+    for value, answer in zip(got, ["five", "six"], strict=True):
+        want = model(**tokenizer("2 + 3?", answer, return_tensors="pt")).logits.item()
+        assert value == pytest.approx(max(-3, min(3, want)), abs=1e-5)
+    assert got[0] != got[1]
+
+
+def test_without_transformers_the_judge_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "internlm2"}))
-    with pytest.raises(ValueError, match=r"--reward_model_path: .*--reward FILE\.py:FUNCTION"):
-        ModelReward(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"--reward_model_path: .*pip install transformers"):
+        open_judge(tmp_path)

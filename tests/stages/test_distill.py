@@ -88,6 +88,18 @@ def test_the_loss_and_its_gradients_are_those_of_whole_logits(distill, teacher, 
             torch.testing.assert_close(grads[name], p.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_alpha_weighs_the_balance_too_where_asked(distill, teacher, tokenizer):
+    student = make_model(32, preset="minimind2-moe").train()
+    ids = torch.randint(3, 6400, (9,))
+    batch = Batch(ids[:-1], ids[1:], torch.tensor([0, 8], dtype=torch.int32), 8, 8, 1)
+    given = [dict(alpha=0.25), dict(alpha=0.25, alpha_weighs_aux=True), dict(alpha=0.25, recipe="minimind3")]
+    aux = [
+        distill.make_loss(settled(distill, teacher, **more), student, tokenizer)(Engine(student), batch).aux
+        for more in given
+    ]
+    assert aux[0] > 0 and torch.equal(aux[1], 0.25 * aux[0]) and torch.equal(aux[2], aux[1])
+
+
 def test_the_teacher_is_frozen_in_the_students_precision_and_no_part_of_it(distill, teacher, tokenizer):
     student = make_model(32)
     before = [name for name, _ in student.named_modules()]

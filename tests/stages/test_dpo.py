@@ -12,6 +12,7 @@ from stand_ins import Engine
 import minimind_fast as mm
 from minimind_fast.data import samples
 from minimind_fast.data.cache import build_cache
+from minimind_fast.data.minimind.variety import Variety
 from minimind_fast.data.pairs import PairBatches, PairEncoder
 from minimind_fast.data.rows import BadRow, DataError
 from minimind_fast.data.tokenizer import Tokenizer
@@ -80,6 +81,27 @@ def test_the_answers_that_differ_are_trained_and_nothing_else(tokenizer, row, ch
     assert (ours, theirs) == (chosen, rejected)
     assert text.startswith("<|im_start|>") and text.endswith(chosen) and other.endswith(rejected)
     assert text.removesuffix(chosen) == other.removesuffix(rejected)  # the same prompt
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_whole_turns_are_minimind_s_mask_and_one_draw_is_both_sides(tokenizer, model, drops):
+    """DPO's loss on one pair against MiniMind's: all after the turn's header, to the newline, is summed."""
+    row = pair("2?", "3", "no way")
+    (documents,) = PairEncoder(tokenizer, Variety(empty_think_ratio=1.0 - drops, whole_turn=True))([row], tokenizer)
+    empty, want, got = "<think>\n\n</think>\n\n", [], []
+    for side, (ids, weights) in zip(("chosen", "rejected"), documents, strict=True):
+        text = tokenizer.render_chat(row[side])
+        assert tokenizer.decode(ids) == (text.replace(empty, "") if drops else text)
+        head = len(tokenizer.encode("<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n"))
+        logprobs = model(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
+        each = [logprobs[i - 1, ids[i]].item() for i in range(1, len(ids))]
+        want.append(sum(each[head - 1 :]))
+        got.append(sum(x for x, weight in zip(each, weights[1:], strict=True) if weight))
+    assert got == pytest.approx(want, abs=1e-4)
+    rows = [pair(f"{i}?", "3", "no") for i in range(60)]
+    halves = PairEncoder(tokenizer, Variety(empty_think_ratio=0.5))(rows, tokenizer)
+    kept = [[empty in tokenizer.decode(ids) for ids, _ in sides] for sides in halves]
+    assert all(one == other for one, other in kept) and len({one for one, _ in kept}) == 2
 
 
 def test_after_an_answer_that_differs_all_answers_are_trained(tokenizer):
@@ -293,12 +315,33 @@ def test_options_that_cannot_be(changes, sentence):
         load_script("dpo").DPOConfig(**changes).check()
 
 
+WANDB = """
+class Run:
+    def __init__(self, id="", **given):
+        self.id = id or "first"
+        print("wandb begins:", given["project"], given["name"], self.id, given.get("resume"), flush=True)
+def log(numbers, step):
+    print("wandb step", step, flush=True)
+def finish():
+    pass
+init = Run
+"""
+
+
 def test_the_command_learns_the_sample_and_resumes_to_the_bit(model, tokenizer, tmp_path):
+    """By a recipe, and with a tracker."""
+    (tmp_path / "wandb.py").write_text(WANDB)
+    where = dict(before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})", env={"PYTHONPATH": str(tmp_path)})
     mm.save_pretrained(model, tmp_path / "sft" / "weights", tokenizer=tokenizer)
     args = ["--save_dir", tmp_path, "--cache_dir", tmp_path / "cache", "--dtype", "float32", "--max_steps", 6]
     args += ["--num_threads", 1, "--log_interval", 1, "--sample_tokens", 0, "--learning_rate", 3e-3, "--batch_size", 2]
     args += ["--save_interval", 3, "--keep_checkpoints", 9, "--max_minutes", 0]
-    out = run("dpo.py", args)
+    args += ["--recipe", "minimind3", "--beta2", 0.95, "--use_wandb", "--wandb_project", "mine"]
+    out = run("dpo.py", args, **where)
+    assert "Recipe minimind3: empty_think_ratio 0.2, whole_turn True.\n" in out, "what was given, it does not set"
+    assert "of 200 rows, 0 were given a system prompt and 1" in out and "by seed 42" in out
+    assert "wandb begins: mine dpo first None" in out and "wandb step 6" in out
+    assert "Data: the shipped sample, for a first try. For a real run: --data_path dpo.jsonl (53 MB" in out
     assert "the reference's log-probabilities of 200 pairs" in out and "accuracy" in out
     log = read_log(tmp_path / "dpo")
     assert log[1]["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(log[1]["reward_margin"]) < 1e-5
@@ -309,7 +352,8 @@ def test_the_command_learns_the_sample_and_resumes_to_the_bit(model, tokenizer, 
     shutil.rmtree(checkpoints(tmp_path / "dpo" / "checkpoints")[-1])
     for file in (tmp_path / "cache").glob("*.reference-*.npy"):
         file.unlink()  # it is rebuilt from the same weights
-    assert "Going on from step 3" in run("dpo.py", [*args, "--from_resume"])
+    out = run("dpo.py", [*args, "--from_resume"], **where)
+    assert "Going on from step 3" in out and "wandb begins: mine dpo first allow" in out
     again = read_log(tmp_path / "dpo")
     for step in range(1, 7):
         assert again[step]["loss"] == log[step]["loss"] and again[step]["accuracy"] == log[step]["accuracy"]

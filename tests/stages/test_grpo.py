@@ -11,6 +11,7 @@ from stand_ins import Engine
 
 import minimind_fast as mm
 from minimind_fast.data import samples
+from minimind_fast.data.minimind.variety import SYSTEM_PROMPTS, Variety
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import DataError
 from minimind_fast.infer.generate import complete
@@ -54,9 +55,9 @@ def work(tmp_path_factory, tokenizer):
 
 
 def rollouts(model, work, tokenizer, **changes):
-    options = dict(batch_size=2, generations=3, max_new_tokens=9, seed=1, temperature=0.8, thinking_ratio=0.5) | changes
+    options = dict(batch_size=2, generations=3, max_new_tokens=9, seed=1, sampling=Sampling(0.8), thinking_ratio=0.5)
     prompts = read_prompts([work / "prompts.jsonl"], tokenizer, 64)
-    made = Rollouts(prompts, tokenizer, Rewards([f"{work / 'mine.py'}:letters"]), **options)
+    made = Rollouts(prompts, tokenizer, Rewards([f"{work / 'mine.py'}:letters"]), **(options | changes))
     return made.written_by(Engine(model))
 
 
@@ -90,6 +91,30 @@ def test_packed_answers_have_the_log_probabilities_that_they_were_drawn_with(mod
     torch.testing.assert_close(got[counted], torch.tensor(done[0].logprobs + done[1].logprobs), atol=1e-4, rtol=0)
     assert batch.advantages[counted].tolist() == [0.5] * 7 + [-0.5] * 7 and not batch.advantages[~counted].any()
     assert batch.weights.sum() == pytest.approx(2) and not batch.weights[~counted].any()
+
+
+def test_rollouts_draw_from_what_the_filters_leave_and_log_probabilities_have_their_own_temperature(
+    model, work, tokenizer
+):
+    model.model.embed_tokens.weight.data.mul_(4)  # a new model is nearly uniform
+    data = rollouts(model, work, tokenizer, sampling=Sampling(0.8, top_p=0.85, top_k=3), logprob_temperature=1.0)
+    batch = next(iter(data))
+    got = data.run(model, batch)[0]
+    for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
+        logits = model(batch.input_ids[None, begin:end]).logits[0]
+        targets = batch.targets[begin:end]
+        counted = targets >= 0
+        chosen = targets[counted, None]
+        assert (logits[counted].topk(3).indices == chosen).any(-1).all()
+        want = logits[counted].log_softmax(-1).gather(-1, chosen).squeeze(-1)
+        torch.testing.assert_close(got[begin:end][counted], want, atol=1e-4, rtol=0)
+
+
+def test_prompts_are_given_system_prompts_and_the_log_says_how_many(work, tokenizer):
+    said = []
+    prompts = read_prompts([work / "prompts.jsonl"], tokenizer, 64, log=said.append, variety=Variety(system_ratio=1.0))
+    assert all(any(f"system\n{p}<|im_end|>" in text for p in SYSTEM_PROMPTS) for x in prompts for text in x.texts)
+    assert any("5 of 5 prompts were given a system prompt (by seed 42)" in line for line in said)
 
 
 def test_advantages_are_those_of_the_rewards_within_each_prompt(model, work, tokenizer):
@@ -249,7 +274,7 @@ def test_a_model_learns_what_is_rewarded(work, tokenizer):
     model.model.embed_tokens.weight.data.mul_(8)  # a new model draws uniformly from 6400 tokens, few of them twice
     script = runpy.run_path(str(ROOT / "train" / "grpo.py"))
     config = parse(script["GRPOConfig"], ["--beta", "0"])
-    data = rollouts(model, work, tokenizer, generations=16, temperature=1.0)
+    data = rollouts(model, work, tokenizer, generations=16, sampling=Sampling(1.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rewards = []
     for _ in range(6):

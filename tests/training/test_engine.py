@@ -295,7 +295,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minimind_fast.config import ModelConfig
 from minimind_fast.model import MiniMind
 from minimind_fast.training import ranks
-from minimind_fast.training.zero import engine as engine_module
+from minimind_fast.training.zero.options import engine as engine_module
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.zero.options import deepspeed_config
 

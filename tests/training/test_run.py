@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from launching import ROOT, load_script
+from launching import ROOT, load_script, own_config
 from pages import fenced
 
 from minimind_fast.data import samples
 from minimind_fast.ops import precision
+from minimind_fast.recipes import RECIPES
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.run import Run, Stage, resolve
@@ -42,6 +43,47 @@ def test_own_data_leaves_the_samples_choices_out():
     run = resolve(TrainConfig(data_path=["mine.jsonl"], dtype="float32"), SAMPLE)
     assert (run.config.batch_size, run.config.epochs, run.config.val_data_path) == (32, 2, [])
     assert run.config.preset == ("minimind3" if torch.cuda.is_available() else "tiny")
+
+
+UPSTREAM = {  # MiniMind of August 2026: its trainers' defaults, where ours differ
+    "pretrain": {"beta2": 0.999},
+    "sft": {"system_ratio": 0.2, "empty_think_ratio": 0.2, "whole_turn": True},
+    "lora": {"system_ratio": 0.2, "empty_think_ratio": 0.2, "whole_turn": True, "lora_targets": ["square"]},
+    "dpo": {"empty_think_ratio": 0.2, "whole_turn": True},
+    "distill": {"system_ratio": 0.2, "empty_think_ratio": 0.2, "whole_turn": True, "alpha_weighs_aux": True},
+    "reason": {},
+    "grpo": {"grpo_loss": "cispo", "top_p": 0.85, "top_k": 50, "logprob_temperature": 1.0, "system_ratio": 0.2}
+    | {"reward": ["length", "thinking", "minimind_repetition"]},
+}
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_a_recipe_sets_what_was_not_given_and_wins_over_the_sample_s_choices(name, tmp_path):
+    module = load_script(name)
+    cls = own_config(module)
+    here = dict(from_weight="none", save_dir=str(tmp_path), dtype="float32")
+    here |= {"teacher_path": str(tmp_path), "tokenizer_path": "x"} if name == "distill" else {}
+    run = resolve(cls(recipe="minimind3", **here), module.STAGE)
+    took = {n: getattr(run.config, n) for n in run.config.options() if run.config.why(n) == "--recipe minimind3"}
+    assert took == {"beta2": 0.999} | UPSTREAM[name]
+    assert resolve(cls(**here), module.STAGE).config.beta2 == 0.95, "no recipe unless it is asked for"
+    entry, value = next(iter((UPSTREAM[name] or {"beta2": 0.999}).items()))
+    own = {bool: False, float: 0.5, list: ["q_proj"], str: "grpo"}[type(value)]
+    run = resolve(parse(cls, [f"--{entry}", str(own), "--recipe", "minimind3", "--from_weight", "none"]
+        + [w for n, v in here.items() if n != "from_weight" for w in (f"--{n}", v)]), module.STAGE)  # fmt: skip
+    assert getattr(run.config, entry) == own and run.config.why(entry) == "given"
+
+
+def test_every_entry_of_a_recipe_is_an_option_of_some_stage_with_a_valid_value():
+    classes = [own_config(load_script(name)) for name in UPSTREAM]
+    for name, values in RECIPES.items():
+        for entry, value in values.items():
+            having = [cls for cls in classes if entry in {f.name for f in dataclasses.fields(cls)}]
+            assert having, f"{name}: no stage has --{entry}"
+            for cls in having:
+                cls(**{entry: value})
+    with pytest.raises(ValueError, match="--recipe must be one of none, minimind3"):
+        TrainConfig(recipe="minimind4")
 
 
 def test_nothing_is_left_open_and_nothing_can_be_assigned():
