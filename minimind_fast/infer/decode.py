@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, S slots, n tokens a row, H query heads, K kv heads, hd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from minimind_fast.model import Attention, MiniMind, Packed
 from minimind_fast.ops.documents import Documents, size_for
 
 Step = Callable[[Tensor, Tensor, int, bool], Tensor]  # (ids, positions, used slots, all rows equally long) -> logits
-# Graphs are captured for this many visible slots, and for twice as many whenever rows outgrow them.
+# Graphs are captured for this many visible slots, and for twice as many whenever rows outgrow them; likewise for rows.
 _GRAPH_SLOTS = 256
 _GRAPH_ROWS = 8  # fewer rows than this decode no faster: weights, not rows, are what a step reads
 
@@ -86,10 +86,17 @@ class Decoder:
         slots: S, the maximum tokens per row.
         cache: (L, B, 2K, S, hd) to use, such as a view of a larger one; None: a new one.
         packs: the model's weights in CPU layout; the model must not be trained meanwhile.
+        graphs: steps over the first rows of this cache, by the number of rows; new ones are added.
     """
 
     def __init__(
-        self, model: MiniMind, rows: int, slots: int, cache: Tensor | None = None, packs: Packs | None = None
+        self,
+        model: MiniMind,
+        rows: int,
+        slots: int,
+        cache: Tensor | None = None,
+        packs: Packs | None = None,
+        graphs: dict[int, GraphStep] | None = None,
     ) -> None:
         self.model = model
         self.cache = new_cache(model, rows, slots) if cache is None else cache
@@ -98,6 +105,7 @@ class Decoder:
         self.positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # the same on the device
         self._fast: Step | None = None
         self._packs = packs
+        self._graphs = {} if graphs is None else graphs
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> Tensor:
@@ -194,28 +202,29 @@ class Decoder:
 
     def _make_fast(self) -> Step:
         # A step references the cache, not this object: a reference cycle would pin gigabytes until the next gc run.
-        if self._captures():
-            return GraphStep(self.model, self.cache)
+        if captures(self.model):
+            rows = self.cache.shape[1]
+            if rows not in self._graphs:
+                pool = next((step.pool for step in self._graphs.values()), None)
+                self._graphs[rows] = GraphStep(self.model, self.cache, pool)
+            return self._graphs[rows]
         if self.device.type == "cpu":
             return CpuStep(self.model, self.cache, self._packs)
         return PlainStep(self.model, self.cache)
 
-    def _captures(self) -> bool:
-        return self.device.type == "cuda" and can_capture(self.model)
+    def rows_for(self, live: int, rows: int) -> int:
+        """How many rows to go on with: dropping finished ones costs a copy of the cache, and with graphs a capture.
 
-    def worth_keeping(self, live: int, rows: int) -> bool:
-        """Whether to drop finished rows now: each time costs a copy of the cache, and with graphs a capture.
-
-        A capture synchronises and takes as long as some tens of steps, so with graphs rows go by halves and down to a few:
-        a batch of B rows is captured at most log2(B / 8) times on the way.
+        A capture synchronises and takes as long as some tens of steps, so with graphs the number is a power of two and at
+        least 8: a batch of B rows has at most log2(B / 8) + 1 numbers on the way, and the next batch the same ones.
 
         Args:
             live: rows that go on.
             rows: rows in the cache.
         """
-        if self._captures():
-            return rows > _GRAPH_ROWS and 2 * live <= rows
-        return 4 * (rows - live) >= rows
+        if captures(self.model):
+            return min(rows, max(_GRAPH_ROWS, 1 << (live - 1).bit_length()))
+        return live if 4 * (rows - live) >= rows else rows
 
     @torch.inference_mode()
     def keep(self, rows: list[int], ids: Tensor) -> Tensor:
@@ -228,11 +237,46 @@ class Decoder:
         Returns:
             The ids of the kept rows.
         """
-        self.cache = self.cache[:, rows]
+        kept = self.cache[:, rows]
+        # Graphs hold addresses: kept rows move to the front of the cache.
+        self.cache = self.cache[:, : len(rows)].copy_(kept) if captures(self.model) else kept
         self._fast = None
         self.lengths = [self.lengths[r] for r in rows]
         self.positions = self.positions[rows]
         return ids[rows]
+
+
+class Workspace:
+    """On a GPU, a KV cache and its graphs for one batch after another: a later one captures nothing that an earlier one did.
+
+    Args:
+        model: its weights may change between batches; if they move, graphs are captured anew.
+        rows: of the largest batch.
+        slots: of the longest.
+    """
+
+    def __init__(self, model: MiniMind, rows: int, slots: int) -> None:
+        self.model, self.rows, self.slots = model, rows, slots
+        self._cache: Tensor | None = None
+        self._graphs: dict[int, GraphStep] = {}
+        self._addresses: list[int] = []
+
+    def decoder(self, rows: int, slots: int) -> Decoder:
+        """A decoder for a new batch; the one before is done.
+
+        Args:
+            rows: B.
+            slots: tokens per row, at most.
+        """
+        assert rows <= self.rows and slots <= self.slots
+        if not captures(self.model):
+            return Decoder(self.model, rows, slots)
+        addresses = [p.data_ptr() for p in self.model.parameters()]
+        if self._cache is None or addresses != self._addresses:
+            self._cache, self._addresses, self._graphs = None, addresses, {}
+            self._cache = new_cache(self.model, self.rows, self.slots)
+        self._cache.zero_()  # a NaN of the last batch would count even where it is masked
+        return Decoder(self.model, rows, slots, self._cache[:, :rows], graphs=self._graphs)
 
 
 def _extend(model: MiniMind, ids: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
@@ -276,6 +320,11 @@ def can_capture(model: MiniMind) -> bool:
     return all(how.startswith("kernel") for op, how in found.items() if op in ("moe_route", "moe_mlp"))
 
 
+def captures(model: MiniMind) -> bool:
+    """Whether decode steps become CUDA graphs."""
+    return model.model.embed_tokens.weight.device.type == "cuda" and can_capture(model)
+
+
 def graph_slots(used: int, all_slots: int) -> int:
     """Slots that a graph covers: the least doubling of 256 that holds those in use, at most the cache's."""
     slots = _GRAPH_SLOTS
@@ -293,27 +342,27 @@ class GraphStep:
     Args:
         model: in evaluation mode.
         cache: (L, B, 2K, S, hd); must not move, since graphs hold its address.
+        pool: that of other steps, which take turns with this one; None: a new one.
     """
 
-    def __init__(self, model: MiniMind, cache: Tensor) -> None:
-        self.plain, self.slots = PlainStep(model, cache), 0
+    def __init__(self, model: MiniMind, cache: Tensor, pool: Any = None) -> None:
+        self.plain = PlainStep(model, cache)
         self.ids, self.positions = torch.zeros(2, cache.shape[1], dtype=torch.int64, device=cache.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits = torch.empty(0)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # slots -> graph, its logits
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
 
     def __call__(self, ids: Tensor, positions: Tensor, used: int, level: bool) -> Tensor:
         self.ids.copy_(ids)
         self.positions.copy_(positions)
-        if used > self.slots:
-            with torch.cuda.device(self.ids.device):  # a new stream belongs to the current device, which may differ
-                self._capture(used)
-        assert self.graph is not None
-        self.graph.replay()
-        return self.logits.clone()  # the next replay overwrites this buffer
-
-    def _capture(self, used: int) -> None:
         slots = graph_slots(used, self.plain.cache.shape[-2])
+        if slots not in self.graphs:
+            with torch.cuda.device(self.ids.device):  # a new stream belongs to the current device, which may differ
+                self.graphs[slots] = self._capture(slots)
+        graph, logits = self.graphs[slots]
+        graph.replay()
+        return logits.clone()  # the next replay overwrites this buffer
+
+    def _capture(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Warm-up outside the capture compiles and selects kernels. It writes the same values to the same slots as the
         # replay.
         side = torch.cuda.Stream()
@@ -325,5 +374,4 @@ class GraphStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits = self.plain(self.ids, self.positions, slots, False)
-        # Drop the old graph only now: PyTorch refuses a pool whose graphs are all gone while a tensor still uses it.
-        self.graph, self.logits, self.slots = graph, logits, slots
+        return graph, logits

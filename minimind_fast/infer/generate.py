@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minimind_fast.data.tokenizer import StreamDecoder, Tokenizer
 from minimind_fast.errors import UserError
-from minimind_fast.infer.decode import Decoder
+from minimind_fast.infer.decode import Decoder, Workspace
 from minimind_fast.infer.sampling import Noise, Sampling, choose, chosen_logprobs, row_seed
 from minimind_fast.model import MiniMind
 
@@ -150,6 +150,7 @@ def complete(
     stop_ids: Sequence[int] | None = None,
     logprobs: bool = False,
     prefill_chunk: int | None = None,
+    workspace: Workspace | None = None,
 ) -> list[Completion]:
     """Continue prompts of any length; `generate`, `generate_batch` and RL rollouts are built on this.
 
@@ -160,6 +161,7 @@ def complete(
         max_new_tokens: limit for each prompt.
         seed, stop_ids, prefill_chunk: as in `generate`.
         logprobs: also return each new token's log-probability at the sampling temperature, before filters.
+        workspace: the model's, for callers that come again; None: cache and graphs of this call's own.
 
     Returns:
         One Completion per prompt, in order.
@@ -168,7 +170,8 @@ def complete(
         ValueError: as for `generate`.
     """
     done = [Completion([], [], "length") for _ in prompts]
-    steps = _steps(model, prompts, sampling or Sampling(), max_new_tokens, seed, stop_ids, logprobs, prefill_chunk)
+    how = (sampling or Sampling(), max_new_tokens, seed, stop_ids, logprobs, prefill_chunk, workspace)
+    steps = _steps(model, prompts, *how)
     for rows, ids, logps, stopped in steps:
         for row, token, stop in zip(rows, ids, stopped, strict=True):
             done[row].ids.append(token)
@@ -189,6 +192,7 @@ def _steps(
     stop_ids: Sequence[int] | None,
     logprobs: bool,
     prefill_chunk: int | None,
+    workspace: Workspace | None = None,
 ) -> Iterator[tuple[list[int], list[int], list[float], list[bool]]]:
     """Yield at each step (active rows, their new tokens, log-probabilities, which of them end here)."""
     prompts = [list(p) for p in prompts]
@@ -201,7 +205,8 @@ def _steps(
     model.eval()
     try:
         # Inference mode inside each call, not around the loop: a generator would leak it to its caller.
-        decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+        size = len(prompts), max(map(len, prompts)) + max_new_tokens
+        decoder = Decoder(model, *size) if workspace is None else workspace.decoder(*size)
         logits = decoder.prefill(prompts, prefill_chunk)
         picker = _Picker(prompts, sampling, seeds, logits, logprobs)
         rows: list[int | None] = list(range(len(prompts)))  # the row at each place of the batch; None: finished
@@ -217,8 +222,10 @@ def _steps(
             for i, stop in zip(places, stopped, strict=True):
                 if stop:
                     rows[i] = None
-            if decoder.worth_keeping(len(rows) - rows.count(None), len(rows)):
-                kept = [i for i, row in enumerate(rows) if row is not None]
+            going_on = [i for i, row in enumerate(rows) if row is not None]
+            keep = decoder.rows_for(len(going_on), len(rows))
+            if keep < len(rows):  # a round number, filled up with finished rows
+                kept = [*going_on, *(i for i, row in enumerate(rows) if row is None)][:keep]
                 rows = [rows[i] for i in kept]
                 ids = decoder.keep(kept, ids)
                 picker.keep(kept)

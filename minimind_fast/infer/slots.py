@@ -37,7 +37,7 @@ class Slots:
         self.lengths: list[int] = []  # of the running rows
         self.staged = 0  # tokens so far of a prompt that arrives in pieces, in the row after the running ones
         self._decoders: dict[int, Decoder] = {}
-        self._packs = Packs()
+        self._packs, self._graphs = Packs(), {}
 
     @property
     def free(self) -> int:
@@ -92,7 +92,8 @@ class Slots:
         """
         count = len(self.lengths)
         if count not in self._decoders:
-            self._decoders[count] = Decoder(self.model, count, self.slots, self.cache[:, :count], self._packs)
+            shared = self.cache[:, :count], self._packs, self._graphs
+            self._decoders[count] = Decoder(self.model, count, self.slots, *shared)
         decoder = self._decoders[count]
         decoder.lengths = self.lengths
         decoder.positions = torch.tensor(self.lengths, device=self.cache.device)

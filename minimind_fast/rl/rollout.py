@@ -36,6 +36,7 @@ from minimind_fast.data.minimind.variety import Variety
 from minimind_fast.data.rows import HALF_A_PAIR, BadRow, read_rows
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import DataError, UserError
+from minimind_fast.infer.decode import Workspace
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling, row_seed
 from minimind_fast.model import MiniMind
@@ -190,7 +191,9 @@ class Rollouts:
         self.rank, self.world_size = rank, world_size
         self.engine: Any = None
         self._copy: MiniMind | None = None
-        self.batch_tokens = batch_size * generations * (max(len(i) for p in prompts for i in p.ids) + max_new_tokens)
+        self._workspace: Workspace | None = None
+        self._longest = max(len(i) for p in prompts for i in p.ids) + max_new_tokens
+        self.batch_tokens = batch_size * generations * self._longest
         for prompt in prompts:
             rewards.check_row(prompt.row)
         digest = hashlib.blake2b(json.dumps([p.texts for p in prompts]).encode(), digest_size=8).hexdigest()
@@ -288,8 +291,11 @@ class Rollouts:
                 contexts.append(prompt.ids[opened])
                 texts.append(prompt.texts[opened])
                 seeds.append(row_seed(self.seed, first + 1 + answer))
-        begin_s = time.perf_counter()
-        done = complete(self._author(), contexts, self.sampling, max_new_tokens=self.max_new_tokens, seed=seeds)
+        begin_s, author = time.perf_counter(), self._author()
+        if self._workspace is None:
+            self._workspace = Workspace(author, self.batch_size * self.generations, self._longest)
+        limits: Any = dict(max_new_tokens=self.max_new_tokens, workspace=self._workspace)
+        done = complete(author, contexts, self.sampling, seed=seeds, **limits)
         seconds = time.perf_counter() - begin_s
         said = [c.ids for c in done]
         answers = [self.tokenizer.decode(c.ids[: len(c.ids) - (c.finish_reason == "stop")]) for c in done]

@@ -78,6 +78,11 @@ def prepare(num_threads: int = 0) -> torch.device:
 
     Returns:
         The rank's device.
+
+    Raises:
+        ValueError: more ranks than GPUs on this machine.
+
+    Source: https://github.com/deepspeedai/DeepSpeed/issues/8248, on binding a device in a world of one.
     """
     if "RANK" not in os.environ:  # plain `python train/pretrain.py`
         with socket.socket() as s:
@@ -95,11 +100,24 @@ def prepare(num_threads: int = 0) -> torch.device:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\..*` is deprecated")
     warnings.filterwarnings("ignore", message=r".*barrier\(\).*device")
     if gpu:
+        _check_local_rank(torch.cuda.device_count())
         torch.cuda.set_device(device())
         matmuls_for_training()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device() if gpu else None)
+        # A bound device makes NCCL split its communicator for each new group, which fails on some drivers in a world of one.
+        bound = device() if gpu and int(os.environ["WORLD_SIZE"]) > 1 else None
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=bound)
     return device()
+
+
+def _check_local_rank(gpus: int) -> None:
+    """Refuse more ranks than GPUs here; no launcher does."""
+    if int(os.environ["LOCAL_RANK"]) >= gpus:
+        raise UserError(
+            f"this machine shows {gpus} GPU{'s' * (gpus > 1)}, and rank {os.environ['RANK']} asks for number "
+            f"{int(os.environ['LOCAL_RANK']) + 1}: lower --num_gpus (torchrun: --nproc_per_node), the slots in the "
+            "hostfile, or look at CUDA_VISIBLE_DEVICES"
+        )
 
 
 def grow_segments() -> None:
@@ -117,6 +135,16 @@ def device() -> torch.device:
     """This rank's device."""
     gpu = torch.cuda.is_available()
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+
+
+def least_memory() -> int:
+    """Bytes of the smallest GPU among all ranks; 0 on CPUs."""
+    if not torch.cuda.is_available():
+        return 0
+    least = torch.tensor(torch.cuda.get_device_properties(device()).total_memory, device=device())
+    if world()[1] > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def world() -> tuple[int, int]:

@@ -5,8 +5,9 @@ Purpose: a stage provides an engine, batches and a loss; `Trainer.run` does the 
 Principle: an optimizer step is a group of micro-batches. Their targets are first counted over all ranks, so that the loss
     is the mean over the counted tokens of the global batch, however distributed. Data position, random generators and
     optimizer are saved together: a resumed run matches an uninterrupted one bit for bit.
-Properties: between log lines nothing waits for the GPU except DeepSpeed's overflow check; a signal, a full disk or running
-    out of memory ends in one sentence, and never costs a finished checkpoint.
+Properties: between log lines nothing waits for the GPU but what DeepSpeed's own steps ask it for (see the engine): how a
+    step went is read at the next log line. A signal, a full disk or running out of memory ends in one sentence, and never
+    costs a finished checkpoint.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from minimind_fast import ops
 from minimind_fast.data.batches import Batch, Batches
@@ -41,6 +43,7 @@ from minimind_fast.weights.checkpoint import save_pretrained
 from minimind_fast.weights.files import Hold, check_replaceable
 
 SAVE_EVERY_S = 600  # with --save_interval 0
+UNREAD_STEPS = 100  # whose outcome is read at the latest then, however rare log lines are
 # A lost terminal, and Slurm's --signal=USR1: end as for SIGTERM, and never at once.
 _WARNINGS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *_WARNINGS)
@@ -119,6 +122,7 @@ class Trainer:
         self._trained, self._hold = trained, Hold(run.folder)
         self.rank, self.world_size = world()
         self.step, self.useful_tokens, self.nonfinite = self.start.step, self.start.useful_tokens, 0
+        self._unread: list[Tensor | None] = []  # gradient norms, of the last steps
         self.total_steps = self._count_steps()
         self.progress: Progress | None = None
         self._stop_signal, self._first_signal_at = 0, 0.0
@@ -178,11 +182,11 @@ class Trainer:
             if time_share >= 1:
                 self._say(f"Stopping at step {self.step}: --max_minutes {config.max_minutes:g} are over.")
                 break
-            lr, norm = self.train_step(group, counted, window, time_share)
+            lr = self.train_step(group, counted, window, time_share)
             self.useful_tokens += int(tokens)
             window.useful_tokens += tokens
             if self.step % config.log_interval == 0 or self.step == self.total_steps:
-                now = time.monotonic()
+                norm, now = self._read_outcomes(window), time.monotonic()
                 self._log(window, lr, norm, now - last_log, peak[0])
                 window, last_log = Window(), now
             if config.save_interval:
@@ -192,8 +196,10 @@ class Trainer:
             if config.val_interval and self.step % config.val_interval == 0:
                 self.validate()
             if due and self.step < self.total_steps:
+                self._read_outcomes(window)
                 self._save()
                 last_save = self._agreed_clock
+        self._read_outcomes(window)
         self._save()
         if self.rank == 0:
             folder = self.plan.folder
@@ -206,9 +212,7 @@ class Trainer:
             while group := list(itertools.islice(batches, self.config.accumulation_steps)):
                 yield group
 
-    def train_step(
-        self, group: list[Batch], counted: float, window: Window, time_share: float = 0.0
-    ) -> tuple[float, float | None]:
+    def train_step(self, group: list[Batch], counted: float, window: Window, time_share: float = 0.0) -> float:
         """One optimizer step.
 
         Args:
@@ -218,7 +222,7 @@ class Trainer:
             time_share: fraction of --max_minutes used; the schedule follows steps or time, whichever is further.
 
         Returns:
-            (learning rate, gradient norm if known).
+            The learning rate.
         """
         lr = learning_rate(self.config, max(self.step, time_share * self.total_steps), self.total_steps)
         micro_batches = len(group)
@@ -237,11 +241,12 @@ class Trainer:
             window.add_loss(out, 1.0 / micro_batches)
             self.engine.backward(mean, last=i == micro_batches - 1)
         window.counted += counted
-        norm, finite = self.engine.step(lr)
+        if len(self._unread) == UNREAD_STEPS:
+            self._read_outcomes(window)
+        self._unread.append(self.engine.step(lr))
         self.step += 1
         self._position = self.data.state_dict()
-        self._mind_nonfinite(finite, window)
-        return lr, norm
+        return lr
 
     # --------------------------------------------------------------------------------------------------- agreement
 
@@ -276,15 +281,28 @@ class Trainer:
         if not self._stop_signal or patient:
             self._stop_signal, self._first_signal_at = number, now
 
-    def _mind_nonfinite(self, finite: bool, window: Window) -> None:
-        if finite:
-            self.nonfinite = 0
-            return
+    def _read_outcomes(self, window: Window) -> float | None:
+        """Wait for the steps so far, and mind those that were skipped.
+
+        Returns:
+            The last step's gradient norm, if it is known and not read before.
+        """
+        unread, self._unread = self._unread, []
+        norm = None
+        for step, value in enumerate(unread, self.step + 1 - len(unread)):
+            norm = None if value is None else value.item()
+            if norm is None or math.isfinite(norm):
+                self.nonfinite = 0
+            else:
+                self._mind_nonfinite(step, window)
+        return norm
+
+    def _mind_nonfinite(self, step: int, window: Window) -> None:
         ops.check_promises()  # a broken promise gives NaN gradients; a lower learning rate would not help
         self.nonfinite += 1
         window.skipped += 1
         self._say(
-            f"Step {self.step}: the loss or a gradient is not finite; the step was skipped ({self.nonfinite} in a row)."
+            f"Step {step}: the loss or a gradient is not finite; the step was skipped ({self.nonfinite} in a row)."
         )
         limit = self.config.max_nonfinite_steps
         if self.nonfinite >= limit and self.config.dtype != "float16" or self.nonfinite >= 2 * limit + 20:

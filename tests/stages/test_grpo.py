@@ -14,6 +14,7 @@ from minimind_fast.data import samples
 from minimind_fast.data.minimind.variety import SYSTEM_PROMPTS, Variety
 from minimind_fast.data.tokenizer import Tokenizer
 from minimind_fast.errors import DataError
+from minimind_fast.infer.decode import Workspace
 from minimind_fast.infer.generate import complete
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.rl.rewards import Rewards
@@ -146,6 +147,19 @@ def test_an_epoch_meets_every_prompt_and_ends_with_a_whole_step(model, work, tok
     text = "".join(tokenizer.decode(b.input_ids.tolist()) for b in batches)
     assert all(f"user\n{q}<|im_end|>" in text for q in QUESTIONS)
     assert len({tuple(b.targets.tolist()) for b in batches}) == 4
+
+
+def test_all_rollouts_of_a_run_share_one_workspace(model, work, tokenizer, monkeypatch):
+    """On a GPU it holds the cache and the graphs, so that only the first rollout captures."""
+    shared = []
+
+    def noted(*args, **how):
+        shared.append(how["workspace"])
+        return complete(*args, **how)
+
+    monkeypatch.setattr("minimind_fast.rl.rollout.complete", noted)
+    assert len(list(rollouts(model, work, tokenizer))) == len(shared) == 3
+    assert isinstance(shared[0], Workspace) and shared[0] is shared[1] is shared[2] and shared[0].model is model
 
 
 def test_two_ranks_write_what_one_would(model, work, tokenizer):

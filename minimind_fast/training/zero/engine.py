@@ -3,9 +3,10 @@
 Purpose: `Engine(model, ...)` runs forward, backward and optimizer steps under any ZeRO stage, and saves and loads its state.
 Principle: torch's fused AdamW, which DeepSpeed wraps for each stage without building anything. Unwanted parts of its
     startup are patched out while it starts, then restored.
-Properties: no compiler is needed. At stage 1 in bf16 a step waits once for the device, at the end of its backward pass;
-    at the other stages as often as DeepSpeed does. Each DeepSpeed internal used here has a contract test named after it
-    (tests/training/test_deepspeed_contract.py), so that an upgrade says what moved.
+Properties: no compiler is needed. At stage 1 in bf16 and stage 0 in fp32 a step never waits for the device: norm, clipping
+    and skipping stay there. Elsewhere it waits as often as DeepSpeed does, to look for overflow. Each DeepSpeed internal
+    used here has a contract test named after it (tests/training/test_deepspeed_contract.py), so that an upgrade says what
+    moved.
 
 Source: DeepSpeed 0.19 (Rasley et al.); what experiments showed about it is noted where it is used.
 """
@@ -16,7 +17,6 @@ import contextlib
 import copy
 import functools
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -88,26 +88,25 @@ def _replaceable(optimizer: Any) -> bool:
     return not unusual and optimizer.norm_type == 2 and optimizer.grad_acc_dtype == torch.float32
 
 
+def _skip_if_infinite(adamw: Any, norm: torch.Tensor) -> None:
+    """Let fused AdamW find out on the device whether to leave weights, moments and its counter as they are."""
+    adamw.found_inf = norm.isfinite().logical_not().float()
+
+
 @torch.no_grad()
 def _bf16_step(optimizer: Any) -> None:
-    """BF16_Optimizer's step, in which the host waits once, for the backward pass, and never for AdamW.
+    """BF16_Optimizer's step, in which the host waits for nothing.
 
     The norm is taken over the flat sums of each group, not of each parameter (DeepSpeed launches one norm and one
-    multiplication for each). Clipping and skipping are fused AdamW's own `grad_scale` and `found_inf`, on the device: where
-    DeepSpeed asks the host three times before AdamW, nothing is asked. The norm's copy to the host is queued before AdamW
-    and read after it, so that the host has the weights' copies queued as well before it waits.
+    multiplication for each). Clipping and skipping are fused AdamW's own `grad_scale` and `found_inf`, on the device, where
+    DeepSpeed asks the host three times.
 
     Args:
-        optimizer: DeepSpeed's; its `overflow` and `_global_grad_norm` are set.
+        optimizer: DeepSpeed's; its `_global_grad_norm` becomes the norm, on the device; `overflow` stays False, unknown.
     """
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(optimizer.fp32_groups_gradients_flat)))
-    norm_on_host, arrived = norm, None
-    if norm.is_cuda:
-        norm_on_host = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
     adamw = optimizer.optimizer
-    adamw.found_inf = norm.isfinite().logical_not().float()
+    _skip_if_infinite(adamw, norm)
     adamw.grad_scale = ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1.0) if optimizer.clip_grad > 0 else None
     for master, grad in zip(
         optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True
@@ -117,10 +116,7 @@ def _bf16_step(optimizer: Any) -> None:
     optimizer._lazy_init_hp_params_optimizer_state()
     optimizer.update_lp_params()
     optimizer.clear_hp_grads()
-    if arrived is not None:
-        arrived.synchronize()
-    optimizer._global_grad_norm = float(norm_on_host)
-    optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
+    optimizer._global_grad_norm, optimizer.overflow = norm, False
 
 
 class Engine:
@@ -190,30 +186,29 @@ class Engine:
         if not last:
             self._ds.step()
 
-    def step(self, lr: float) -> tuple[float | None, bool]:
+    def step(self, lr: float) -> torch.Tensor | None:
         """Take the optimizer step, after the last micro-batch's backward.
 
         Args:
             lr: learning rate.
 
         Returns:
-            (gradient norm before clipping if known; whether the step was taken: False if anything was not finite).
+            () gradient norm before clipping, where it was computed: reading it waits for the device. Not finite if the step
+            was skipped because anything was not. None if DeepSpeed was told not to compute it.
         """
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
-        if not self._plain:
+        if self._plain:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip or float("inf"))
+            _skip_if_infinite(self._ds.optimizer, norm)
             self._ds.step()
-            norm = self._ds.get_global_grad_norm()
-            return None if norm is None else float(norm), not self._ds.optimizer.overflow
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip or float("inf")))
-        finite = norm == norm and norm != float("inf")
-        if finite:
-            self._ds.step()
-        else:
-            self._ds.zero_grad()
-            self._ds.micro_steps += 1
-        return norm, finite
+            return norm
+        self._ds.step()
+        if self._ds.optimizer.overflow:
+            return torch.tensor(float("inf"))
+        norm = self._ds.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
 
     # --------------------------------------------------------------------------------------------------- its weights
 
