@@ -8,6 +8,7 @@ Properties: a user's mistake (a path, a foreign tokenizer, a range) is a ValueEr
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from minimind_fast.errors import UserError
 from minimind_fast.infer.sampling import Sampling
 from minimind_fast.model import MiniMind
 from minimind_fast.ops.precision import as_stored
+from minimind_fast.weights.adapter_files import recorded_base
 from minimind_fast.weights.checkpoint import check_exists, load_config, load_pretrained, resolve_folder
 from minimind_fast.weights.lora import load_adapters, merge
 from minimind_fast.weights.open import check_match, check_size, tokenizer_of
@@ -116,6 +118,14 @@ def with_adapters(model: MiniMind, adapters: str | None, any_base: bool = False)
     """
     if adapters:
         load_adapters(model.float(), adapters, any_base)
+        name, fingerprint = recorded_base(adapters)
+        if not fingerprint and not any_base:
+            named = f" (only a name, {name})" if name else ""
+            print(
+                f"note: {adapters} does not record the weights that it was trained on{named}: nothing can tell whether "
+                "these are they",
+                file=sys.stderr,
+            )
         merge(model)
     return model
 

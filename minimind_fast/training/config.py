@@ -55,6 +55,9 @@ class TrainConfig:
     # model, data and output
     preset: str = option("auto", "model to train: a preset's name, or auto for one that suits the machine and the data")
     from_weight: str = option("none", "start from these weights: a folder or a MiniMind .pth; none starts from nothing")
+    with_optimizer: bool = option(
+        False, "with MiniMind's *_resume.pth as --from_weight: go on with its AdamW state and step"
+    )
     data_path: list[str] = option([], "file(s), folders or globs to train on; the shipped sample if not given")
     val_data_path: list[str] = option([], "file(s), folders or globs to measure the validation loss on")
     tokenizer_path: str = option("", "folder with tokenizer.json; the weights' own or the shipped one if not given")

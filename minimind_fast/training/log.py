@@ -52,10 +52,11 @@ class Progress:
     Args:
         folder: the run's; log.jsonl and tensorboard/ go there.
         total_steps: length of the bar.
-        first_step: where a resumed run begins.
+        first_step: where the run begins.
         options: the run's options, for wandb and SwanLab.
         name: the run's name, for wandb and SwanLab.
         trackers: "wandb" and "swanlab" -> the project to log to.
+        resumed: whether to go on with the folder's log and the trackers' curves.
 
     Raises:
         UserError: wandb or swanlab is not installed or cannot be reached.
@@ -85,11 +86,12 @@ class Progress:
         options: dict[str, Any],
         name: str,
         trackers: Mapping[str, str] | None = None,
+        resumed: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.total, self.step = folder, total_steps, first_step
-        self.sinks = _open_trackers(trackers or {}, folder / "trackers.json", first_step > 0, name, options)
-        self.file = (folder / "log.jsonl").open("a" if first_step else "w", encoding="utf-8")
+        self.sinks = _open_trackers(trackers or {}, folder / "trackers.json", resumed, name, options)
+        self.file = (folder / "log.jsonl").open("a" if resumed else "w", encoding="utf-8")
         self.board: Any = None
         self.bar: Any = None
         if sys.stdout.isatty():

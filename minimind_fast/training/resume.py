@@ -28,10 +28,12 @@ import torch.distributed as dist
 from minimind_fast.data.batches import Batches
 from minimind_fast.data.rows import read_object
 from minimind_fast.errors import UserError
+from minimind_fast.model import MiniMind
 from minimind_fast.training.ranks import first, say, together, world
 from minimind_fast.training.run import Run
 from minimind_fast.training.zero.engine import Engine, to_universal
 from minimind_fast.weights.files import sync_to_disk, written_aside
+from minimind_fast.weights.resume_pth import AdamWState, holds_optimizer, read_adamw
 
 STATE_FILE, MANIFEST = "state.json", "manifest.json"
 _NAME = re.compile(r"step_(\d+)$")
@@ -179,11 +181,13 @@ class Start:
         step: optimizer steps done.
         useful_tokens: tokens trained on so far, without padding.
         seconds: training time so far.
+        resumed: whether the run's folder holds what came before; a step of MiniMind's own run has no folder here.
     """
 
     step: int = 0
     useful_tokens: int = 0
     seconds: float = 0.0
+    resumed: bool = False
 
 
 def find(run: Run, frozen: str | None, trained: dict[str, list[int]]) -> Path | None:
@@ -227,6 +231,28 @@ def find(run: Run, frozen: str | None, trained: dict[str, list[int]]) -> Path | 
             f"{trained.get(name, 'not there')} now; give the options of its run, which are in {run.folder / 'run.json'}"
         )
     return checkpoint
+
+
+def minimind_s(run: Run, model: MiniMind) -> AdamWState | None:
+    """The optimizer of MiniMind's own run, if --with_optimizer asks for it.
+
+    Args:
+        run: the resolved run.
+        model: with the run's weights, on the CPU.
+
+    Raises:
+        UserError: --from_weight holds none that fits, or this run cannot take it.
+    """
+    config = run.config
+    if not config.with_optimizer:
+        return None
+    if not holds_optimizer(config.from_weight):
+        raise UserError(f"--with_optimizer needs MiniMind's *_resume.pth as --from_weight, not {config.from_weight}")
+    if config.zero_stage > 2 or config.offload != "none" or frozen_fingerprint(model) is not None:
+        raise UserError(
+            "--with_optimizer: only where all weights are trained, at --zero_stage 0, 1 or 2 without --offload"
+        )
+    return read_adamw(config.from_weight, model)
 
 
 def _refuse_damaged(found: list[Path]) -> None:
@@ -275,7 +301,7 @@ def load(engine: Engine, checkpoint: Path, data: Batches) -> Start:
     if rank == 0 and rewritten:
         shutil.rmtree(checkpoint.with_name(tag), ignore_errors=True)
     data.load_state_dict(state["data"])
-    return Start(state["step"], state["useful_tokens"], state["seconds"])
+    return Start(state["step"], state["useful_tokens"], state["seconds"], resumed=True)
 
 
 def needs_universal(checkpoint: Path, ranks: int) -> bool:

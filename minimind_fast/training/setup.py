@@ -272,6 +272,7 @@ def make_trainer(
     device, frozen = ranks.device(), resume.frozen_fingerprint(model)
     trained = resume.shapes(model)
     checkpoint = resume.find(run, frozen, trained)
+    theirs = resume.minimind_s(run, model) if checkpoint is None else None
     engine = make_engine(run, model, device, checkpoint is not None and resume.needs_universal(checkpoint, run.ranks))
     if callable(data):
         data = data(engine)
@@ -279,6 +280,10 @@ def make_trainer(
         data = Prefetcher(data)
     torch.manual_seed(run.config.seed + ranks.world()[0])  # dropout differs between ranks
     begins = resume.Start() if checkpoint is None else resume.load(engine, checkpoint, data)
+    if theirs is not None:
+        engine.set_moments(theirs.moments, theirs.step)
+        data.load_state_dict({**data.state_dict(), "epoch": theirs.epoch})
+        begins = resume.Start(theirs.step)
     return Trainer(run, engine, tokenizer, data, loss, device, hooks, begins, frozen, trained)
 
 

@@ -167,7 +167,7 @@ class Trainer:
                 self._say(line)
         peak = peak_flops(self.device, self.plan.dtype) if self.rank == 0 else (1.0, "")
         self._say(f"MFU is of {peak[0] / 1e12:.3g} TFLOP/s a device ({peak[1]}).")
-        if self.step == 0:
+        if not self.start.resumed:
             self.validate()  # the baseline for judging the end
         window = Window()
         last_log, last_save = time.monotonic(), self.start.seconds
@@ -370,7 +370,7 @@ class Trainer:
         """Hold the run's folder and open its log; an older run of the same name is moved aside, never mixed in."""
         config, folder = self.config, self.plan.folder
         self._hold.take()
-        if self.step == 0 and resume.checkpoints(self.plan.checkpoints):
+        if not self.start.resumed and resume.checkpoints(self.plan.checkpoints):
             aside = next(a for i in itertools.count(1) if not (a := folder.with_name(f"{folder.name}.old{i}")).exists())
             folder.rename(aside)
             ranks.say(f"An older run was moved from {folder} to {aside}.")
@@ -381,7 +381,9 @@ class Trainer:
         wanted = {"wandb": config.use_wandb, "swanlab": config.use_swanlab}
         trackers = {name: getattr(config, f"{name}_project") for name, on in wanted.items() if on}
         name = config.wandb_run_name or folder.name
-        self.progress = Progress(folder, self.total_steps, self.step, config.options(), name, trackers)
+        self.progress = Progress(
+            folder, self.total_steps, self.step, config.options(), name, trackers, self.start.resumed
+        )
         self.plan.write()
 
     def _save(self) -> None:

@@ -22,6 +22,7 @@ from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.log import clock
 from minimind_fast.training.resume import Start
 from minimind_fast.training.run import NO_DATA, Run
+from minimind_fast.weights.resume_pth import holds_optimizer
 
 
 def introduction(
@@ -70,8 +71,14 @@ def introduction(
             "Note: normalised top-1 routing gives the router no gradient from the language-model loss (MiniMind's "
             "own form); --straight_through_router passes one through, --no_norm_topk_prob weighs by the score itself."
         )
-    if start is not None and start.step:
+    if start is not None and start.resumed:
         lines.append(f"Going on from step {start.step} ({start.useful_tokens:,} tokens).")
+    elif start is not None and start.step:
+        lines.append(
+            f"Going on from step {start.step} of {c.from_weight}, with its optimizer, at the beginning of its epoch."
+        )
+    elif holds_optimizer(c.from_weight):
+        lines.append(f"{c.from_weight}: its weights are taken; --with_optimizer takes its optimizer and step too.")
     return lines
 
 

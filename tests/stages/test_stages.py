@@ -7,7 +7,7 @@ import pytest
 import torch
 from halves import needs_bf16
 from launching import read_log, run
-from stand_ins import Engine
+from stand_ins import Engine, resume_file
 
 import minimind_fast as mm
 from minimind_fast.data import samples
@@ -55,6 +55,26 @@ def test_sft_starts_from_the_run_before_and_leaves_a_model_that_answers(base, tm
     assert "pretrain: 0.5M parameters" in out and "The model answers" in out and "Validation loss" in out
     assert losses(tmp_path / "sft")[9] < losses(tmp_path / "sft")[1] - 0.3
     assert mm.load_pretrained(tmp_path / "sft").num_parameters() > 0
+
+
+def test_a_run_of_minimind_s_goes_on_with_its_optimizer(base, tmp_path):
+    """From its *_resume.pth: at AdamW's step, with an older run of the name moved aside and a log of its own."""
+    model, file = mm.load_pretrained(base / "pretrain"), tmp_path / "full_sft_64_resume.pth"
+    resume_file(model, file, steps=5)
+    data = chats(tmp_path / "chats.jsonl", [chat(f"hi {i}", f"hello {i}") for i in range(40)])
+    args = [*TINY, "--from_weight", file, "--tokenizer_path", base / "pretrain" / "weights", "--data_path", data]
+    args += ["--save_dir", tmp_path, "--epochs", 3, "--preset", "tiny", "--hidden_size", 64, "--num_hidden_layers", 2]
+    out = run("sft.py", args)
+    assert f"{file}: its weights are taken; --with_optimizer takes its optimizer and step too." in out
+    steps = max(losses(tmp_path / "sft"))
+    args += ["--with_optimizer", "--max_steps", 9, "--save_interval", 7, "--keep_checkpoints", 9]
+    out = run("sft.py", args)
+    assert f"Going on from step 5 of {file}, with its optimizer" in out and "An older run was moved" in out
+    assert f"/{min(9, 5 + 2 * steps // 3)} " in out and sorted(losses(tmp_path / "sft")) == [6, 7, 8, 9]
+    before = losses(tmp_path / "sft")
+    shutil.rmtree(checkpoints(tmp_path / "sft" / "checkpoints")[-1])
+    assert "Going on from step 7 (" in run("sft.py", [*args, "--from_resume"])
+    assert losses(tmp_path / "sft") == before
 
 
 def test_without_weights_the_command_to_run_first_is_named(tmp_path):

@@ -24,7 +24,7 @@ def stand_in(told, fails=""):
 
 
 def write(folder, first, last, trackers):
-    progress = Progress(folder, 9, first, {"seed": 1, "from_resume": first > 0}, "name", trackers)
+    progress = Progress(folder, 9, first, {"seed": 1, "from_resume": first > 0}, "name", trackers, resumed=first > 0)
     for step in range(first + 1, last + 1):
         progress.record(step, {"loss": step / 10})
     progress.close()

@@ -142,13 +142,15 @@ def test_a_wrong_base_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["adapter", "adapter.pth"])
-def test_a_second_merge_is_told(file, tmp_path):
+def test_a_second_merge_is_told(file, tmp_path, capsys):
     """A .pth says nothing of its base, but the merged model knows what is in it."""
     tokenizer = mm.Tokenizer.load(samples.path("tokenizer"))
     model = base_model(vocab_size=6400)
     mm.save_pretrained(model, tmp_path / "base", tokenizer=tokenizer)
     adapter = str(saved(trained(model), tmp_path / file))
     assert convert.main_lora(["merge", str(tmp_path / "base"), adapter, str(tmp_path / "once")]) == 0
+    unknown = "adapter.pth does not record the weights that it was trained on" in capsys.readouterr().err
+    assert unknown == (file == "adapter.pth"), "said of what nothing can check, and only of that"
     argv = ["merge", str(tmp_path / "once"), adapter, str(tmp_path / "twice")]
     with pytest.raises(ValueError, match="merged into this model already"):
         convert.main_lora(argv)

@@ -1,19 +1,24 @@
 """MiniMind's `.pth` of any shape: read from its tensors; written only where MiniMind reads the same model from it."""
 
 import argparse
+import copy
 import json
 
 import pytest
 import torch
+from stand_ins import resume_file
 
 import minimind_fast as mm
 from minimind_fast.commands import convert, options
 from minimind_fast.config import YARN, ModelConfig
 from minimind_fast.data import samples
-from minimind_fast.training import setup
+from minimind_fast.training import resume, setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.run import Run
+from minimind_fast.weights.checkpoint import to_disk_names
 from minimind_fast.weights.pth import read_differently, shape_of
+from minimind_fast.weights.resume_pth import read_adamw
 
 SMALL = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, max_position_embeddings=32768)
 # What MiniMind's two generations can be; 8 heads in generation 2, where nothing in the file says so.
@@ -110,13 +115,48 @@ def test_training_goes_on_from_minimind_s_mixture(preset, tmp_path, monkeypatch)
 def test_a_checkpoint_to_resume_from_is_read_for_its_weights(tmp_path):
     model = model_of(**SHAPES["dense3"])
     state = torch.load(written(model, tmp_path / "m.pth"), weights_only=True)
-    resume = {
+    raw = {
         "model": {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
         "epoch": 1, "step": 30, "world_size": 1, "wandb_id": None, "scaler": {},
     }  # fmt: skip
-    torch.save(resume, tmp_path / "full_sft_64_resume.pth")
+    torch.save(raw, tmp_path / "full_sft_64_resume.pth")
     assert torch.equal(mm.load_pretrained(tmp_path / "full_sft_64_resume.pth")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_optimizer_of_a_checkpoint_is_fused_as_its_weights_are(shape, tmp_path):
+    model = model_of(**SHAPES[shape])
+    want = resume_file(model, tmp_path / "a_resume.pth")
+    got = read_adamw(tmp_path / "a_resume.pth", model)
+    assert (got.step, got.epoch) == (3, 1) and got.moments.keys() == dict(model.named_parameters()).keys()
+    for half in (0, 1):
+        disk = to_disk_names({name: pair[half] for name, pair in got.moments.items()}, model.config)
+        assert all(torch.equal(disk[name], pair[half]) for name, pair in want.items())
+
+
+def test_an_optimizer_that_does_not_fit_is_refused(tmp_path):
+    model, file = model_of(**SHAPES["dense3"]), tmp_path / "a_resume.pth"
+    resume_file(model, file)
+    raw = torch.load(file, weights_only=True)
+    for change, said in (
+        (lambda r: r["optimizer"]["state"].pop(0), "states and .* numbers for"),
+        (lambda r: r["optimizer"]["state"][1].pop("exp_avg_sq"), "layers.0.* has no exp_avg_sq of its shape"),
+        (lambda r: r["optimizer"]["state"][1].update(step=torch.tensor(9.0)), "at different steps"),
+        (lambda r: r.pop("optimizer"), "holds no model with its optimizer"),
+    ):
+        broken = copy.deepcopy(raw)
+        change(broken)
+        torch.save(broken, file)
+        with pytest.raises(ValueError, match=f"--with_optimizer: .*a_resume.pth.*{said}"):
+            read_adamw(file, model)
+    for given, said in (
+        (dict(from_weight=str(tmp_path)), "needs MiniMind's"),
+        (dict(zero_stage=3), "at --zero_stage 0, 1 or 2"),
+    ):
+        config = TrainConfig(**{"from_weight": str(file), "with_optimizer": True, "dtype": "float32", **given})
+        with pytest.raises(ValueError, match=f"--with_optimizer.*{said}"):
+            resume.minimind_s(Run("pretrain", config, {}, 1), model)
 
 
 def test_heads_that_the_file_does_not_show_are_told(tmp_path):

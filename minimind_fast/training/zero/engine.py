@@ -151,6 +151,7 @@ class Engine:
             self._ds: Any
             self._ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=made)
         self.module, self.config, self.zero_stage = model, model.config, made["zero_optimization"]["stage"]
+        self._adamw = optimizer
         self.grad_clip = made["gradient_clipping"]
         for state in optimizer.state.values():
             state["step"].zero_()  # the counter is that step's only trace: its gradients were zero
@@ -246,10 +247,43 @@ class Engine:
         elif self.zero_stage > 0:
             safe_set_full_fp32_param(parameter, value)
         else:
-            optimizer = self._ds.optimizer
-            groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            pairs = (pair for lows, highs in groups for pair in zip(lows, highs, strict=True))
-            next(high for low, high in pairs if low is parameter).data.copy_(value)
+            self._master(parameter).data.copy_(value)
+
+    def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What AdamW moves for a parameter at stage 0: its fp32 master, or itself in float32."""
+        optimizer = self._ds.optimizer
+        groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True)
+        pairs = (pair for lows, highs in groups for pair in zip(lows, highs, strict=True))
+        return next((high for low, high in pairs if low is parameter), parameter)
+
+    @torch.no_grad()
+    def set_moments(self, moments: Mapping[str, tuple[torch.Tensor, torch.Tensor]], step: int) -> None:
+        """Go on with another AdamW's state, at ZeRO 0 to 2 without offload; all ranks call it with the same.
+
+        Args:
+            moments: (exp_avg, exp_avg_sq) of every parameter by its name, in its shape, float32.
+            step: AdamW's steps so far.
+        """
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self.zero_stage > 0:  # flat partitions have no state before a step, and then DeepSpeed has none to set
+            for part in (p for group in self._adamw.param_groups for p in group["params"]):
+                empty = {key: torch.zeros_like(part) for key in ("exp_avg", "exp_avg_sq")}
+                self._adamw.state[part] = {"step": torch.zeros((), device=part.device), **empty}
+            self._ds.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, p in self.module.named_parameters():
+            values = dict(zip(("exp_avg", "exp_avg_sq"), moments[name], strict=True))
+            if self.zero_stage > 0:
+                for key, value in values.items():
+                    safe_set_full_optimizer_state(p, value.to(p.device, torch.float32), key)
+                continue
+            master = self._master(p)
+            self._adamw.state[master] = {
+                "step": torch.zeros((), device=master.device),
+                **{key: value.to(master.device, torch.float32, copy=True) for key, value in values.items()},
+            }
+        for state in self._adamw.state.values():
+            state["step"].fill_(step)
 
     # ------------------------------------------------------------------------------------------------ state on disk
 
