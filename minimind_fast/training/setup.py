@@ -41,7 +41,7 @@ from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.engine import Engine
 from minimind_fast.training.losses import LossFunction, StepLoss
 from minimind_fast.training.ranks import start  # noqa: F401  what a script ends with: setup.start(main)
-from minimind_fast.training.run import Run, Stage, resolve
+from minimind_fast.training.run import Run, Stage, preset_name, resolve
 from minimind_fast.training.trainer import Hooks, Trainer
 from minimind_fast.weights.checkpoint import load_pretrained, resolve_folder
 from minimind_fast.weights.files import check_free
@@ -61,7 +61,7 @@ def begin(options: Options, stage: Stage) -> Run[Options]:
         ValueError: options that cannot work together.
     """
     ranks.prepare(options.num_threads)
-    run = resolve(options, stage, ranks.world()[1])
+    run = resolve(options, stage, ranks.world()[1], ranks.least_memory())
     if run.config.deterministic:
         precision.repeat_sums()
     ops.use(run.config.kernels)
@@ -141,9 +141,6 @@ def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         config: read for preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob and dropout.
         tokenizer: sets vocabulary size and special ids.
     """
-    name = config.preset
-    if config.use_moe and not name.endswith("-moe"):
-        name = f"{name.removesuffix('-small')}-moe"
     changes: dict[str, Any] = {"vocab_size": max(tokenizer.vocab_size, 6400), "dropout": config.dropout}
     changes.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     changes["max_position_embeddings"] = max(32768, config.max_seq_len)
@@ -152,7 +149,7 @@ def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
             changes[field] = getattr(config, field)
     if config.norm_topk_prob is not None:
         changes["norm_topk_prob"] = config.norm_topk_prob
-    return ModelConfig.preset(name, **changes)
+    return ModelConfig.preset(preset_name(config), **changes)
 
 
 def open_data(config: TrainConfig, paths: list[str], tokenizer: Tokenizer, encode: Encoder, training: bool) -> Batches:

@@ -19,7 +19,7 @@ from minimind_fast.ops.attention import chosen
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.log import clock
 from minimind_fast.training.resume import Start
-from minimind_fast.training.run import Run
+from minimind_fast.training.run import JOINED, Run
 
 
 def introduction(
@@ -48,6 +48,10 @@ def introduction(
         f"{steps} optimizer steps of {c.accumulation_steps * ranks} x up to {batch_tokens:,} tokens; "
         f"attention: {backend} ({reason}).",
     ]
+    if c.reasons.get("batch_size") == JOINED:
+        lines.append(
+            f"--batch_size {c.batch_size} --accumulation_steps {c.accumulation_steps}: {JOINED}; either option settles both."
+        )
     groups: dict[str, list[str]] = {}
     for name, how in ops.describe(device).items():
         groups.setdefault(how, []).append(name)
