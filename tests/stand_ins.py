@@ -3,8 +3,26 @@
 import contextlib
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind_fast.weights.checkpoint import to_disk_names
+
+# Operators for which PyTorch has no fixed order of addition on a GPU, or only for integers: with --deterministic they raise.
+# Source: torch.use_deterministic_algorithms (2.13), without those for pictures.
+UNORDERED = {"cumsum", "histc", "median", "put", "put_", "nll_loss_forward", "nll_loss2d_forward", "_ctc_loss"}
+UNORDERED |= {"_embedding_bag", "scatter_reduce", "scatter_reduce_"}
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 class Engine(torch.nn.Module):

@@ -112,7 +112,8 @@ def policy_loss(config: GRPOConfig, data: Rollouts, policy: Any, batch: RolloutB
         each, clipped = losses.grpo(logprobs, old, batch.advantages, config.epsilon)
     else:
         each, clipped = losses.cispo(logprobs, old, batch.advantages, config.epsilon_high)
-    metrics = {name: torch.tensor(value, device=each.device) for name, value in batch.stats.items()}
+    # `full` fills on the device; `tensor` would copy from the host and wait.
+    metrics = {name: torch.full((), value, device=each.device) for name, value in batch.stats.items()}
     metrics["clip_fraction"] = (clipped * batch.weights).sum()
     if batch.reference_logprobs is not None:
         kl = losses.k3(logprobs, batch.reference_logprobs)

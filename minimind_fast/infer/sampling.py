@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,12 +156,19 @@ def keep_likely(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def _running_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """cumsum over the last dimension. PyTorch has no fixed order for it on a GPU: with --deterministic the host adds."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1, dtype=dtype)
+    return torch.from_numpy(np.cumsum(x.cpu().to(dtype).numpy(), -1)).to(x.device)
+
+
 def _top_p_edge(logits: Tensor, top_p: float) -> Tensor:
     """(B, 1): the smallest logit in the smallest set of likeliest tokens with mass top_p."""
     total = logits.logsumexp(-1, keepdim=True)
 
     def edge(ordered: Tensor) -> tuple[Tensor, Tensor]:
-        before = (ordered - total).exp().cumsum(-1)
+        before = _running_sum((ordered - total).exp(), torch.float32)
         inside = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], -1) < top_p
         return ordered.masked_fill(~inside, float("inf")).amin(-1, keepdim=True), before[:, -1]
 
@@ -192,7 +200,7 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None, se
         return logits.argmax(-1)
     assert uniform is not None
     logits = keep_likely(logits / sampling.temperature, sampling)
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    cumulative = _running_sum(logits.softmax(-1), torch.float64)
     total = cumulative[:, -1:]
     # A token of probability 0 adds nothing to the sum, so it is never the first above the mark.
     mark = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))

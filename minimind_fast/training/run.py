@@ -1,8 +1,8 @@
 """A fully resolved run: the options, the stage, the machine and a DeepSpeed file combined.
 
-Purpose: `resolve(options, stage, ranks)` returns a frozen `Run`; everything after it only reads.
+Purpose: `resolve(options, stage, ranks, memory)` returns a frozen `Run`; everything after it only reads.
 Principle: given options stay. The others are settled in one place, in this order: the shipped sample and its defaults, the
-    recipe, the initial weights, the precision, the DeepSpeed file. Each step records its reason.
+    recipe, the initial weights, the size of micro-batches, the precision, the DeepSpeed file. Each step records its reason.
 Properties: works the same from Python and from the command line; `run.explain()` says what was given, what was chosen and
     why; run.json, in the run's folder, says the same.
 """
@@ -18,11 +18,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from minimind_fast.config import ModelConfig
 from minimind_fast.data import samples
 from minimind_fast.errors import UserError
 from minimind_fast.ops import precision
 from minimind_fast.recipes import RECIPES
 from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.shape import preset_name
 from minimind_fast.training.zero.options import decided, deepspeed_config
 
 Options = TypeVar("Options", bound=TrainConfig)
@@ -114,13 +116,14 @@ def command(stage: str) -> str:
     return f"deepspeed train/{stage}.py" if clone else f"minimind-fast train {stage}"
 
 
-def resolve(config: Options, stage: Stage, ranks: int = 1) -> Run[Options]:
+def resolve(config: Options, stage: Stage, ranks: int = 1, memory: int = 0) -> Run[Options]:
     """Settle every option.
 
     Args:
         config: the options as given.
         stage: the script's.
         ranks: number of processes.
+        memory: bytes of the smallest GPU among them; 0: unknown, or CPUs.
 
     Raises:
         ValueError: missing weights, a clash with the DeepSpeed file, or an invalid combination.
@@ -143,12 +146,54 @@ def resolve(config: Options, stage: Stage, ranks: int = 1) -> Run[Options]:
         config = stage.also(config)
     if "val_interval" in config.given and config.val_interval and not config.val_data_path:
         raise UserError("--val_interval validates nothing without --val_data_path: give a file that is not trained on")
+    config = _join_micro_batches(config, memory)
     ds = deepspeed_config(config, ranks)
     by = f"in {config.deepspeed_config}" if config.deepspeed_config else ""
     for name, value in decided(ds).items():
         if value != getattr(config, name):
             config = config.settle(by or f"suits {_machine(ranks)}", **{name: value})
     return Run(stage.name, config, ds, ranks)
+
+
+# Half of a GPU is for activations; beside them stand gradients, weights, masters and moments (20 bytes a parameter).
+ACTIVATIONS_SHARE = 0.5
+JOINED = "as many rows as fit, the step's accumulation shorter by as much"
+
+
+def activation_bytes(c: ModelConfig, element_bytes: int) -> int:
+    """Upper bound of a token's share of a micro-batch's peak memory on a GPU, beside weights and their gradients.
+
+    Args:
+        c: the model's shape; a test holds this above what `proof.memory` counts, for every preset.
+        element_bytes: bytes per activation.
+    """
+    assert c.head_dim
+    qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    ffn = c.intermediate_size or 0
+    if c.use_moe:
+        ffn = (c.moe_intermediate_size or ffn) * ((c.num_experts_per_tok or 1) + (c.num_shared_experts or 0))
+    return (c.num_hidden_layers + 1) * (4 * c.hidden_size + 3 * qkv + 3 * ffn) * element_bytes
+
+
+def _join_micro_batches(config: Options, memory: int) -> Options:
+    """On a GPU, run several micro-batches of a step as one, if neither their size nor their number was given.
+
+    A step of few tokens is shorter than the time that Python takes to launch it. The optimizer's step stays the same.
+    """
+    rows, times = config.batch_size, config.accumulation_steps
+    given = config.given & {"batch_size", "accumulation_steps", "deepspeed_config", "cuda_graphs"}
+    if not memory or given or not config.packing or config.from_weight != "none":
+        return config
+    names = ("hidden_size", "num_hidden_layers")
+    changes = {name: getattr(config, name) for name in names if getattr(config, name)}
+    shape = ModelConfig.preset(preset_name(config), **changes)
+    element_bytes = 4 if precision.choose(config.dtype) == "float32" else 2
+    token_bytes = activation_bytes(shape, element_bytes)
+    most = int(ACTIVATIONS_SHARE * memory / token_bytes / (rows * config.max_seq_len))
+    joined = max((n for n in range(1, times + 1) if times % n == 0 and n <= most), default=1)
+    return (
+        config if joined == 1 else config.settle(JOINED, batch_size=rows * joined, accumulation_steps=times // joined)
+    )
 
 
 def _machine(ranks: int) -> str:

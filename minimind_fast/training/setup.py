@@ -61,7 +61,7 @@ def begin(options: Options, stage: Stage) -> Run[Options]:
         ValueError: options that cannot work together.
     """
     ranks.prepare(options.num_threads)
-    run = resolve(options, stage, ranks.world()[1])
+    run = resolve(options, stage, ranks.world()[1], ranks.least_memory())
     if run.config.deterministic:
         precision.repeat_sums()
     ops.use(run.config.kernels)

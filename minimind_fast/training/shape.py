@@ -17,6 +17,12 @@ from minimind_fast.errors import UserError
 from minimind_fast.training.config import TrainConfig
 
 
+def preset_name(config: TrainConfig) -> str:
+    """The preset of --preset and --use_moe."""
+    name = config.preset
+    return f"{name.removesuffix('-small')}-moe" if config.use_moe and not name.endswith("-moe") else name
+
+
 def check_shape_options(config: TrainConfig, model: ModelConfig) -> None:
     """Refuse options that ask for another model than the weights are.
 
@@ -74,9 +80,6 @@ def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         config: read for preset, hidden_size, num_hidden_layers, use_moe, norm_topk_prob and dropout.
         tokenizer: sets vocabulary size and special ids.
     """
-    name = config.preset
-    if config.use_moe and not name.endswith("-moe"):
-        name = f"{name.removesuffix('-small')}-moe"
     changes: dict[str, Any] = {"vocab_size": max(tokenizer.vocab_size, 6400), "dropout": config.dropout}
     changes.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     changes["max_position_embeddings"] = max(32768, config.max_seq_len)
@@ -85,4 +88,4 @@ def preset_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
             changes[field] = getattr(config, field)
     if config.norm_topk_prob is not None:
         changes["norm_topk_prob"] = config.norm_topk_prob
-    return ModelConfig.preset(name, **changes)
+    return ModelConfig.preset(preset_name(config), **changes)

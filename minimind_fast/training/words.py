@@ -21,7 +21,7 @@ from minimind_fast.ops.attention import chosen
 from minimind_fast.training.config import TrainConfig
 from minimind_fast.training.log import clock
 from minimind_fast.training.resume import Start
-from minimind_fast.training.run import NO_DATA, Run
+from minimind_fast.training.run import JOINED, NO_DATA, Run
 from minimind_fast.weights.resume_pth import holds_optimizer
 
 
@@ -56,6 +56,10 @@ def introduction(
     if c.recipe != "none":
         took = [f"{name} {_shown(v)}" for name, v in c.options().items() if c.why(name) == f"--recipe {c.recipe}"]
         lines.append(f"Recipe {c.recipe}: {', '.join(took) or 'nothing that was not given'}.")
+    if c.reasons.get("batch_size") == JOINED:
+        lines.append(
+            f"--batch_size {c.batch_size} --accumulation_steps {c.accumulation_steps}: {JOINED}; either option settles both."
+        )
     groups: dict[str, list[str]] = {}
     for name, how in ops.describe(device).items():
         groups.setdefault(how, []).append(name)

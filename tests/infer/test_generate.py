@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from stand_ins import UNORDERED, Operators
 
 import minimind_fast as mm
 from minimind_fast.infer import decode
@@ -377,6 +378,22 @@ def test_noise_of_a_row_does_not_know_its_neighbours():
 def test_row_seeds_differ():
     seeds = {row_seed(seed, row) for seed in range(50) for row in range(50)}
     assert len(seeds) == 2500 and row_seed(7, 0) == 7 and all(0 <= s < 1 << 63 for s in seeds)
+
+
+def test_draws_have_a_fixed_order_of_addition_where_a_run_must_repeat():
+    """On a GPU PyTorch refuses --deterministic anything else: no stage could show samples, no rollout begin."""
+    logits = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)) * 3
+    uniform = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    how = [Sampling(0.7, top_p=0.9), Sampling(1.0, top_k=20, min_p=0.01)]
+    wanted = [choose(logits, s, uniform) for s in how]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Operators() as ran:
+            got = [choose(logits, s, uniform) for s in how]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "searchsorted" in ran.seen and not ran.seen & UNORDERED
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_greedy_takes_the_likeliest_after_the_penalty():

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from launching import ROOT, finish, read_log, start
-from stand_ins import Engine
+from stand_ins import Engine, Operators
 
 import minimind_fast as mm
 from minimind_fast.data import samples
@@ -243,7 +243,9 @@ def test_the_stage_objective_is_that_of_each_answer_alone_with_whole_logits(mode
     data.reference.model.embed_tokens.weight.data.mul_(1.3)
     batch = next(iter(data))
     model.model.embed_tokens.weight.data.mul_(1.05)
-    got = script["policy_loss"](config, data, data.engine, batch)
+    with Operators() as ran:
+        got = script["policy_loss"](config, data, data.engine, batch)
+    assert "mul" in ran.seen and not ran.seen & {"lift_fresh", "_local_scalar_dense"}  # on a GPU both would wait
     got.total.backward()
     grad = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import run
+from stand_ins import UNORDERED
 
 from minimind_fast.errors import TrainingStopped
 from minimind_fast.training.config import TrainConfig
@@ -61,7 +62,7 @@ Window.add_work = uncounted
 
 for preset in ("minimind3", "minimind2-moe"):
     config = TrainConfig(preset=preset, dtype="bfloat16", zero_stage=1, batch_size=1, max_seq_len=32, kernels="all",
-        attention="eager", accumulation_steps=2, save_dir=tempfile.mkdtemp(), num_threads=1)
+        attention="eager", accumulation_steps=2, save_dir=tempfile.mkdtemp(), num_threads=1, deterministic=True)
     run = setup.begin(config, Stage("host"))
     shape = dict(hidden_size=64, num_hidden_layers=2, vocab_size=256, intermediate_size=64, moe_intermediate_size=64)
     model = MiniMind(ModelConfig.preset(preset, **shape))
@@ -89,6 +90,12 @@ def test_a_step_waits_for_the_gpu_nowhere_and_copies_only_the_batches(steps):
         assert not {name: n for name, n in counts.items() if name in waits}
         assert "lift_fresh" not in counts
         assert counts["tensors copied"] == 2 * 3
+
+
+def test_a_step_adds_in_a_fixed_order(steps):
+    """All else than kernels and attention, whose own tests see to it."""
+    for counts in steps:
+        assert counts["embedding_dense_backward"] == 2 and not UNORDERED & set(counts)
 
 
 @pytest.mark.parametrize("limit, stops", [(3, False), (2, True)])

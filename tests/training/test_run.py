@@ -10,12 +10,14 @@ import torch
 from launching import ROOT, load_script, own_config
 from pages import fenced
 
+from minimind_fast.config import ModelConfig
 from minimind_fast.data import samples
 from minimind_fast.ops import precision
+from minimind_fast.proof.memory import micro_batch
 from minimind_fast.recipes import RECIPES
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
-from minimind_fast.training.run import Run, Stage, resolve
+from minimind_fast.training.run import JOINED, Run, Stage, activation_bytes, resolve
 
 SAMPLE = Stage("pretrain", "pretrain.jsonl", "pretrain_val.jsonl", suits=dict(batch_size=8, max_minutes=1.75, epochs=3))
 
@@ -104,6 +106,38 @@ def test_the_run_is_written_beside_itself(tmp_path):
     assert told["options"]["batch_size"] == {"value": 8, "why": "suits the shipped sample"}
     assert {name: told["options"][name]["value"] for name in run.config.options()} == run.config.options()
     assert told["deepspeed"] == run.deepspeed and told["stage"] == "pretrain" and told["ranks"] == 1
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    "memory, given, size",
+    [
+        (80, {}, (256, 1)),
+        (24, {}, (128, 2)),
+        (8, {}, (32, 8)),
+        (0, {}, (32, 8)),  # a CPU
+        (8, {"preset": "tiny"}, (128, 2)),
+        (80, {"max_seq_len": 1024}, (128, 2)),
+        (80, {"batch_size": 32}, (32, 8)),
+        (80, {"accumulation_steps": 8}, (32, 8)),
+        (80, {"packing": False}, (32, 8)),  # MiniMind's mean of micro-batches' means is another step
+        (80, {"cuda_graphs": True}, (32, 8)),
+    ],
+)
+def test_on_a_gpu_a_step_is_as_few_micro_batches_as_fit(memory, given, size):
+    options = {"preset": "minimind3", "dtype": "bfloat16", **given}
+    config = resolve(TrainConfig(data_path=["mine.jsonl"], **options), SAMPLE, memory=memory * GIB).config
+    assert (config.batch_size, config.accumulation_steps) == size
+    assert (config.why("batch_size") == config.why("accumulation_steps") == JOINED) == (size != (32, 8))
+
+
+@pytest.mark.parametrize("preset", ["minimind2", "minimind3", "minimind2-moe", "minimind3-moe"])
+def test_what_a_token_needs_is_not_put_too_low(preset):
+    config = ModelConfig.preset(preset, num_hidden_layers=4, vocab_size=256)
+    peak = micro_batch(config, 2048, 256).peak_bytes
+    assert peak <= 2048 * activation_bytes(config, 2) <= 2 * peak
 
 
 def test_weights_are_found_by_the_name_of_a_run(tmp_path):
