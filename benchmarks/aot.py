@@ -66,8 +66,8 @@ ON_REQUEST = ("sm_75",)
 class Launch:
     """One kernel launch of an op's forward or backward, as made by its launcher.
 
-    `chunk_bytes` are those of all tensors that the op's launches and matmuls touch from one launch of this kernel to the
-    next; 0 if there is no next.
+    `chunk_bytes` are those of all tensors that the op's launches and cuBLAS's matmuls touch from one launch of this kernel
+    to the next; 0 where no matmul lies between.
     """
 
     op: str
@@ -166,8 +166,8 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
                 programs *= int(n)
             direction = "forward" if i < forward else "backward"
             again = next((j for j in range(i + 1, len(launches)) if launches[j][0] is function), i)
-            between = given[i:again] + [tensors for at, tensors in matmuls if i <= at < again]
-            chunk = _size(tensor for tensors in between for tensor in tensors) if again > i else 0
+            products = [tensors for at, tensors in matmuls if i <= at < again]
+            chunk = _size(tensor for tensors in given[i:again] + products for tensor in tensors) if products else 0
             places = tuple(map(int, sizes))
             found.append(Launch(case.op, preset, direction, function, plain, named, programs, size, places, chunk))
     return found

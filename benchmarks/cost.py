@@ -23,7 +23,7 @@ from minimind_fast.proof.targets import TARGETS, Target
 
 SCHEDULERS, REGISTERS, SPECIAL_CLOCKS = 4, 65536, 8  # of a multiprocessor; a special unit takes four lanes a clock
 ISSUE_LIMIT = 0.6  # of the bytes' time: beyond it, a memory-bound kernel's record says why
-JUDGED_US = 3.0  # of bytes: a kernel of less is a matter of launching
+JUDGED_US = 3.0  # of either: a kernel of less is a matter of launching
 # What PTX and SASS share, one for one -> the name of both.
 PTX_MARKS = {
     r"ld\.global": "LDG",
@@ -186,12 +186,12 @@ def issue_share(row: Mapping[str, Any]) -> float | None:
         row: of the table.
 
     Returns:
-        None for a kernel that multiplies matrices, is not modelled, or moves too little to be judged.
+        None for a kernel that multiplies matrices, is not modelled, or is too short to be judged.
     """
     cost = row.get("cost")
-    if not cost or row["mma"] is not None or cost["byte_us"] < JUDGED_US:
+    if not cost or row["mma"] is not None or max(cost["issue_us"], cost["byte_us"]) < JUDGED_US:
         return None
-    return cost["issue_us"] / cost["byte_us"]
+    return cost["issue_us"] / max(cost["byte_us"], 0.01)
 
 
 def unexplained(rows: Sequence[Mapping[str, Any]], reasons: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -76,7 +76,7 @@ class Op:
         place: position in tables and lists.
         timing: how it is timed.
         page: its page in docs/, without language and suffix; "" if it has none.
-        issue_bound: kernel -> why issuing its instructions takes over 60% of its bytes' time in the cost model.
+        issue_bound: kernel -> why, in the cost model, issuing its instructions takes over 60% of its bytes' time.
     """
 
     name: str
