@@ -10,21 +10,25 @@ Principle:  the op runs forward and backward on fake tensors (shapes without dat
 Properties: launch parameters that depend on the card (multiprocessors, shared memory) use the target's numbers. Bytes
             count every tensor passed to a launch in full and once: an upper bound on a kernel's traffic, except for
             repeated reads from L2. The floor counts each input and output of the op once, or its matmul FLOPs. One
-            process per target. Triton caches compilations, so a second run takes seconds.
+            process per target. Triton caches compilations, so a second run takes seconds. `--cost` adds a model of the
+            time (cost.py), in minutes.
 
-usage: python -m benchmarks.aot [--targets sm_90,gfx942] [--presets minimind3] [--ops rope] [--out benchmarks/results]
+usage: python -m benchmarks.aot [--targets sm_90,gfx942] [--presets minimind3] [--ops rope] [--cost] [--out FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -40,16 +44,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks import cost
+from benchmarks.aot_tables import TOKENS, markdown, ops_table
 from benchmarks.record import write
 from minimind_fast import ops
-from minimind_fast.config import ModelConfig
 from minimind_fast.ops.cases import Case, Draw
 from minimind_fast.proof.cases import CASES, MODELS, large_cases
-from minimind_fast.proof.roofline import op_work
-from minimind_fast.proof.targets import TARGETS, Target, as_card
+from minimind_fast.proof.ptx.launch import FORMATS
+from minimind_fast.proof.ptx.parse import UnknownPtx
+from minimind_fast.proof.ptx.sample import Pointer, sample
+from minimind_fast.proof.targets import TARGETS, Target, as_card, patched
 
-TOKENS = 65536
-COPY_BYTES_PER_S, MATMUL_FLOP_PER_S = 4.3e12, 790e12  # measured on an H200
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -59,7 +64,11 @@ ON_REQUEST = ("sm_75",)
 
 @dataclass
 class Launch:
-    """One kernel launch of an op's forward or backward, as made by its launcher."""
+    """One kernel launch of an op's forward or backward, as made by its launcher.
+
+    `chunk_bytes` are those of all tensors that the op's launches and cuBLAS's matmuls touch from one launch of this kernel
+    to the next; 0 where no matmul lies between.
+    """
 
     op: str
     preset: str
@@ -69,6 +78,8 @@ class Launch:
     options: dict[str, Any]
     programs: int
     bytes_moved: int
+    grid: tuple[int, ...] = (1,)
+    chunk_bytes: int = 0
 
 
 class _Pointer:
@@ -78,6 +89,7 @@ class _Pointer:
         self.dtype = tensor.dtype
         self._offset = int(tensor.storage_offset()) * tensor.element_size()
         self._bytes = tensor.numel() * tensor.element_size()
+        self.numel = tensor.numel()
 
     def data_ptr(self) -> int:
         return self._offset
@@ -134,19 +146,18 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
     """
     kernel, found = ops.kernel(case.op), []
     _let_fakes_run_the_launchers(case.op)
-    with _no_card(target) as launches, FakeTensorMode(allow_non_fake_inputs=True):
+    module = sys.modules[kernel.__module__]
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with _no_card(target) as launches, _matmuls_noted(module, launches) as matmuls, fakes:
         tensors = case.tensors(Draw(dtype))
         leaves = [tensors[k].requires_grad_() for k in ops.OPS[case.op].differentiable if tensors[k] is not None]
         outputs = case.call(kernel, tensors)
         forward = len(launches)
         outputs = [out for out in outputs if out.requires_grad]
         torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)
+        given = [[a for a in args if isinstance(a, torch.Tensor)] for _, args, _, _ in launches]
         for i, (function, args, options, grid) in enumerate(launches):
-            seen = {}
-            for tensor in args:
-                if isinstance(tensor, torch.Tensor):
-                    seen[tensor.untyped_storage()._cdata, tensor.storage_offset()] = tensor
-            size = sum(t.numel() * t.element_size() for t in seen.values())
+            size = _size(given[i])
             plain = [_Pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
             named = {k: _Pointer(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
             programs = 1
@@ -154,8 +165,36 @@ def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[
             for n in sizes:
                 programs *= int(n)
             direction = "forward" if i < forward else "backward"
-            found.append(Launch(case.op, preset, direction, function, plain, named, programs, size))
+            again = next((j for j in range(i + 1, len(launches)) if launches[j][0] is function), i)
+            products = [tensors for at, tensors in matmuls if i <= at < again]
+            chunk = _size(tensor for tensors in given[i:again] + products for tensor in tensors) if products else 0
+            places = tuple(map(int, sizes))
+            found.append(Launch(case.op, preset, direction, function, plain, named, programs, size, places, chunk))
     return found
+
+
+@contextlib.contextmanager
+def _matmuls_noted(module: Any, launches: list) -> Iterator[list[tuple[int, list[torch.Tensor]]]]:
+    """Yield (number of the launch before, its tensors) of each matmul of cuBLAS's, in order."""
+    noted: list[tuple[int, list[torch.Tensor]]] = []
+    mm, add = torch.mm, "add_product"
+
+    def noting_mm(a, b, *, out=None):
+        result = mm(a, b) if out is None else mm(a, b, out=out)
+        noted.append((len(launches) - 1, [a, b, result]))
+        return result
+
+    def noting_sum(total, a, b):
+        noted.append((len(launches) - 1, [total, a, b]))
+
+    with patched([(torch, "mm", noting_mm), *([(module, add, noting_sum)] if hasattr(module, add) else [])]):
+        yield noted
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, each once."""
+    each = {(t.untyped_storage()._cdata, t.storage_offset()): t.numel() * t.element_size() for t in tensors}
+    return sum(each.values())
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:
@@ -211,6 +250,56 @@ def resources(compiled: Any, target: Target) -> dict[str, Any]:
     return {**out, "mma": mma if has_dot else None}
 
 
+def cost_of(launch: Launch, compiled: Any, target: Target) -> dict[str, Any] | None:
+    """What one program of a compiled launch executes.
+
+    Args:
+        launch: of `record`.
+        compiled: of `compile_launch`.
+        target: a CUDA card.
+
+    Returns:
+        Instructions of SASS and those for the special functions, estimated; instructions of PTX; bytes read, written and
+        touched in sectors; shares of the bytes read by wide loads and behind a reduction. None if its matrix instructions
+        are not known here.
+    """
+    function, kinds = launch.kernel, compiled.src.signature
+    given = {key: value for key, value in launch.options.items() if key in function.arg_names}
+    bound = inspect.signature(function.fn).bind(*launch.args, **given)
+    bound.apply_defaults()
+    sizes = {key: int(value) for key, value in bound.arguments.items() if isinstance(value, int)}
+    if isinstance(order := bound.arguments.get("order_ptr"), _Pointer):
+        sizes["slots"] = order.numel
+    values = [
+        Pointer(key, kinds[key].lstrip("*"), value.data_ptr())
+        if isinstance(value, _Pointer)
+        else struct.pack(f"<{FORMATS[kinds[key]]}", value)
+        for key, value in bound.arguments.items()
+        if kinds.get(key, "constexpr") != "constexpr"
+    ]
+    x, y, z = [*launch.grid, 1, 1][:3]
+    warps = compiled.metadata.num_warps
+    try:
+        found = sample(compiled.asm["ptx"], values, sizes, (x, y, z), warps, compiled.metadata.shared)
+    except UnknownPtx:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        issued, special = cost.instructions(
+            _tool("nvdisasm", "-c", "-g", f"{folder}/kernel.cubin"), found.executed, warps
+        )
+    return {
+        "issued": round(issued),
+        "special": round(special),
+        "ptx": found.instructions,
+        "loaded_bytes": found.loaded,
+        "stored_bytes": found.stored,
+        "sector_bytes": 32 * found.sectors,
+        "wide": round(found.wide / max(found.loaded, 1), 3),
+        "behind": round(found.behind / max(found.loaded, 1), 3),
+    }
+
+
 def _tool(name: str, *args: str) -> str:
     done = subprocess.run([str(BIN / name), *args], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
@@ -228,14 +317,6 @@ def problems(row: dict[str, Any]) -> list[str]:
     if row["mma"] == "" and row["dtype"] != "float32":
         out.append("has a dot but no tensor-core instruction")
     return out
-
-
-def resident_warps(row: dict[str, Any]) -> int:
-    """Resident warps per multiprocessor of an H100 or H200: limited by registers and shared memory, at most 64."""
-    warps = row["num_warps"]
-    registers = -(-row["registers"] * 32 // 256) * 256 * warps  # allocated in units of 256 per warp
-    blocks = min(64 // warps, 32, 65536 // max(registers, 1), (228 << 10) // (row["shared_bytes"] + 1024))
-    return blocks * warps
 
 
 def cases_of(op: str, presets: list[str], shapes: str) -> list[tuple[str, Case]]:
@@ -259,7 +340,7 @@ def cases_of(op: str, presets: list[str], shapes: str) -> list[tuple[str, Case]]
 
 
 def compile_target(
-    name: str, presets: list[str], names: list[str], dtype: str, shapes: str = "training"
+    name: str, presets: list[str], names: list[str], dtype: str, shapes: str = "training", with_cost: bool = False
 ) -> list[dict[str, Any]]:
     """Record and compile every launch for one target.
 
@@ -269,11 +350,13 @@ def compile_target(
         names: ops to compile.
         dtype: "bfloat16", "float16" or "float32".
         shapes: of `cases_of`.
+        with_cost: also execute a program of each and work out the model of its time.
 
     Returns:
         One row per compiled kernel, with its launches summed.
     """
     target, rows, known = TARGETS[name], [], {}
+    costs: dict[Any, dict[str, Any] | None] = {}
     row: dict[str, Any]
     torch.set_num_threads(1)
     for op in names:
@@ -302,107 +385,32 @@ def compile_target(
                 except Exception as error:
                     row["error"] = f"does not compile: {type(error).__name__}: {str(error)[:300]}"
                     key = launch.direction, row["kernel"], row["error"]
-                row = of_case.setdefault(key, {**row, "launches": 0, "programs": 0, "bytes_moved": 0, "seconds": 0.0})
+                new = {
+                    "launches": 0,
+                    "programs": 0,
+                    "all_programs": 0,
+                    "bytes_moved": 0,
+                    "chunk_bytes": 0,
+                    "seconds": 0.0,
+                }
+                row = of_case.setdefault(key, {**row, **new})
+                if with_cost and target.card and not row["launches"] and "error" not in row:  # its first is its largest
+                    same_work = compiled.hash, launch.grid, launch.bytes_moved
+                    if same_work not in costs:
+                        costs[same_work] = cost_of(launch, compiled, target)
+                    row["cost"] = costs[same_work]
                 row["launches"] += 1
                 row["programs"] = max(row["programs"], launch.programs)  # of its largest launch
+                row["all_programs"] += launch.programs
                 row["bytes_moved"] += launch.bytes_moved
+                row["chunk_bytes"] = max(row["chunk_bytes"], launch.chunk_bytes)
                 row["seconds"] += time.perf_counter() - started
                 row["problems"] = problems(row)
+            for row in of_case.values():
+                if row.get("cost"):
+                    row["cost"] = {**row["cost"], **cost.times({**row, **row["cost"]}, target)}
             rows += of_case.values()
     return rows
-
-
-def ops_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sum the launches of each op, preset and direction, and give the floor.
-
-    Args:
-        rows: from `compile_target` for sm_90.
-    """
-    sums: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in rows:
-        key = row["op"], row["preset"], row["direction"]
-        total = sums.setdefault(key, {"launches": 0, "bytes_moved": 0})
-        total["launches"] += row["launches"]
-        total["bytes_moved"] += row["bytes_moved"]
-    out = []
-    for (op, preset, direction), total in sums.items():
-        element_bytes = 4 if rows[0]["dtype"] == "float32" else 2
-        least, flops = op_work(op, ModelConfig.preset(preset), direction, TOKENS, element_bytes)
-        out.append(
-            {
-                "op": op,
-                "preset": preset,
-                "direction": direction,
-                **total,
-                "floor_bytes": least,
-                "floor_us": round(max(least / COPY_BYTES_PER_S, flops / MATMUL_FLOP_PER_S) * 1e6, 1),
-                "matmul_gflop": round(flops / 1e9, 1),
-                # Meaningless where the matmul sets the floor.
-                "bytes_share_of_floor": None
-                if flops or not total["bytes_moved"]
-                else round(least / total["bytes_moved"], 3),
-            }
-        )
-    return out
-
-
-def _markdown(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> str:
-    lines = [
-        "# Kernels, compiled ahead of time",
-        "",
-        f"Made by `python -m benchmarks.aot` with triton {triton.__version__}, T = {TOKENS:,} tokens, {rows[0]['dtype']}. "
-        "Compiled, not run: no number here is a measurement of speed.",
-        "",
-        "Each cell: registers a thread / spilled bytes a thread / shared memory a block in KB, the worst over the models.",
-        "",
-    ]
-    targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
-    lines += ["| kernel | " + " | ".join(targets) + " | tensor cores |", "|---" * (len(targets) + 2) + "|"]
-    for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        cells = []
-        for name in targets:
-            mine = [r for r in rows if r["kernel"] == kernel and r["target"] == name]
-            if any("error" in r for r in mine):
-                cells.append("does not compile")
-                continue
-            worst = [max(r[key] for r in mine) for key in ("registers", "spill_bytes", "shared_bytes")]
-            cells.append(f"{worst[0]} / {worst[1]} / {worst[2] / 1024:.1f}")
-        mma = sorted({r["mma"] for r in rows if r["kernel"] == kernel and r.get("mma")})
-        lines.append(f"| {kernel} | {' | '.join(cells)} | {', '.join(mma) or '-'} |")
-    bad = [f"- {r['target']} {r['preset']} {r['kernel']}: {'; '.join(r['problems'])}" for r in rows if r["problems"]]
-    lines += ["", "## Problems", "", *(bad or ["None."])]
-    if summary:
-        lines += [
-            "",
-            "## Bytes and floors on an H200",
-            "",
-            f"A simple model: {COPY_BYTES_PER_S / 1e12} TB/s, {MATMUL_FLOP_PER_S / 1e12:.0f} TFLOP/s. Bytes moved are those "
-            "of all tensors that the launches are given, whole (of a fused projection also the part that is not read), "
-            "without cuBLAS's matmuls.",
-            "",
-            "| op | model | pass | launches | MB moved | MB at least | share | matmul GFLOP | floor, us |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for s in summary:
-            share = "-" if s["bytes_share_of_floor"] is None else f"{s['bytes_share_of_floor']:.0%}"
-            lines.append(
-                f"| {s['op']} | {s['preset']} | {s['direction']} | {s['launches']} | {s['bytes_moved'] / 1e6:.0f} | "
-                f"{s['floor_bytes'] / 1e6:.0f} | {share} | {s['matmul_gflop']:.0f} | {s['floor_us']} |"
-            )
-        lines += [
-            "",
-            "## Launches on an H200",
-            "",
-            "| kernel | model | pass | launches | programs | warps | registers | shared KB | resident warps an SM |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for r in rows:
-            if r["target"] == "sm_90" and "error" not in r:
-                lines.append(
-                    f"| {r['kernel']} | {r['preset']} | {r['direction']} | {r['launches']} | {r['programs']} | "
-                    f"{r['num_warps']} | {r['registers']} | {r['shared_bytes'] / 1024:.1f} | {resident_warps(r)} |"
-                )
-    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -423,6 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shapes", default="training", choices=("training", "all"), help="all: verify's cases, T = 1, ..."
     )
+    parser.add_argument("--cost", action="store_true", help="also a model of the time, from executed PTX (minutes)")
     parser.add_argument("--out", default="", metavar="FOLDER", help="write kernels_aot.json and kernels_aot.md there")
     args = parser.parse_args(argv)
     asked = {key: getattr(args, key).split(",") for key in ("targets", "presets", "ops")}
@@ -434,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     # A fresh process for each target: Triton keeps the first target's kernels in memory.
     workers = min(len(asked["targets"]), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        same = asked["presets"], asked["ops"], args.dtype, args.shapes
+        same = asked["presets"], asked["ops"], args.dtype, args.shapes, args.cost
         jobs = [pool.submit(compile_target, t, *same) for t in asked["targets"]]
         for name, job in zip(asked["targets"], jobs, strict=True):
             mine = job.result()
@@ -455,7 +464,11 @@ def main(argv: list[str] | None = None) -> int:
             "tokens": TOKENS,
             "targets": [asdict(TARGETS[t]) for t in asked["targets"]],
         }
-        write(folder / "kernels_aot", {**facts, "kernels": rows, "ops": summary}, _markdown(rows, summary))
+        write(
+            folder / "kernels_aot",
+            {**facts, "kernels": rows, "ops": summary},
+            markdown(rows, summary, triton.__version__),
+        )
     bad = sum(bool(row["problems"]) for row in rows)
     print(f"{len(rows) - bad} of {len(rows)} kernels are sound; {time.perf_counter() - started:.0f} s")
     return 1 if bad else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 
+from benchmarks import cost
 from benchmarks.record import RESULTS, ROOT, body
 
 PAGES = (ROOT / "README.md", ROOT / "README_zh.md", *sorted(ROOT.glob("docs/*/*.md")))
@@ -46,6 +47,8 @@ def compiled(op: str) -> str:
         cells = (row["preset"], row["direction"], row["launches"], f"{row['bytes_moved'] / 1e6:,.0f}")
         cells += (f"{row['floor_bytes'] / 1e6:,.0f}", f"{row['matmul_gflop']:,.0f}", f"{row['floor_us']:,.0f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if any(row.get("cost") for row in rows):
+        lines += ["", *cost.worst_table(rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -14,12 +14,12 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import marked
-from benchmarks.record import RESULTS, ROOT, line, made, processor
+from benchmarks.record import RESULTS, ROOT, line, made, processor, write
 from benchmarks.suite import tables
 
 # -------------------------------------------------------------------------------------------------------------- the suite
@@ -108,6 +108,71 @@ def verify(args: argparse.Namespace) -> None:
     print(proof_table(found))
 
 
+def executed_table(found: Sequence[dict[str, Any]]) -> str:
+    """What was executed from PTX as Markdown: a line for each op and dtype, a column for each card.
+
+    Args:
+        found: of `executed_rows`.
+    """
+    targets = list(dict.fromkeys(row["target"] for row in found))
+    lines = ["| op | dtype | " + " | ".join(targets) + " |", "|---" * (len(targets) + 2) + "|"]
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in found):
+        cells = []
+        for target in targets:
+            mine = [row for row in found if (row["op"], row["dtype"], row["target"]) == (op, dtype, target)]
+            for row in mine:
+                wrong = f"**{row['failed']} fail**" if row["failed"] else "pass"
+                cells.append(f"{row['cases']} {wrong}, {row['seconds']:.0f} s")
+            cells += [] if mine else ["not run"]
+        lines.append(f"| {op} | {dtype} | " + " | ".join(cells) + " |")
+    faults = [f"- {row['target']} {row['op']} {row['dtype']}: {text}" for row in found for text in row["findings"]]
+    lines += ["", "Findings:", "", *(faults or ["None."])]
+    return "\n".join(lines) + "\n"
+
+
+def executed_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Sum the reports of `verify --device ptx:CARD --json FILE` by card, op and dtype.
+
+    Args:
+        files: the reports; several of one card are taken together.
+
+    Returns:
+        A row for each: cases, failed, seconds, launches, programs, instructions, findings.
+
+    Raises:
+        ValueError: a report of another device, or one that was stopped.
+    """
+    sums: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for file in files:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        device = re.search(r"PTX compiled for (\w+)", report["device"])
+        if device is None:
+            raise ValueError(f"{file}: not from verify --device ptx:...: {report['device']}")
+        if not report["complete"]:
+            raise ValueError(f"{file}: stopped before its end; let verify run through")
+        for row in report["rows"]:
+            key = device[1], row["op"], row["dtype"]
+            empty = {"cases": 0, "failed": 0, "seconds": 0.0, "launches": 0, "programs": 0, "instructions": 0}
+            total = sums.setdefault(key, {**empty, "findings": []})
+            ran = row.get("executed", {})
+            total["cases"] += 1
+            total["failed"] += not row["passed"]
+            total["seconds"] = round(total["seconds"] + row["seconds"], 2)
+            for name, counts in (("launches", "launches"), ("programs", "programs"), ("instructions", "opcodes")):
+                total[name] += sum(ran.get(counts, {}).values())
+            wrong = [f"{key}: {r['reason']}" for key, r in row["results"].items() if not r["passed"]]
+            total["findings"] += [f"{row['case']}: {text}" for text in wrong]
+    return [dict(zip(("target", "op", "dtype"), key, strict=True)) | total for key, total in sorted(sums.items())]
+
+
+def executed(args: argparse.Namespace) -> None:
+    """what compiled kernels did without a GPU: the reports of `minimind-fast verify --device ptx:CARD --json FILE`"""
+    rows = executed_rows(args.files)
+    head = {**made(), "command": "minimind-fast verify --device ptx:CARD --json FILE, for each card"}
+    write(args.out / "executed", {"rows": rows}, executed_table(rows), head)
+    print(executed_table(rows))
+
+
 # ---------------------------------------------------------------------------------------------------------- the pipeline
 
 
@@ -192,7 +257,7 @@ def pages(args: argparse.Namespace) -> None:
 
 # name -> function; its docstring is the help text
 MAKERS: dict[str, Callable[[argparse.Namespace], None]] = {
-    maker.__name__: maker for maker in (suite, verify, pipeline, minute, pages)
+    maker.__name__: maker for maker in (suite, verify, executed, pipeline, minute, pages)
 }
 
 
@@ -208,7 +273,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add["pipeline"].add_argument(
         "folder", nargs="?", type=Path, default=ROOT / "out" / "pipeline", help="its --save_dir"
     )
-    for name in ("suite", "pipeline", "minute"):
+    add["executed"].add_argument("files", nargs="+", type=Path, help="of verify --device ptx:CARD --json FILE")
+    for name in ("suite", "executed", "pipeline", "minute"):
         add[name].add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     return parser.parse_args(argv)
 

@@ -192,9 +192,11 @@ def _moe_d_hidden_kernel(
     d_act = matmul(a_at, b_at, d_act, k, D, F, wide, BLOCK_K)
 
     weight = tl.load(weights_ptr + slot, mask=live, other=0.0)[:, None]
-    d_weights = tl.zeros((BLOCK_M,), dtype=wide)
     # An eighth of the columns at a time, to hold only an eighth of g, u and the results in registers.
     PART: tl.constexpr = BLOCK_N // 8
+    # Summed over the columns at the end. A sum of a part's products would differ between the lanes that share a row: the
+    # compiler fuses a lane's own product into the sum, unrounded, and not those that shuffles bring.
+    d_weights = tl.zeros((BLOCK_M, PART), dtype=wide)
     left, right = halves(d_act, BLOCK_M, BLOCK_N // 2)
     hidden_ptr += first.to(tl.int64) * (2 * F)  # int32 offsets from here on: half the registers
     d_hidden_ptr += first.to(tl.int64) * (2 * F)
@@ -211,7 +213,7 @@ def _moe_d_hidden_kernel(
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
         if WANT_D_WEIGHTS:
-            d_weights += tl.sum(d_act * silu * up, axis=1)
+            d_weights += d_act * silu * up
         if WANT_ACT:
             act_at = act_ptr + within * F + f[None, :]
             tl.store(act_at, (weight * silu * up).to(act_ptr.dtype.element_ty), mask=mask)
@@ -221,7 +223,8 @@ def _moe_d_hidden_kernel(
             tl.store(d_hidden_ptr + hidden_at, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
             tl.store(d_hidden_ptr + hidden_at + F, (d_act * silu).to(d_hidden_ptr.dtype.element_ty), mask=mask)
     if WANT_D_WEIGHTS:
-        tl.store(partial_ptr + column.to(tl.int64) * num_slots + slot, d_weights, mask=live)
+        at = partial_ptr + column.to(tl.int64) * num_slots + slot
+        tl.store(at, tl.sum(d_weights, axis=1), mask=live)
 
 
 class _Launcher:

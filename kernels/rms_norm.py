@@ -36,6 +36,7 @@ MAX_COLUMNS = 16 * COLUMNS_PER_WARP  # 16 warps: a longer row and its gradients 
 # tiles and dw are live; 24 spilled at 96 on sm_100.
 VALUES_PER_THREAD_FWD = 48
 VALUES_PER_THREAD_BWD = 16
+MAX_ROWS = 256  # each row of a thread holds 64-bit addresses: 32 rows of one column spilled on sm_80
 # Backward warps on each SM, as many as its registers hold (up to 130 a thread at 768 columns, 168 at 1024): with more,
 # a second wave would double the time. 15 keep 15 x 3 KB = 45 KB in flight, as compiled (HBM latency needs about 30 KB), and
 # their partial rows of dw (132 x 15 x 3 KB = 6 MB) stay in L2 until they are added. Without dw, one tile a program.
@@ -68,7 +69,7 @@ def _launch_params(kernel: str, D: int) -> dict[str, int]:
     first, second = _pieces(D)
     num_warps = int(triton.next_power_of_2(triton.cdiv(D, COLUMNS_PER_WARP)))
     values = {"fwd": VALUES_PER_THREAD_FWD, "bwd": VALUES_PER_THREAD_BWD}[kernel] * 32 * num_warps
-    rows = 1 << max(0, (values // (first + second)).bit_length() - 1)
+    rows = min(1 << max(0, (values // (first + second)).bit_length() - 1), MAX_ROWS)
     return {"ROWS": rows, "BLOCK_A": first, "BLOCK_B": second, "num_warps": num_warps, "num_stages": 1}
 
 

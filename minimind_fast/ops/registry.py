@@ -76,6 +76,7 @@ class Op:
         place: position in tables and lists.
         timing: how it is timed.
         page: its page in docs/, without language and suffix; "" if it has none.
+        issue_bound: kernel -> why, in the cost model, issuing its instructions takes over 60% of its bytes' time.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Op:
     place: int = 100
     timing: Timing = Timing()
     page: str = ""
+    issue_bound: dict[str, str] = field(default_factory=dict)
 
     def preset_case(self, preset: str, tokens: int, training: bool = False, **sizes: int) -> Case | None:
         """The op as one of MiniMind's models calls it.

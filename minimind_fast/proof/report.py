@@ -87,7 +87,7 @@ def report(
 def _with_record(row: dict[str, Any], record: Any) -> dict[str, Any]:
     """A row with what ran for it; each finding is a failure."""
     faults = {f"finding {i}": Comparison(False, str(found)) for i, found in enumerate(record.findings.values(), 1)}
-    ran = {name: dict(getattr(record, name)) for name in ("opcodes", "launches", "programs", "remarks")}
+    ran = {name: dict(getattr(record, name)) for name in ("opcodes", "launches", "programs")}
     return {**row, "results": {**row["results"], **faults}, "passed": row["passed"] and not faults, "executed": ran}
 
 
@@ -100,7 +100,7 @@ def executed_summary(rows: Sequence[dict[str, Any]]) -> str:
     Returns:
         A few lines; "" if nothing was executed so.
     """
-    total: dict[str, Counter[str]] = {name: Counter() for name in ("opcodes", "launches", "programs", "remarks")}
+    total: dict[str, Counter[str]] = {name: Counter() for name in ("opcodes", "launches", "programs")}
     for row in rows:
         for name, counts in row.get("executed", {}).items():
             total[name].update(counts)
@@ -118,7 +118,7 @@ def executed_summary(rows: Sequence[dict[str, Any]]) -> str:
         f"Launches: {kernels}.",
         f"{len(total['opcodes'])} opcodes: {', '.join(sorted(total['opcodes']))}.",
     ]
-    return "\n".join([*lines, *(f"Remark: {remark}." for remark in sorted(total["remarks"]))])
+    return "\n".join(lines)
 
 
 def smallest_failures(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -19,26 +19,47 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for."""
+    """A GPU to compile for.
+
+    Attributes:
+        name: of the architecture.
+        backend: Triton's name of it.
+        arch: Triton's name of the architecture within it.
+        warp_size: threads.
+        shared_limit_bytes: that one block may have.
+        multiprocessors: of the card below.
+        card: key of `cards.CARDS`; "" if its speeds are not there.
+        clock_ghz: at which the data sheet's matmul peak is reached.
+        warps, blocks: that a multiprocessor holds at most; 0 where no cost is worked out.
+        shared_bytes: of a multiprocessor.
+        l2_mib: second-level cache of the card.
+    """
 
     name: str
     backend: str
     arch: int | str
     warp_size: int
-    shared_limit_bytes: int  # that one block may have
+    shared_limit_bytes: int
     multiprocessors: int
+    card: str = ""
+    clock_ghz: float = 0.0
+    warps: int = 0
+    blocks: int = 0
+    shared_bytes: int = 0
+    l2_mib: int = 0
 
 
+# Source: NVIDIA's data sheets; CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 TARGETS = {
     t.name: t
     for t in (
         Target("sm_75", "cuda", 75, 32, 64 * 1024, 40),  # T4
-        Target("sm_80", "cuda", 80, 32, 163 * 1024, 108),  # A100
-        Target("sm_86", "cuda", 86, 32, 99 * 1024, 84),  # RTX 3090
-        Target("sm_89", "cuda", 89, 32, 99 * 1024, 128),  # RTX 4090
-        Target("sm_90", "cuda", 90, 32, 227 * 1024, 132),  # H100, H200
-        Target("sm_100", "cuda", 100, 32, 227 * 1024, 148),  # B200
-        Target("sm_120", "cuda", 120, 32, 99 * 1024, 170),  # RTX 5090
+        Target("sm_80", "cuda", 80, 32, 163 * 1024, 108, "A100", 1.41, 64, 32, 164 * 1024, 40),
+        Target("sm_86", "cuda", 86, 32, 99 * 1024, 84, "RTX 3090", 1.7, 48, 16, 100 * 1024, 6),
+        Target("sm_89", "cuda", 89, 32, 99 * 1024, 128, "RTX 4090", 2.52, 48, 24, 100 * 1024, 72),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024, 132, "H200", 1.83, 64, 32, 228 * 1024, 50),  # and H100
+        Target("sm_100", "cuda", 100, 32, 227 * 1024, 148, "B200", 1.86, 64, 32, 228 * 1024, 126),
+        Target("sm_120", "cuda", 120, 32, 99 * 1024, 170, "RTX 5090", 2.41, 48, 24, 100 * 1024, 96),
         Target("gfx942", "hip", "gfx942", 64, 64 * 1024, 304),  # MI300X
     )
 }

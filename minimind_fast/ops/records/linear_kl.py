@@ -115,4 +115,8 @@ OP = Op(
     place=5,
     timing=Timing(place=7, matmul=lambda c, tokens: (tokens, c.vocab_size, c.hidden_size)),
     page="kernel_linear_kl",
+    issue_bound={
+        "_linear_kl_fwd_kernel": "82 instructions a pair of logits, read twice: two maxima and sums, then the divergence",
+        "_linear_kl_bwd_kernel": "31 instructions a pair of logits: two exponentials, mask",
+    },
 )

@@ -148,4 +148,5 @@ OP = Op(
     place=6,
     timing=Timing(place=6, reference_waits=True),
     page="kernel_moe_route",
+    issue_bound={"_route_plan_kernel": "every tile adds up the counts of all tiles before it, out of L2"},
 )

@@ -10,19 +10,19 @@ Properties: a barrier opens for a program when all its lanes that have not retur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from minimind_fast.proof.ptx.formats import TYPES
-from minimind_fast.proof.ptx.instructions import arithmetic, convert, matrices, moves, warp, wgmma
+from minimind_fast.proof.ptx.instructions import arithmetic, convert, matrices, moves, narrow, warp, wgmma
 from minimind_fast.proof.ptx.instructions.table import Step, step_of
 from minimind_fast.proof.ptx.lanes import Lanes, Launch, Reader, predicate
 from minimind_fast.proof.ptx.parse import Instruction, Program, UnknownPtx, vector
 from minimind_fast.proof.ptx.threads import Mask, program_index
 
-FAMILIES = (arithmetic, convert, matrices, moves, warp, wgmma)  # their import fills the table
+FAMILIES = (arithmetic, convert, matrices, moves, narrow, warp, wgmma)  # their import fills the table
 LANES_AT_ONCE = 8192  # numpy's overhead is small by then, and registers stay in a core's cache
 STEP, BRANCH, RETURN, BARRIER = range(4)
 
@@ -114,6 +114,26 @@ def run(launch: Launch, code: list[Code], at_once: int = LANES_AT_ONCE) -> None:
     for one, number, what in launch.memory.conflicts():
         index = program_index(number, launch.grid)
         record.add("two programs on one place of global memory", launch.kernel, index, one, what)
+
+
+def run_some(launch: Launch, code: list[Code], numbers: Sequence[int]) -> np.ndarray:
+    """Run a few programs of a launch, one at a time.
+
+    Args:
+        launch: kernel, grid and memory.
+        code: of `decode`.
+        numbers: of the programs, x fastest.
+
+    Returns:
+        (instructions,) int64: how often a warp executed each.
+    """
+    executed = np.zeros(len(code), np.int64)
+    with np.errstate(all="ignore"):
+        for number in numbers:
+            lanes = Lanes(launch, number, 1)
+            lanes.shared.set_cell(narrowest(launch.program, "shared"))
+            _run_lanes(lanes, code, executed)
+    return executed
 
 
 class _Flow:

@@ -46,7 +46,6 @@ class Record:
         opcodes: opcode -> how often a warp executed it.
         launches: kernel -> launches.
         programs: kernel -> programs of all its launches.
-        remarks: what is no fault and worth knowing -> how often.
         findings: the first of each fault and instruction.
         repeats: how often each was seen.
     """
@@ -54,7 +53,6 @@ class Record:
     opcodes: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
     programs: Counter[str] = field(default_factory=Counter)
-    remarks: Counter[str] = field(default_factory=Counter)
     findings: dict[tuple[str, str, int], Finding] = field(default_factory=dict)
     repeats: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 

@@ -34,7 +34,7 @@ from minimind_fast.proof.targets import TARGETS, Target, as_card, patched
 
 # What can be executed: cards whose matrix instructions are mma.sync or wgmma.
 EXECUTABLE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-_FORMATS = {
+FORMATS = {  # Triton's names of numbers -> those of `struct`
     **{"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q"},
     **{"u64": "Q", "fp32": "f", "f32": "f", "fp64": "d", "f64": "d"},
 }
@@ -99,7 +99,7 @@ def _execute(record: Record, compiled: Any, named: dict[str, Any], grid: Any, ch
     memory = GlobalMemory(pointers, narrowest(program, "global"))
     addresses = iter(argument.pointer for argument in memory.arguments)
     given = [
-        struct.pack("<Q", next(addresses)) if kind.startswith("*") else struct.pack(f"<{_FORMATS[kind]}", value)
+        struct.pack("<Q", next(addresses)) if kind.startswith("*") else struct.pack(f"<{FORMATS[kind]}", value)
         for kind, value in values
     ]
     # Triton's own last parameters, scratch memory for instruments, are null.

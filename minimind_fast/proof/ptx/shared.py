@@ -21,7 +21,6 @@ from minimind_fast.proof.ptx.threads import Mask, Threads
 
 _WARPS = 64  # a stamp is epoch * _WARPS + warp; the last number stands for several warps
 _SEVERAL = _WARPS - 1
-ROUNDING = 2.0**-18  # of the largest value: how far two float32 sums of the same numbers may be apart
 
 
 @dataclass
@@ -81,18 +80,10 @@ class SharedMemory:
         self.note_write(who, place, unit * count)
         view, index = self.bytes.view(UNSIGNED[unit]), (place // unit)[:, None] + np.arange(count)
         view[index] = values[who]
-        # Warps may write one place in one instruction if they write the same. Triton's copies of one float32 sum may have
-        # been added in another order: which of them stays is a matter of its last bits, a remark and no fault.
+        # Lanes may write one place in one instruction, as Triton's copies of one number do, if they write the same.
+        lost = (view[index] != values[who]).any(1)
+        self._tell("two lanes write different values to one place", lost[:, None], who, place)
         cells = self._cells(place, unit * count)
-        others = (self.writer[cells] != self._stamps(who, cells.shape)).any(1)
-        lost = others & (view[index] != values[who]).any(1)
-        if lost.any() and unit == 4:
-            kept, given = view[index].view(np.float32), values[who].view(np.float32)
-            scale = np.abs(given[np.isfinite(given)]).max(initial=0.0)  # sums that cancel are as inexact as the others
-            if (np.abs(kept - given)[lost] <= ROUNDING * scale).all():
-                self.lanes.remark("the order of warps decides the last bits")
-                lost[:] = False
-        self._tell("two warps write different values to one place", lost[:, None], who, place)
         self.unfenced[cells] = True
 
     def checked(self, who: np.ndarray, at: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -112,7 +112,13 @@ class GlobalMemory:
         """Write (N, count) unsigned values."""
         unit, count = values.itemsize, values.shape[1]
         for argument, chosen, offset in self._split(lanes, at, unit * count, mask, "written"):
-            argument.view(unit)[(offset // unit)[:, None] + np.arange(count)] = values[chosen]
+            view, index = argument.view(unit), (offset // unit)[:, None] + np.arange(count)
+            view[index] = values[chosen]
+            lost = (view[index] != values[chosen]).any(1)
+            if lost.any():
+                lane = int(lost.argmax())
+                where = self._where(argument, int(offset[lane]))
+                lanes.note("two lanes write different values to one place", int(chosen[lane]), where)
             self._keep(self.writes, argument, lanes, chosen, offset, unit * count)
 
     def _split(self, lanes: Threads, at: np.ndarray, size: int, mask: Mask, verb: str):

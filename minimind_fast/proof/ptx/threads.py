@@ -65,10 +65,6 @@ class Threads:
         index = program_index(self.first + lane // self.threads, self.grid)
         self.record.add(kind, self.kernel, index, self.instruction, detail)
 
-    def remark(self, what: str) -> None:
-        """Tell what is no fault and worth knowing of the instruction that is running."""
-        self.record.remarks[f"{what}: {self.kernel}, {self.instruction.line}"] += 1
-
 
 def program_index(number: int, grid: tuple[int, int, int]) -> tuple[int, ...]:
     """Number of a program, x fastest -> (x, y, z)."""

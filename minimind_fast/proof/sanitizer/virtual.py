@@ -29,38 +29,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from minimind_fast import ops
 from minimind_fast.ops.cases import Draw
+from minimind_fast.proof.held import held
 from minimind_fast.proof.sanitizer.interpreter import Watcher, watched
 
 APART = 1 << 44  # bytes between two storages
 LONG_LOOP = 64  # steps; of a longer one only some are taken: no kernel carries a pointer through one
 EXTRA_PROGRAMS = 3  # random ones of each grid, beside the first two, the last two and the middle
-DOCUMENTS = 4  # of a pack, as the records' cases draw them
 CARD = SimpleNamespace(
     multi_processor_count=132, major=9, minor=0, L2_cache_size=50 << 20, warp_size=32, total_memory=80 << 30,
     shared_memory_per_block_optin=227 << 10,
 )  # fmt: skip
-
-
-def _held(name: str, at: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
-    """What an index tensor holds at these elements: experts take turns, documents are equally long."""
-    E, top_k, slots = sizes.get("E", 1), sizes.get("TOP_K", 1), sizes.get("slots", 0)
-    made: dict[str, Callable[[], np.ndarray]] = {
-        "positions_ptr": lambda: at % 1024,
-        "targets_ptr": lambda: at % sizes["V"],
-        "mask_ptr": lambda: np.ones_like(at),
-        "valid_ptr": lambda: np.ones_like(at),
-        "counts_ptr": lambda: np.where(at == E - 1, slots - (E - 1) * (slots // E), slots // E),
-        "order_ptr": lambda: at,
-        "inverse_ptr": lambda: at,
-        "experts_ptr": lambda: (at // top_k + at % top_k) % E,
-        "tile_counts_ptr": lambda: np.full_like(at, sizes["BLOCK_T"] * top_k // E),
-        "load_ptr": lambda: np.full_like(at, sizes["BLOCK_T"] * top_k // E),
-        "length_ptr": lambda: np.full_like(at, sizes["num_tokens"] // DOCUMENTS),
-        "cu_ptr": lambda: at * (sizes["num_tokens"] // DOCUMENTS),
-    }
-    if name not in made:
-        raise LookupError(f"{name} holds integers: say in {__name__} which")
-    return made[name]()
 
 
 class _Argument:
@@ -129,7 +107,7 @@ class Virtual(Watcher):
         at = self._elements("load", argument, addresses, mask)
         if self.arguments[argument].floating:
             return np.full(at.shape, 0.5).astype(dtype)
-        return _held(argument, np.where(mask, at, 0), self.sizes).astype(dtype)
+        return held(argument, np.where(mask, at, 0), self.sizes).astype(dtype)
 
     def store(self, argument: str, addresses: np.ndarray, mask: np.ndarray, values: np.ndarray) -> bool:
         self._elements("store", argument, addresses, mask)

@@ -1,6 +1,7 @@
 """Faults planted in the PTX of kernels, one at a time, and what is seen of each: `python faults.py sm_80 swiglu odd`
 
-A fault is seen if a result breaks the error rule, if something is found on the way, or if the kernel cannot run.
+A fault is seen if a result breaks the error rule, if something is found on the way, or if the kernel cannot run. Of one
+that is not seen the line is told, and whether it changes any bit of the results.
 """
 
 import argparse
@@ -58,13 +59,15 @@ class Faults:
         reference = ops.OPS[op].reference
         self.truth = evaluate(self.case, reference, dtype, "cpu", double=True)
         self.eager = evaluate(self.case, reference, dtype, "cpu")
+        self.results: dict[str, torch.Tensor] = {}  # of the last run
+        self.healthy: dict[str, torch.Tensor] = {}
 
     def run(self, change: Callable[[str], str]) -> list[str]:
         """What is seen of a changed kernel: findings, wrong results, or the error."""
         found = []
         with executed(self.target, lambda name, text: change(text) if name == self.kernel else text) as record:
             try:
-                ours = evaluate(self.case, ops.kernel(self.op), self.dtype, "cpu", poison=True)
+                ours = self.results = evaluate(self.case, ops.kernel(self.op), self.dtype, "cpu", poison=True)
                 found = [k for k in self.truth if not compare(ours[k], self.eager[k], self.truth[k]).passed]
             except Exception as error:  # a broken kernel may well not run
                 found = [type(error).__name__]
@@ -81,7 +84,13 @@ class Faults:
 
         healthy = self.run(look)
         assert not healthy, f"the healthy kernel: {healthy}"
+        self.healthy = self.results
         return max(counts)
+
+    def same_bits(self) -> bool:
+        """Whether the last run's results are those of the healthy kernel."""
+        pairs = [(self.results[k].flatten(), self.healthy[k].flatten()) for k in self.healthy]
+        return all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
 
     def at_the_bound(self) -> set[int]:
         """Numbers of the `setp.lt` where some lane stands exactly at the bound: only these say something else as `le`."""
@@ -108,19 +117,26 @@ class Faults:
             execute.step_of = real
         return found
 
-    def plant(self, kind: str) -> Iterator[tuple[int, list[str]]]:
-        """Plant each fault of a kind in turn -> its number, what was seen."""
+    def plant(self, kind: str) -> Iterator[tuple[int, list[str], str]]:
+        """Plant each fault of a kind in turn -> its number, what was seen, and where it was if nothing was."""
         pattern, instead = SITES[kind]
-        numbers = self.at_the_bound() if kind == "mask shifted" else range(self.sites(kind))
+        count = self.sites(kind)
+        numbers = self.at_the_bound() if kind == "mask shifted" else range(count)
+        where = [""]
         for i in sorted(numbers):
 
             def change(text: str, i: int = i) -> str:
                 hits = list(re.finditer(pattern, text))
                 if i >= len(hits):
                     return text
-                return text[: hits[i].start()] + instead(hits[i]) + text[hits[i].end() :]
+                before, after = text[: hits[i].start()], text[hits[i].end() :]
+                line = (re.findall(r"\.loc\t[^\n]*// (.*)", before) or [""])[-1]
+                following = re.search(r"\n\t(?!\.)([\w.]+)", after)
+                where[0] = f"{line}, before {following[1] if following else '?'}"
+                return before + instead(hits[i]) + after
 
-            yield i, self.run(change)
+            seen = self.run(change)
+            yield i, seen, "" if seen else f"{where[0]}{', no bit changes' if self.same_bits() else ''}"
 
     def wrong(self) -> list[str]:
         """What is seen of a kernel that computes something else: products become sums, or sums differences."""
@@ -158,8 +174,8 @@ def main() -> None:
     for kernel in [args.kernel] if args.kernel else kernels_of(args.target, args.op, args.case, dtype):
         faults = Faults(args.target, args.op, args.case, kernel, dtype)
         for kind in args.kinds.split(","):
-            seen = [(0, faults.wrong())] if kind == "arithmetic" else list(faults.plant(kind))
-            unseen = [i for i, what in seen if not what]
+            seen = [(0, faults.wrong(), "")] if kind == "arithmetic" else list(faults.plant(kind))
+            unseen = [f"{i}: {where}" for i, what, where in seen if not what]
             if seen:
                 told[f"{kernel}: {kind}"] = {"planted": len(seen), "unseen": unseen}
                 print(f"{kernel}: {kind}: {len(seen) - len(unseen)} of {len(seen)} seen; unseen {unseen}", flush=True)

@@ -1,11 +1,14 @@
 """Each instruction against numpy, on drawn numbers and on awkward ones."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from one_program import execute
 
 from minimind_fast.proof.ptx.formats import from_bf16, to_bf16, to_tf32
+from minimind_fast.proof.ptx.parse import UnknownPtx
 
 RNG = np.random.default_rng(0)
 WORDS = RNG.integers(0, 1 << 32, (64, 4), dtype=np.uint32)
@@ -130,6 +133,14 @@ with np.errstate(all="ignore"):
         "max.f32 %r100, %r0, %r1;": np.fmax(FA, FB),
         "min.f32 %r100, %r0, %r1;": np.fmin(FA, FB),
         "max.NaN.f32 %r100, %r0, %r1;": np.maximum(FA, FB),
+        "max.f32 %r100, %r0, %r1, %r2;": np.fmax(np.fmax(FA, FB), FC),
+        "min.NaN.f32 %r100, %r0, %r1, %r2;": np.minimum(np.minimum(FA, FB), FC),
+        "cvt.rn.f16.f32 %rs1, %r0; add.rn.f32.f16 %r100, %rs1, %r1;": FA.astype(np.float16) + FB,
+        "cvt.rn.f16.f32 %rs1, %r0; sub.rn.f32.f16 %r100, %rs1, %r1;": FA.astype(np.float16) - FB,
+        "cvt.rn.bf16.f32 %rs1, %r0; sub.f32.bf16 %r100, %rs1, %r1;": from_bf16(to_bf16(FA)) - FB,
+        "cvt.rn.bf16.f32 %rs1, %r0; cvt.rn.bf16.f32 %rs2, %r1; fma.rn.f32.bf16 %r100, %rs1, %rs2, %r2;": (
+            from_bf16(to_bf16(FA)).astype(np.longdouble) * from_bf16(to_bf16(FB)) + FC
+        ).astype(np.float32),
         "ex2.approx.f32 %r100, %r0;": np.exp2(FA.astype(np.float64)).astype(np.float32),
         "rsqrt.approx.ftz.f32 %r100, %r0;": np.where(
             np.abs(FA) < 1.2e-38, np.inf * np.copysign(1, FA), 1 / np.sqrt(FA.astype(np.float64))
@@ -146,6 +157,16 @@ with np.errstate(all="ignore"):
 @pytest.mark.parametrize("body", F32, ids=lambda body: body.split("; ")[0].split(" %")[0] + body[-14:])
 def test_float32(body):
     same(of_floats(body)[:, 0], F32[body])
+
+
+@pytest.mark.parametrize(
+    "one",
+    ["min.s32 %r100, %r0, %r1, %r2", "mul.f32 %r100, %r0", "max.bf16x2 %r100, %r0, %r1, %r2", "fma.rn.f32 %r1, %r0"],
+)
+def test_an_operand_too_many_or_too_few_is_no_guess(one):
+    """numpy takes a third number for the place of its result: a maximum of three was one of two, and no word."""
+    with pytest.raises(UnknownPtx, match=re.escape(one)):
+        of_floats(f"{one};")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])

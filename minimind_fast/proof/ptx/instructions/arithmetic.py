@@ -9,6 +9,7 @@ Properties: approximations (ex2.approx, div.full) are computed well and rounded:
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind_fast.proof.ptx.formats import TYPES, from_half, pack, to_half, unpack
+from minimind_fast.proof.ptx.formats import TYPES
 from minimind_fast.proof.ptx.instructions.table import Step, instruction
 from minimind_fast.proof.ptx.lanes import predicate, reader, writer
 from minimind_fast.proof.ptx.parse import Instruction, Program, UnknownPtx
@@ -30,6 +31,22 @@ def flush(values: Any) -> Any:
     return np.where(np.abs(values) < SMALLEST, values * np.float32(0), values)
 
 
+def taking(one: Instruction, function: Function) -> Function:
+    """The function, if it takes as many operands as the instruction has beside its first.
+
+    Args:
+        one: the instruction.
+        function: of numpy, which would take one operand more for the place of its result, or of Python.
+
+    Raises:
+        UnknownPtx: it takes more or fewer.
+    """
+    inputs = getattr(function, "nin", None) or len(inspect.signature(function).parameters)
+    if inputs != len(one.operands) - 1:
+        raise UnknownPtx(f"opcode {one.opcode!r} with {len(one.operands)} operands: `{one}`")
+    return function
+
+
 def lanewise(program: Program, one: Instruction, dtype: Any, function: Function, ftz: bool = False) -> Step:
     """The step of an instruction that applies a function to all operands but the first.
 
@@ -41,7 +58,7 @@ def lanewise(program: Program, one: Instruction, dtype: Any, function: Function,
         ftz: flush subnormals.
     """
     write = writer(program, one.operands[0])
-    reads = [reader(program, operand, dtype) for operand in one.operands[1:]]
+    reads, function = [reader(program, operand, dtype) for operand in one.operands[1:]], taking(one, function)
 
     def step(lanes, mask):
         values = [read(lanes) for read in reads]
@@ -53,26 +70,29 @@ def lanewise(program: Program, one: Instruction, dtype: Any, function: Function,
     return step
 
 
-def _fma(a: Any, b: Any, c: Any) -> Any:
+def fused(a: Any, b: Any, c: Any) -> Any:
+    """a b + c in float32, rounded once."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
-def _maximum(nan: bool) -> Function:
+def maximum(nan: bool) -> Function:
+    """The larger of two numbers; of a NaN and a number the number, or the NaN."""
     return np.maximum if nan else np.fmax
 
 
-def _minimum(nan: bool) -> Function:
+def minimum(nan: bool) -> Function:
+    """The smaller, likewise."""
     return np.minimum if nan else np.fmin
 
 
 # -------------------------------------------------------------------------------------------------------------- floats
 
-_BINARY = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
+BINARY = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 
 @instruction(r"(?P<name>add|sub|mul)(?:\.rn)?(?P<ftz>\.ftz)?\.(?P<type>f32|f64)")
 def _float_binary(program: Program, one: Instruction, match: re.Match[str]) -> Step:
-    return lanewise(program, one, TYPES[match["type"]], _BINARY[match["name"]], bool(match["ftz"]))
+    return lanewise(program, one, TYPES[match["type"]], BINARY[match["name"]], bool(match["ftz"]))
 
 
 @instruction(r"div\.(?:full|rn|approx)(?P<ftz>\.ftz)?\.f32")
@@ -82,12 +102,14 @@ def _divide(program: Program, one: Instruction, match: re.Match[str]) -> Step:
 
 @instruction(r"fma\.rn(?P<ftz>\.ftz)?\.f32")
 def _fused(program: Program, one: Instruction, match: re.Match[str]) -> Step:
-    return lanewise(program, one, np.float32, _fma, bool(match["ftz"]))
+    return lanewise(program, one, np.float32, fused, bool(match["ftz"]))
 
 
 @instruction(r"(?P<name>max|min)(?P<ftz>\.ftz)?(?P<nan>\.NaN)?\.f32")
 def _float_extreme(program: Program, one: Instruction, match: re.Match[str]) -> Step:
-    function = (_maximum if match["name"] == "max" else _minimum)(bool(match["nan"]))
+    """Of two numbers, or since sm_100 of three."""
+    two = (maximum if match["name"] == "max" else minimum)(bool(match["nan"]))
+    function = two if len(one.operands) == 3 else lambda a, b, c: two(two(a, b), c)
     return lanewise(program, one, np.float32, function, bool(match["ftz"]))
 
 
@@ -113,50 +135,12 @@ def _curve(program: Program, one: Instruction, match: re.Match[str]) -> Step:
     return lanewise(program, one, np.float32, lambda x: curve(x.astype(np.float64)), bool(match["ftz"]))
 
 
-@instruction(r"(?P<name>add|sub|mul|fma|max|min|neg|abs)(?:\.rn)?(?P<nan>\.NaN)?\.(?P<type>bf16|f16)(?P<pair>x2)?")
-def _half(program: Program, one: Instruction, match: re.Match[str]) -> Step:
-    """16-bit floats, one in a 16-bit register or two in a 32-bit one."""
-    kind, pair, nan = match["type"], bool(match["pair"]), bool(match["nan"])
-    function = {
-        **_BINARY,
-        "fma": lambda a, b, c: a.astype(np.float64) * b + c,
-        "max": _maximum(nan),
-        "min": _minimum(nan),
-        "neg": operator.neg,
-        "abs": np.abs,
-    }[match["name"]]
-    write = writer(program, one.operands[0])
-    reads = [reader(program, operand, np.uint32 if pair else np.uint16) for operand in one.operands[1:]]
-
-    def step(lanes, mask):
-        values = [read(lanes) for read in reads]
-        sides = zip(*[unpack(v, kind) for v in values], strict=True) if pair else [[from_half(v, kind) for v in values]]
-        rounded = [to_half(function(*side), kind) for side in sides]
-        write(lanes, pack(*rounded) if pair else rounded[0], mask)
-
-    return step
-
-
-@instruction(r"(?P<name>add|sub|mul|fma)(?:\.rn)?\.f32x2")
-def _two_floats(program: Program, one: Instruction, match: re.Match[str]) -> Step:
-    """Two float32 in a 64-bit register, since sm_100."""
-    function = {**_BINARY, "fma": _fma}[match["name"]]
-    write = writer(program, one.operands[0])
-    reads = [reader(program, operand, np.uint64) for operand in one.operands[1:]]
-
-    def step(lanes, mask):
-        values = [np.ascontiguousarray(lanes.full(read(lanes))).view(np.float32) for read in reads]
-        write(lanes, np.ascontiguousarray(function(*values), np.float32).view(np.uint64), mask)
-
-    return step
-
-
 # ------------------------------------------------------------------------------------------------------------ integers
 
 
 @instruction(r"(?P<name>add|sub)\.(?P<type>[us](?:16|32|64))")
 def _integer_binary(program: Program, one: Instruction, match: re.Match[str]) -> Step:
-    return lanewise(program, one, TYPES[match["type"]], _BINARY[match["name"]])
+    return lanewise(program, one, TYPES[match["type"]], BINARY[match["name"]])
 
 
 @instruction(r"(?P<name>max|min)\.(?P<type>[us](?:16|32|64))")
