@@ -180,7 +180,7 @@ def find(run: Run, frozen: str | None, trained: dict[str, list[int]]) -> Path | 
         The newest, or None without --from_resume.
 
     Raises:
-        UserError: there is none, or it is damaged, or its precision, ZeRO stage, shapes or frozen weights differ.
+        UserError: there is none, or it is damaged, or its precision, ZeRO stage, optimizer, shapes or frozen weights differ.
     """
     config = run.config
     if not config.from_resume:
@@ -196,6 +196,12 @@ def find(run: Run, frozen: str | None, trained: dict[str, list[int]]) -> Path | 
                 f"--from_resume: {checkpoint} was written with --{option} {before[option]}, this run has "
                 f"{getattr(config, option)}: use the same value"
             )
+    optimizer = before.get("options", {}).get("optimizer", "adamw")
+    if optimizer != config.optimizer:
+        raise UserError(
+            f"--from_resume: {checkpoint} holds the state of --optimizer {optimizer}, this run has {config.optimizer}: use "
+            "the same, or begin a new run from its weights with --from_weight"
+        )
     if before.get("frozen") != frozen:
         raise UserError(
             f"--from_resume: the frozen weights ({config.from_weight}) are not those that this run began with; give "
