@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minimind_fast import ops
 from minimind_fast.errors import UserError
 from minimind_fast.model import MLP, Attention, Experts, MiniMind
 from minimind_fast.training.optimizers.shares import Held, Matrix, Shares
@@ -95,8 +96,8 @@ def orthogonalise(batch: Tensor, dtype: torch.dtype) -> Tensor:
     a, b, c = COEFFICIENTS
     x = (batch / (batch.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = ops.symmetric_product(x)
+        x = torch.baddbmm(x, ops.symmetric_product(gram, gram, c, b), x, beta=a)
     return x.float()
 
 
