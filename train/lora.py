@@ -9,6 +9,7 @@ Properties: writes adapters to SAVE_DIR/SAVE_WEIGHT/adapter/ in PEFT's format an
 
 from minimind_fast.data.chats import ChatEncoder
 from minimind_fast.data.tokenizer import Tokenizer
+from minimind_fast.errors import UserError
 from minimind_fast.training import setup
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import ChatConfig, option, with_defaults
@@ -45,6 +46,11 @@ class LoRAConfig(ChatConfig):
         f"projections that get adapters: {', '.join(lora.TARGETS)}, or square for MiniMind's choice",
     )
     merge: bool = option(True, "also write the model with its adapters merged, at the end")
+
+    def check(self) -> None:
+        super().check()
+        if self.optimizer == "muon":
+            raise UserError("--optimizer muon trains whole matrices, and LoRA trains adapters: leave it out")
 
 
 def write_merged(run: Run[LoRAConfig], tokenizer: Tokenizer) -> None:

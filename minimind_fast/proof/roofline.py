@@ -19,10 +19,14 @@ from minimind_fast.errors import UserError
 from minimind_fast.model import Experts, Head, MiniMind
 from minimind_fast.ops import OPS
 from minimind_fast.ops.registry import Work
+from minimind_fast.training.optimizers.muon import STEPS, matrices
 
 # Bytes per parameter: read fp32 gradient, master, m, v (16); write master, m, v (12) and the bf16 weight (2).
 # DeepSpeed's BF16 optimizer moves about 46: the norm, the clipped gradient written back, the masters read again, clearing.
 OPTIMIZER_BYTES = 30
+# Muon's matrices: read gradient and momentum, write momentum and look-ahead (16); read it, write the update (8); read the
+# update and the master, write the master and the bf16 weight (14). Newton-Schulz comes on top.
+MUON_BYTES = 38
 
 
 def op_work(op: str, c: ModelConfig, direction: str, tokens: int, element_bytes: int) -> Work:
@@ -124,3 +128,22 @@ def step_work(c: ModelConfig, tokens: int, document: float, element_bytes: int =
         gathered = Work(6 * top_k * tokens * c.hidden_size * element_bytes * layers)
         parts["routing"] = Work(part("moe_route", layers).bytes + gathered.bytes)
     return parts
+
+
+def muon_work(c: ModelConfig, element_bytes: int = 2, halved: bool = True) -> Work:
+    """Work of Muon's step on all hidden matrices, which does not grow with tokens.
+
+    A Newton-Schulz step of an m x n matrix (m <= n) is x x^T, its square and their sum times x.
+
+    Args:
+        c: the model's shape.
+        element_bytes: bytes per element that is multiplied.
+        halved: whether only half of the two symmetric products is computed.
+    """
+    total = Work(0.0)
+    for shape in (shape for shapes in matrices(shape_of(c)).values() for shape in shapes):
+        m, n = sorted(shape)
+        symmetric = (m * m * n + m**3) * (1 if halved else 2)
+        moved = STEPS * (3 * m * n + 4 * m * m) * element_bytes + MUON_BYTES * m * n
+        total = Work(total.bytes + moved, total.flops + STEPS * (symmetric + 2 * m * m * n))
+    return total

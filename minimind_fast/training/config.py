@@ -88,10 +88,15 @@ class TrainConfig:
     max_minutes: float = option(
         0.0, "train for at most this many minutes; the learning rate falls with them (0: no limit)"
     )
+    optimizer: str = option(
+        "adamw",
+        "adamw, or muon: equal steps in every direction of a hidden matrix, AdamW for the rest, at the same learning rate",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = option(5e-4, "peak learning rate")
     lr_schedule: str = option("minimind", "shape of the learning rate", choices=("minimind", "cosine", "constant"))
     warmup_steps: int = option(0, "optimizer steps of linear warmup")
-    weight_decay: float = option(0.01, "AdamW weight decay, on matrices only")
+    weight_decay: float = option(0.01, "weight decay, on matrices only")
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.95, "AdamW beta2")
     grad_clip: float = option(1.0, "clip the gradient norm to this (0: no clipping)")

@@ -202,7 +202,7 @@ def find(run: Run, frozen: str | None, trained: dict[str, list[int]]) -> Path | 
         The newest, or None without --from_resume.
 
     Raises:
-        UserError: there is none, or it is damaged, or its precision, ZeRO stage, shapes or frozen weights differ.
+        UserError: there is none, or it is damaged, or its precision, ZeRO stage, optimizer, shapes or frozen weights differ.
     """
     config = run.config
     if not config.from_resume:
@@ -218,6 +218,12 @@ def find(run: Run, frozen: str | None, trained: dict[str, list[int]]) -> Path | 
                 f"--from_resume: {checkpoint} was written with --{option} {before[option]}, this run has "
                 f"{getattr(config, option)}: use the same value"
             )
+    optimizer = before.get("options", {}).get("optimizer", "adamw")
+    if optimizer != config.optimizer:
+        raise UserError(
+            f"--from_resume: {checkpoint} holds the state of --optimizer {optimizer}, this run has {config.optimizer}: use "
+            "the same, or begin a new run from its weights with --from_weight"
+        )
     if before.get("frozen") != frozen:
         raise UserError(
             f"--from_resume: the frozen weights ({config.from_weight}) are not those that this run began with; give "
@@ -248,10 +254,9 @@ def minimind_s(run: Run, model: MiniMind) -> AdamWState | None:
         return None
     if not holds_optimizer(config.from_weight):
         raise UserError(f"--with_optimizer needs MiniMind's *_resume.pth as --from_weight, not {config.from_weight}")
-    if config.zero_stage > 2 or config.offload != "none" or frozen_fingerprint(model) is not None:
-        raise UserError(
-            "--with_optimizer: only where all weights are trained, at --zero_stage 0, 1 or 2 without --offload"
-        )
+    unfit = config.optimizer != "adamw" or config.zero_stage > 2 or config.offload != "none"
+    if unfit or frozen_fingerprint(model) is not None:
+        raise UserError("--with_optimizer: only for AdamW on all weights, at --zero_stage 0, 1 or 2 without --offload")
     return read_adamw(config.from_weight, model)
 
 

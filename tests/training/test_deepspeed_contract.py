@@ -34,6 +34,13 @@ for stage, dtype in ((0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bflo
     engine = Engine(MiniMind(ModelConfig.preset("tiny", **shape)), config, deepspeed_config(config, 1))
     inner, optimizer = engine._ds, engine._ds.optimizer
     parameter = next(engine.module.parameters())
+    parts = []
+    for p in engine.module.parameters():
+        at = engine._place(p)
+        with engine.gathered():
+            weight = p.detach().flatten().float()
+        parts.append(at is not None and at.numel == weight.numel() and torch.allclose(
+            at.master.detach().flatten()[at.offset : at.offset + at.numel], weight, rtol=2**-8))
     found[f"{stage} {dtype}"] = {
         "overflow": hasattr(optimizer, "overflow"),
         "clear_hp_grads": hasattr(optimizer, "clear_hp_grads"),
@@ -43,6 +50,7 @@ for stage, dtype in ((0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bflo
         "micro_steps": getattr(inner, "micro_steps", None),
         "enable_backward_allreduce": getattr(inner, "enable_backward_allreduce", None),
         "gradient_clipping": getattr(inner._config, "gradient_clipping", None),
+        "places": all(parts),
         "ds_tensor": hasattr(parameter, "ds_tensor"),
         "whole": parameter.whole_numel == parameter.ds_numel if stage == 3 else parameter.whole_numel == parameter.numel(),
         "counters": sorted({float(s["step"]) for s in engine_optimizer.state.values()})
@@ -86,6 +94,10 @@ def test_optimizer_fp16_groups_and_fp32_groups_pair_weights_and_masters_at_stage
 
 def test_parameter_ds_tensor_is_there_at_stage_3(found):
     assert [found[e]["ds_tensor"] for e in ENGINES] == [False] * 4 + [True]
+
+
+def test_hp_mapping_and_grad_position_say_where_the_masters_lie(found):
+    assert all(found[e]["places"] for e in ENGINES)
 
 
 def test_parameters_are_the_same_objects_after_partitioning_and_remember_their_size(found):

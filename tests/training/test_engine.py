@@ -35,7 +35,7 @@ def test_a_users_deepspeed_file_is_laid_over_ours(tmp_path):
     [
         ({"zero_optimization": {"stage": 2}}, {"zero_stage": 1}, "zero_optimization.stage = 2 .* --zero_stage"),
         ({"gradient_clipping": 3.0}, {"grad_clip": 1.0}, "gradient_clipping = 3.0 .* --grad_clip"),
-        ({"optimizer": {"type": "Adam"}}, {}, "remove 'optimizer'; use --learning_rate"),
+        ({"optimizer": {"type": "Adam"}}, {}, "remove 'optimizer'; use --optimizer, --learning_rate"),
     ],
 )
 def test_a_clash_names_both(tmp_path, theirs, given, message):
@@ -110,8 +110,8 @@ def test_out_of_memory_says_what_to_lower_with_numbers(tmp_path):
     assert "32 x 512" in text and "--batch_size 16 --accumulation_steps 8" in text and "Tried to allocate 2 GiB" in text
 
 
-# In its own process, because it becomes a rank: how each (ZeRO stage, dtype) handles a non-finite loss, and the sums of two
-# micro-batches at stage 1 in bf16.
+# In its own process, because it becomes a rank: how each (ZeRO stage, dtype, optimizer) handles a non-finite loss, and the
+# sums of two micro-batches at stage 1 in bf16.
 UNDER_ENGINE = """
 import json, math, sys
 import torch
@@ -127,13 +127,15 @@ from deepspeed.accelerator import get_accelerator
 type(get_accelerator()).is_fp16_supported = lambda self: True  # DeepSpeed refuses float16 on a CPU; the arithmetic works
 type(get_accelerator()).supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
 ids, cu = torch.arange(32), torch.tensor([0, 32], dtype=torch.int32)
-for stage, dtype in json.loads(sys.argv[1]):
+for stage, dtype, optimizer in json.loads(sys.argv[1]):
     shape = dict(num_hidden_layers=1, hidden_size=64, vocab_size=256, max_position_embeddings=64)
     torch.manual_seed(0)
     model = MiniMind(ModelConfig.preset("tiny", **shape))
-    config = TrainConfig(zero_stage=stage, dtype=dtype, batch_size=1, accumulation_steps=2)
+    config = TrainConfig(zero_stage=stage, dtype=dtype, batch_size=1, accumulation_steps=2, optimizer=optimizer)
     engine = Engine(model, config, deepspeed_config(config, 1))
-    weight, steps, moved = model.model.embed_tokens.weight, [], []
+    attention = model.model.layers[0].self_attn
+    weight = model.model.embed_tokens.weight if optimizer == "adamw" else attention.qkv_proj.weight
+    steps, moved = [], []
     for factor in (1.0, float("nan"), 1.0):
         with engine.gathered():
             before = weight.detach().clone()
@@ -151,6 +153,9 @@ for stage, dtype in json.loads(sys.argv[1]):
 """
 STAGES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (0, "bfloat16"), (1, "bfloat16")]
 STAGES += [(1, "float16"), (2, "float16"), (3, "float16")]
+STAGES = [(*case, "adamw") for case in STAGES] + [
+    (*case, "muon") for case in STAGES if case[1] != "float32" or case[0] == 0
+]
 
 
 @pytest.fixture(scope="module")
@@ -160,16 +165,16 @@ def under_engine():
     return dict(zip(STAGES, found, strict=True))
 
 
-@pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: "-".join(map(str, case)))
 def test_a_step_that_is_not_finite_is_skipped_under_every_stage(under_engine, case):
     """(reported finite, weights changed, weights finite) for a step, a non-finite one, and one after it."""
     assert under_engine[case]["steps"] == [[True, True, True], [False, False, True], [True, True, True]]
 
 
-@pytest.mark.parametrize("case", STAGES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: "-".join(map(str, case)))
 def test_a_first_step_is_that_of_float32(under_engine, case):
     """(gradient norm, how far the embedding moved): a loss scale that is not undone would show in both."""
-    assert under_engine[case]["first"] == pytest.approx(under_engine[0, "float32"]["first"], rel=0.02)
+    assert under_engine[case]["first"] == pytest.approx(under_engine[0, "float32", case[2]]["first"], rel=0.02)
 
 
 def test_float16_is_refused_where_deepspeed_would_lose_gradients(tmp_path):
@@ -184,7 +189,7 @@ def test_float16_is_refused_where_deepspeed_would_lose_gradients(tmp_path):
 
 def test_sums_of_micro_batches_stay_in_float32(under_engine):
     """DeepSpeed's default rounds them to bf16 for the reduction, even on one rank."""
-    assert under_engine[1, "bfloat16"]["rounded"] < 0.7
+    assert under_engine[1, "bfloat16", "adamw"]["rounded"] < 0.7
 
 
 # One process a rank: how far masters are from the given weights, and whether weights are those rounded.
@@ -308,13 +313,14 @@ class Count(TorchDispatchMode):
 ranks.prepare(1)
 ids, cu = torch.arange(32), torch.tensor([0, 32], dtype=torch.int32)
 replaceable = engine_module._replaceable
-for clip in (0.0, 0.01, 100.0):
+for clip, optimizer in ((0.0, "adamw"), (0.01, "adamw"), (100.0, "adamw"), (0.01, "muon")):
     for own in (False, True):
         engine_module._replaceable = replaceable if own else lambda _: False
         torch.manual_seed(0)
         shape = dict(num_hidden_layers=1, hidden_size=64, vocab_size=256, max_position_embeddings=64)
         model = MiniMind(ModelConfig.preset("tiny", **shape))
-        config = TrainConfig(zero_stage=1, dtype="bfloat16", batch_size=1, accumulation_steps=1, grad_clip=clip)
+        how = dict(zero_stage=1, dtype="bfloat16", batch_size=1, accumulation_steps=1)
+        config = TrainConfig(grad_clip=clip, optimizer=optimizer, **how)
         engine, told = engine_module.Engine(model, config, deepspeed_config(config, 1)), []
         for factor in (1.0, float("nan"), 1.0):
             out = engine(ids, targets=ids, cu_seqlens=cu, max_seqlen=32)
@@ -325,7 +331,8 @@ for clip in (0.0, 0.01, 100.0):
             told.append([float(norm), math.isfinite(norm)])
         masters = torch.cat([m.detach() for m in engine._ds.optimizer.fp32_groups_flat_partition])
         state = [float(s["step"]) for s in engine._ds.optimizer.optimizer.state.values()]
-        print(json.dumps({"told": told, "masters": masters[::97].tolist(), "counts": counts, "adam": state}))
+        found = {"optimizer": optimizer, "told": told, "masters": masters[::97].tolist(), "counts": counts, "adam": state}
+        print(json.dumps(found))
 """
 
 
@@ -339,14 +346,15 @@ def test_the_bf16_step_asks_the_device_nothing_and_launches_one_norm(two_steps):
     for theirs, ours in two_steps:
         counts = ours["counts"]
         assert not {"_local_scalar_dense", "lift_fresh"} & set(counts)
-        assert counts["_foreach_norm"] == counts["linalg_vector_norm"] == 1
-        assert counts.get("mul_", 0) == 0  # clipping is AdamW's
+        assert counts["_foreach_norm"] == 1
+        if ours["optimizer"] == "adamw":  # Muon divides each matrix by its norm, and decays by itself
+            assert counts["linalg_vector_norm"] == 1 and counts.get("mul_", 0) == 0  # clipping is AdamW's
         assert theirs["counts"]["_local_scalar_dense"] >= 1 and theirs["counts"]["linalg_vector_norm"] >= 10
 
 
 def test_the_bf16_step_is_deepspeed_s(two_steps):
-    """Clipped or not, and after a step that was skipped: the same norm, the same weights, the same counter."""
-    for theirs, ours in two_steps:
+    """Clipped or not, and after a step that was skipped: the same norm, weights, counter (Muon makes much of last bits)."""
+    for theirs, ours in two_steps[:3]:
         assert [taken for _, taken in ours["told"]] == [taken for _, taken in theirs["told"]] == [True, False, True]
         for (norm, taken), (wanted, _) in zip(ours["told"], theirs["told"], strict=True):
             assert not taken or norm == pytest.approx(wanted, rel=1e-5)

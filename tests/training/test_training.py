@@ -29,14 +29,15 @@ def losses(folder, first=1):
     return {step: row["loss"] for step, row in read_log(folder).items() if "loss" in row and step >= first}
 
 
-# (ZeRO stage, ranks, dtype)
-RESUME = [(0, 1, "float32"), (1, 1, HALF), (2, 2, HALF), (3, 2, "float32"), (0, 2, HALF)]
+# (ZeRO stage, ranks, dtype, optimizer); with Muon, AdamW has its part of the weights
+RESUME = [(0, 1, "float32", "adamw"), (1, 1, HALF, "adamw"), (2, 2, HALF, "muon"), (3, 2, "float32", "muon")]
+RESUME += [(0, 2, HALF, "adamw"), pytest.param(1, 2, HALF, "muon", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("stage", "ranks", "dtype"), RESUME)
-def test_kill_9_and_resume_is_bitwise(corpus, tmp_path, stage, ranks, dtype):
+@pytest.mark.parametrize(("stage", "ranks", "dtype", "optimizer"), RESUME)
+def test_kill_9_and_resume_is_bitwise(corpus, tmp_path, stage, ranks, dtype, optimizer):
     args = [*TINY, *corpus, "--zero_stage", stage, "--dtype", dtype, "--accumulation_steps", 2, "--dropout", 0.1]
-    args += ["--max_steps", 7, "--save_interval", 2, "--keep_checkpoints", 9]
+    args += ["--optimizer", optimizer, "--max_steps", 7, "--save_interval", 2, "--keep_checkpoints", 9]
     run("pretrain.py", [*args, "--save_dir", tmp_path / "whole"], ranks)
     whole = losses(tmp_path / "whole" / "pretrain")
     assert len(whole) == 7

@@ -1,8 +1,8 @@
 """The model under DeepSpeed; the only class that touches DeepSpeed's objects.
 
 Purpose: `Engine(model, ...)` runs forward, backward and optimizer steps under any ZeRO stage, and saves and loads its state.
-Principle: torch's fused AdamW, which DeepSpeed wraps for each stage without building anything. Unwanted parts of its
-    startup are patched out while it starts, then restored.
+Principle: torch's fused AdamW, or Muon (`optimizers/`), which DeepSpeed wraps for each stage without building anything.
+    Unwanted parts of its startup are patched out while it starts, then restored.
 Properties: no compiler is needed. At stage 1 in bf16 and stage 0 in fp32 a step never waits for the device: norm, clipping
     and skipping stay there. Elsewhere it waits as often as DeepSpeed does, to look for overflow. Each DeepSpeed internal
     used here has a contract test named after it (tests/training/test_deepspeed_contract.py), so that an upgrade says what
@@ -29,7 +29,9 @@ import torch.distributed as dist
 
 from minimind_fast.errors import UserError
 from minimind_fast.model import MiniMind, ModelOutput
+from minimind_fast.ops import precision
 from minimind_fast.training.config import TrainConfig
+from minimind_fast.training.optimizers.muon import Muon, Place
 from minimind_fast.training.ranks import world
 from minimind_fast.training.zero.options import dtype_of
 
@@ -50,6 +52,26 @@ def param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]
+
+
+def make_optimizer(model: MiniMind, config: TrainConfig, dtype: str) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer, before DeepSpeed wraps it.
+
+    Args:
+        model: on this rank's device.
+        config: read for optimizer, weight_decay, beta1 and beta2.
+        dtype: the training precision.
+
+    Raises:
+        UserError: Muon, and the model's matrices are frozen.
+    """
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw":
+        # DeepSpeed steps once inside initialize() at stage 0 in bf16; lr=0 makes that a no-op.
+        return torch.optim.AdamW(param_groups(model, config.weight_decay), lr=0.0, betas=betas, fused=True)
+    device = next(model.parameters()).device
+    fast = dtype != "float32" and precision.multiplies(torch.bfloat16, device.type) and not precision.before_ampere()
+    return Muon(model, config.weight_decay, betas, torch.bfloat16 if fast else torch.float32, device)
 
 
 @contextlib.contextmanager
@@ -141,10 +163,8 @@ class Engine:
             made["checkpoint"]["load_universal"] = universal
             if dtype == "float16" and not accelerator.is_fp16_supported():
                 raise UserError("--dtype float16 needs a GPU: DeepSpeed cannot train in it on a CPU; leave --dtype out")
-            groups = param_groups(model, config.weight_decay)
-            # DeepSpeed steps once inside initialize() at stage 0 in bf16; lr=0 makes that a no-op.
-            optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
-            trained = [p for group in groups for p in group["params"]]
+            optimizer = make_optimizer(model, config, dtype)
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
             for p in model.parameters():
                 p.whole_numel = p.numel()  # type: ignore[attr-defined]  stage 3 leaves a shard of it
             exact = [p.detach().to("cpu", copy=True) for p in trained] if dtype != "float32" else []
@@ -157,6 +177,8 @@ class Engine:
             state["step"].zero_()  # the counter is that step's only trace: its gradients were zero
         for p, value in zip(trained, exact, strict=False):
             self._set_master(p, value)
+        if isinstance(optimizer, Muon):
+            optimizer.place(place for p in trained if (place := self._place(p)) is not None)
         bf16 = hasattr(self._ds.optimizer, "clear_hp_grads")
         if bf16:  # its step() clears the sums already; zero_grad() would clear them again
             self._ds.optimizer.zero_grad = functools.partial(self._ds.optimizer.clear_lp_grads, set_to_none=True)
@@ -285,6 +307,23 @@ class Engine:
         for state in self._adamw.state.values():
             state["step"].fill_(step)
 
+    def _place(self, parameter: torch.nn.Parameter) -> Place | None:
+        """Where this rank's part of a parameter lies in the float32 tensors that the optimizer steps; None: nowhere."""
+        wrapper = self._ds.optimizer
+        if self.zero_stage == 3:
+            group, offset, numel = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start = world()[0] * numel
+            left = max(min(numel, parameter.ds_numel - start), 0)  # type: ignore[attr-defined]
+            return Place(parameter, start, left, wrapper.fp32_partitioned_groups_flat[group], offset)
+        if self.zero_stage > 0:
+            at = parameter._hp_mapping  # type: ignore[attr-defined]
+            if at is None:
+                return None
+            master = wrapper.optimizer.param_groups[at.param_group_index]["params"][0]
+            inside = at.lp_fragment_address
+            return Place(parameter, inside.start, inside.numel, master, at.hp_fragment_address.start)
+        return Place(parameter, 0, parameter.numel(), self._master(parameter), 0)
+
     # ------------------------------------------------------------------------------------------------ state on disk
 
     @property
@@ -316,12 +355,14 @@ class Engine:
         Raises:
             ValueError: there is nothing to load.
         """
-        decay = [group["weight_decay"] for group in self._ds.optimizer.param_groups]
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._ds.optimizer.param_groups]
         path, _ = self._ds.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
         if path is None:
             raise UserError(f"{folder / tag}: DeepSpeed found nothing to load")
-        for group, weight_decay in zip(self._ds.optimizer.param_groups, decay, strict=True):
-            group["weight_decay"] = weight_decay  # stage 3's universal format gives every group the first one's
+        for group, before in zip(self._ds.optimizer.param_groups, groups, strict=True):
+            group.update(before)  # stage 3's universal format gives every group the first one's options,
+        for state in self._ds.optimizer.state.values():
+            state["step"] = state["step"].clone()  # and one counter to all, which each would move on
 
 
 def to_universal(source: Path, target: Path) -> None:

@@ -104,7 +104,7 @@ _OPTION_OF = {
     "zero_optimization.offload_optimizer": "offload",
     "bf16.enabled": "dtype",
     "fp16.enabled": "dtype",
-    "optimizer": "learning_rate, --weight_decay, --beta1, --beta2",
+    "optimizer": "optimizer, --learning_rate, --weight_decay, --beta1, --beta2",
     "scheduler": "lr_schedule, --warmup_steps",
 }
 _OURS_ONLY = ("optimizer", "scheduler", "train_batch_size")
