@@ -44,6 +44,11 @@ def test_a_resumed_run_goes_on_with_its_curve(tmp_path, monkeypatch, name):
     told.clear()
     write(tmp_path, 0, 1, {name: "mine"})
     assert "id" not in told[0], "a run that begins anew has a curve of its own"
+    told.clear()
+    progress = Progress(tmp_path, 9, 5, {}, "name", {name: "mine"})  # at MiniMind's step, and yet anew
+    progress.record(6, {"loss": 0.6})
+    progress.close()
+    assert "id" not in told[0] and (tmp_path / "log.jsonl").read_text() == '{"step": 6, "loss": 0.6}\n'
 
 
 def test_one_tracker_more_on_resume_keeps_the_other_s_id(tmp_path, monkeypatch):

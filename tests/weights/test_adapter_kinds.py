@@ -149,7 +149,7 @@ def test_a_second_merge_is_told(file, tmp_path, capsys):
     mm.save_pretrained(model, tmp_path / "base", tokenizer=tokenizer)
     adapter = str(saved(trained(model), tmp_path / file))
     assert convert.main_lora(["merge", str(tmp_path / "base"), adapter, str(tmp_path / "once")]) == 0
-    unknown = "adapter.pth does not record the weights that it was trained on" in capsys.readouterr().err
+    unknown = f"{file} does not record the weights that it was trained on" in capsys.readouterr().err
     assert unknown == (file == "adapter.pth"), "said of what nothing can check, and only of that"
     argv = ["merge", str(tmp_path / "once"), adapter, str(tmp_path / "twice")]
     with pytest.raises(ValueError, match="merged into this model already"):
