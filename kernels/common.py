@@ -115,8 +115,9 @@ class Op:
     """A launcher as an op of PyTorch; `as_op` makes it.
 
     To torch.compile, fake tensors, dispatch modes and transforms it is a custom op. Where none of these is there, it is a
-    plain `autograd.Function`, which leaves a GPU waiting less in small steps. Host time forward and backward with launches
-    left out, in us, custom op / so: rms_norm 243 / 128, swiglu 138 / 62, rope 270 / 189; rms_norm without gradients 48 / 21.
+    plain `autograd.Function`, so that a GPU waits less in small steps. Host time forward and backward without launches, in
+    us, as a custom op and so (benchmarks/studies/host_time.py): rms_norm 229 and 122, swiglu 114 and 61, rope 257 and 202;
+    rms_norm without gradients 36 and 20.
 
     Attributes:
         op: the custom op.
