@@ -128,8 +128,8 @@ def _let_fakes_run_the_launchers(op: str) -> None:
     """Register each custom op's real body as its implementation for fake tensors."""
     module = sys.modules[ops.kernel(op).__module__]
     for value in vars(module).values():
-        if isinstance(value, torch.library.CustomOpDef):
-            value._abstract_fn = value._init_fn
+        if isinstance(custom := getattr(value, "op", None), torch.library.CustomOpDef):
+            custom._abstract_fn = custom._init_fn
 
 
 def record(case: Case, preset: str, dtype: torch.dtype, target: Target) -> list[Launch]:

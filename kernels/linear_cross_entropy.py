@@ -33,7 +33,10 @@ from minimind_fast.kernels.common import (
     accum_dtype,
     add_product,
     as_matrix,
+    as_op,
     as_vector,
+    cdiv,
+    next_power_of_2,
     padded,
     refuse_second_derivative,
 )
@@ -83,7 +86,7 @@ def _launch_params(V: int) -> dict[str, int]:
     Returns:
         BLOCK_V, num_warps, num_stages: keyword arguments of both kernels.
     """
-    block = min(triton.next_power_of_2(V), 2048 if V <= 16384 else 8192)
+    block = min(next_power_of_2(V), 2048 if V <= 16384 else 8192)
     return {"BLOCK_V": block, "num_warps": min(max(block // 256, 1), 16), "num_stages": 1}
 
 
@@ -205,7 +208,7 @@ def _scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out = torch.empty_like(source, dtype=dtype)
     if out.numel() > 0:
-        grid = (triton.cdiv(out.numel(), SCALE_BLOCK),)
+        grid = (cdiv(out.numel(), SCALE_BLOCK),)
         with torch.cuda.device_of(source):
             _linear_cross_entropy_scale_kernel[grid](
                 source, factor, out, out.numel(), BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS, num_stages=1
@@ -213,7 +216,7 @@ def _scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@torch.library.custom_op("minimind_fast::linear_cross_entropy_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::linear_cross_entropy_fwd")
 def _linear_cross_entropy_fwd(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +243,7 @@ def _(hidden, weight, targets, temperature, with_entropy):
     return hidden.new_empty(shape, dtype=dtype), entropy, hidden.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("minimind_fast::linear_cross_entropy_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::linear_cross_entropy_bwd")
 def _linear_cross_entropy_bwd(
     grad: Tensor,
     grad_entropy: Tensor | None,
@@ -279,7 +282,7 @@ def _(grad, grad_entropy, hidden, weight, targets, entropy, lse, temperature, wa
     return hidden.new_empty(hidden.shape if want_hidden else 0), d_weight
 
 
-@torch.library.custom_op("minimind_fast::linear_cross_entropy_both", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::linear_cross_entropy_both")
 def _linear_cross_entropy_both(
     hidden: Tensor,
     weight: Tensor,
@@ -323,7 +326,7 @@ def _(hidden, weight, targets, grad_weights, temperature, want_hidden, want_weig
     return logprobs, hidden.new_empty(hidden.shape if want_hidden else 0), total
 
 
-@torch.library.custom_op("minimind_fast::linear_cross_entropy_scale", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::linear_cross_entropy_scale")
 def _linear_cross_entropy_scale(
     grad: Tensor, targets: Tensor, grad_weights: Tensor, d_hidden: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor]:

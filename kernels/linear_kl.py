@@ -33,7 +33,9 @@ from minimind_fast.kernels.common import (
     accum_dtype,
     add_product,
     as_matrix,
+    as_op,
     as_vector,
+    next_power_of_2,
     padded,
     refuse_second_derivative,
 )
@@ -76,7 +78,7 @@ def _launch_params(V: int) -> dict[str, int]:
     Returns:
         BLOCK_V, num_warps, num_stages: keyword arguments of both kernels.
     """
-    block = min(triton.next_power_of_2(V), 2048 if V <= 16384 else 4096)
+    block = min(next_power_of_2(V), 2048 if V <= 16384 else 4096)
     return {"BLOCK_V": block, "num_warps": min(max(block // 256, 1), 16), "num_stages": 1}
 
 
@@ -179,7 +181,7 @@ def _chunks(x: Tensor, weight: Tensor, y: Tensor, teacher: Tensor) -> Iterator[t
         yield rows, student, teachers
 
 
-@torch.library.custom_op("minimind_fast::linear_kl_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::linear_kl_fwd")
 def _linear_kl_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -214,7 +216,7 @@ def _(hidden, weight, teacher_hidden, teacher_weight, mask, temperature, reverse
     return kl, hidden.new_empty(2, kl.numel(), dtype=accum_dtype(hidden))
 
 
-@torch.library.custom_op("minimind_fast::linear_kl_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::linear_kl_bwd")
 def _linear_kl_bwd(
     grad: Tensor,
     hidden: Tensor,

@@ -32,7 +32,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, sum_partials
+from minimind_fast.kernels.common import (
+    accum_dtype,
+    as_op,
+    cdiv,
+    next_power_of_2,
+    refuse_second_derivative,
+    sum_partials,
+)
 from minimind_fast.kernels.grouped_matmul import _moe_combine_kernel, _moe_dw_kernel, halves, locate, matmul, quarters
 
 MAX_EXPERTS = 128  # every program scans the counts in registers
@@ -102,8 +109,8 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
 
 def _dw_splits(E: int, M: int, N: int, slots: int, block_m: int, block_n: int) -> int:
     """How many splits of an expert's rows to use for its (M, N) weight gradient."""
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    return max(1, min(triton.cdiv(DW_TILES, tiles), slots // DW_MIN_ROWS, DW_PARTIAL_BYTES // (4 * E * M * N)))
+    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    return max(1, min(cdiv(DW_TILES, tiles), slots // DW_MIN_ROWS, DW_PARTIAL_BYTES // (4 * E * M * N)))
 
 
 @triton.jit
@@ -238,7 +245,7 @@ class _Launcher:
         (self.T, self.D), (self.E, _, self.F) = x.shape, down.shape
         self.top_k = weights.shape[1]
         self.S = self.T * self.top_k
-        self.block_e = max(2, triton.next_power_of_2(self.E))
+        self.block_e = max(2, next_power_of_2(self.E))
         major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
         self.capability = 10 * major + minor
 
@@ -251,7 +258,7 @@ class _Launcher:
         block_m, group = params["BLOCK_M"], params["GROUP_M"]
         used = min(self.E, self.S)  # experts that can have rows; each may leave one block partly empty
         row_blocks = (self.S + used * (block_m - 1)) // block_m
-        return (triton.cdiv(row_blocks, group) * group * triton.cdiv(columns, params["BLOCK_N"]),)
+        return (cdiv(row_blocks, group) * group * cdiv(columns, params["BLOCK_N"]),)
 
     def rows(self, a: Tensor, weight: Tensor, K: int, N: int, transposed: bool, scale: Tensor | None) -> Tensor:
         """Sum over a token's choices of (scale times) the sorted rows a (S, K) times their experts' weights."""
@@ -265,9 +272,9 @@ class _Launcher:
         if scatter:
             return product
         out = a.new_empty((self.T, N))
-        block_d = min(COMBINE_BLOCK_D, triton.next_power_of_2(N))
+        block_d = min(COMBINE_BLOCK_D, next_power_of_2(N))
         block_t = COMBINE_TILE // block_d
-        _moe_combine_kernel[(triton.cdiv(self.T, block_t) * triton.cdiv(N, block_d),)](
+        _moe_combine_kernel[(cdiv(self.T, block_t) * cdiv(N, block_d),)](
             product, self.inverse, some, out, self.T, N, self.top_k, scale is not None,
             BLOCK_T=block_t, BLOCK_D=block_d,
         )  # fmt: skip
@@ -278,7 +285,7 @@ class _Launcher:
         (_, M, N), params = out.shape, self.params("dw")
         params.pop("GROUP_M")
         splits = _dw_splits(self.E, M, N, self.S, params["BLOCK_M"], params["BLOCK_N"])
-        tiles = triton.cdiv(M, params["BLOCK_M"]) * triton.cdiv(N, params["BLOCK_N"])
+        tiles = cdiv(M, params["BLOCK_M"]) * cdiv(N, params["BLOCK_N"])
         partial = out if splits == 1 else out.new_empty((splits, self.E, M, N), dtype=accum_dtype(out))
         _moe_dw_kernel[(tiles * splits * self.E,)](
             a, b, self.counts, self.order, partial, M, N, self.E, self.top_k, splits, gather_a, **params
@@ -287,7 +294,7 @@ class _Launcher:
             sum_partials(partial, out)
 
 
-@torch.library.custom_op("minimind_fast::moe_mlp_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::moe_mlp_fwd")
 def _moe_mlp_fwd(
     x: Tensor,
     weights: Tensor,
@@ -320,7 +327,7 @@ def _(x, weights, counts, order, inverse, gate_up, down, keep_hidden):
     return x.new_empty(x.shape), x.new_empty((order.shape[0] if keep_hidden else 0, 2 * down.shape[2]))
 
 
-@torch.library.custom_op("minimind_fast::moe_mlp_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::moe_mlp_bwd")
 def _moe_mlp_bwd(
     dy: Tensor,
     x: Tensor,
@@ -349,7 +356,7 @@ def _moe_mlp_bwd(
     want_d_hidden = want_dx or want_d_gate_up
     d_hidden = hidden.new_empty(hidden.shape if want_d_hidden else 0)
     act = hidden.new_empty((launch.S, F) if want_d_down else 0)
-    blocks: int = triton.cdiv(F, params["BLOCK_N"])
+    blocks = cdiv(F, params["BLOCK_N"])
     partial = weights.new_empty((blocks, launch.S) if want_d_weights else 0)
     with torch.cuda.device_of(x):
         _moe_d_hidden_kernel[launch.grid(F, params)](

@@ -34,7 +34,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimind_fast.kernels.common import accum_dtype, refuse_second_derivative, round_to_tf32, sum_partials
+from minimind_fast.kernels.common import (
+    accum_dtype,
+    as_op,
+    cdiv,
+    next_power_of_2,
+    refuse_second_derivative,
+    round_to_tf32,
+    sum_partials,
+)
 from minimind_fast.kernels.route_plan import _balance_document_kernel, _route_plan_kernel
 
 MAX_EXPERTS = 128  # a (tokens, experts) tile is held in registers
@@ -74,18 +82,18 @@ def _launch_params(kernel: str, T: int, D: int, E: int, element_bytes: int) -> d
     Returns:
         BLOCK_T, BLOCK_D, BLOCK_E (at least 16, for tl.dot), num_warps and num_stages, as keyword arguments.
     """
-    block_e = max(16, triton.next_power_of_2(E))
+    block_e = max(16, next_power_of_2(E))
     block_t = TILE_T_SHORT if T <= SHORT_T else TILE_T_FEW
     if kernel == "fwd" and T > SHORT_T and E > FEW_EXPERTS:
         block_t = TILE_T_MANY
-    block_d = max(16, min(BLOCK_D * 2 // element_bytes, triton.next_power_of_2(D)))
+    block_d = max(16, min(BLOCK_D * 2 // element_bytes, next_power_of_2(D)))
     warps = 8 if block_t * block_e > 2048 else 4
     return {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_E": block_e, "num_warps": warps, "num_stages": NUM_STAGES}
 
 
 def _dw_splits(T: int, D: int, block_d: int) -> int:
     """How many splits of the tokens to use for dW: DW_PROGRAMS programs in all, at least 256 tokens a split."""
-    return max(1, min(triton.cdiv(DW_PROGRAMS, triton.cdiv(D, block_d)), T // 256))
+    return max(1, min(cdiv(DW_PROGRAMS, cdiv(D, block_d)), T // 256))
 
 
 @triton.jit
@@ -266,7 +274,7 @@ def _empty_results(x: Tensor, E: int, top_k: int, documents: int) -> tuple[Tenso
 _Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("minimind_fast::moe_route_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::moe_route_fwd")
 def _route_fwd(
     x: Tensor, gate_weight: Tensor, top_k: int, normalize: bool, cu_seqlens: Tensor | None, valid: Tensor | None
 ) -> _Nine:
@@ -283,7 +291,7 @@ def _route_fwd(
     params = _launch_params("fwd", T, D, E, x.element_size())
     warps = {"num_warps": params["num_warps"]}
     tile = {"BLOCK_T": params["BLOCK_T"], "BLOCK_E": params["BLOCK_E"]}
-    tiles: int = triton.cdiv(T, tile["BLOCK_T"])
+    tiles = cdiv(T, tile["BLOCK_T"])
     tile_counts = x.new_empty((tiles, E), dtype=torch.int32)
     tile_load = tile_counts if valid is None else torch.empty_like(tile_counts)
     tile_mass = x.new_empty((tiles, E), dtype=scores.dtype)
@@ -292,7 +300,7 @@ def _route_fwd(
     with torch.cuda.device_of(x):
         _route_fwd_kernel[(tiles,)](
             x, gate_weight, valid_bytes, scores, weights, experts, tile_counts, tile_load, tile_mass, T,
-            D, E, top_k, normalize, valid is not None, **params, BLOCK_K=triton.next_power_of_2(top_k),
+            D, E, top_k, normalize, valid is not None, **params, BLOCK_K=next_power_of_2(top_k),
         )  # fmt: skip
         if cu_seqlens is not None and documents > 0:
             cu_seqlens = cu_seqlens.contiguous()
@@ -314,7 +322,7 @@ def _(x, gate_weight, top_k, normalize, cu_seqlens, valid):
     return _empty_results(x, gate_weight.shape[0], top_k, _num_documents(cu_seqlens))
 
 
-@torch.library.custom_op("minimind_fast::moe_route_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::moe_route_bwd")
 def _route_bwd(
     d_weights: Tensor | None,
     d_aux: Tensor | None,
@@ -347,7 +355,7 @@ def _route_bwd(
         return scores if grad is None else grad.contiguous()
 
     with torch.cuda.device_of(x):
-        _route_bwd_kernel[(triton.cdiv(T, params["BLOCK_T"]),)](
+        _route_bwd_kernel[(cdiv(T, params["BLOCK_T"]),)](
             given(d_weights), given(d_aux), given(d_scores), gate_weight, scores, experts, slope, scale,
             experts if cu_seqlens is None else cu_seqlens.contiguous(),
             experts if valid is None else valid.contiguous().view(torch.uint8),
@@ -358,8 +366,8 @@ def _route_bwd(
         if want_dw:
             splits = _dw_splits(T, D, params["BLOCK_D"])
             partial = scores.new_empty((splits, E, D))
-            tokens_each = triton.cdiv(T, splits)
-            _route_dw_kernel[(triton.cdiv(D, params["BLOCK_D"]), splits)](
+            tokens_each = cdiv(T, splits)
+            _route_dw_kernel[(cdiv(D, params["BLOCK_D"]), splits)](
                 d_logits, x, partial, T, tokens_each, D, E, precision, **params
             )
             sum_partials(partial, dw)

@@ -25,7 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimind_fast.kernels.common import accum_dtype, as_rows, num_programs, refuse_second_derivative
+from minimind_fast.kernels.common import (
+    accum_dtype,
+    as_op,
+    as_rows,
+    cdiv,
+    next_power_of_2,
+    num_programs,
+    refuse_second_derivative,
+)
 
 # A warp holds whole rows: sums over D are shuffles, and no program waits at a barrier. One warp up to 1024 columns,
 # doubled with D beyond. An SM holds 32 such programs, so their number never limits bandwidth.
@@ -52,7 +60,7 @@ def _pieces(D: int) -> tuple[int, int]:
     """
     first = 1 << (D.bit_length() - 1)
     rest = D - first
-    return first, triton.next_power_of_2(rest) if rest else 0
+    return first, next_power_of_2(rest) if rest else 0
 
 
 def _launch_params(kernel: str, D: int) -> dict[str, int]:
@@ -67,7 +75,7 @@ def _launch_params(kernel: str, D: int) -> dict[str, int]:
     if kernel == "dw":
         return {"BLOCK_ROWS": DW_BLOCK_ROWS, "BLOCK_D": DW_BLOCK_D, "num_warps": DW_NUM_WARPS, "num_stages": 1}
     first, second = _pieces(D)
-    num_warps = int(triton.next_power_of_2(triton.cdiv(D, COLUMNS_PER_WARP)))
+    num_warps = next_power_of_2(cdiv(D, COLUMNS_PER_WARP))
     values = {"fwd": VALUES_PER_THREAD_FWD, "bwd": VALUES_PER_THREAD_BWD}[kernel] * 32 * num_warps
     rows = min(1 << max(0, (values // (first + second)).bit_length() - 1), MAX_ROWS)
     return {"ROWS": rows, "BLOCK_A": first, "BLOCK_B": second, "num_warps": num_warps, "num_stages": 1}
@@ -214,7 +222,7 @@ def _rms_norm_dw_kernel(
     tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < D)
 
 
-@torch.library.custom_op("minimind_fast::rms_norm_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::rms_norm_fwd")
 def _rms_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cast_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,7 +234,7 @@ def _rms_norm_fwd(
         x2, params = as_rows(x), _launch_params("fwd", D)
         r2 = x2 if residual is None else as_rows(residual)
         with torch.cuda.device_of(x):
-            _rms_norm_fwd_kernel[(triton.cdiv(x2.shape[0], params["ROWS"]),)](
+            _rms_norm_fwd_kernel[(cdiv(x2.shape[0], params["ROWS"]),)](
                 x2, r2, weight.contiguous(), y, h, rstd, x2.shape[0], x2.stride(0), r2.stride(0), eps,
                 D, residual is not None, cast_first, **params,
             )  # fmt: skip
@@ -239,7 +247,7 @@ def _(x, residual, weight, eps, cast_first):
     return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=accum_dtype(x))
 
 
-@torch.library.custom_op("minimind_fast::rms_norm_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::rms_norm_bwd")
 def _rms_norm_bwd(
     dy: Tensor,
     dh: Tensor | None,
@@ -260,7 +268,7 @@ def _rms_norm_bwd(
     dh2 = dy2 if dh is None else as_rows(dh)
     num_rows = h2.shape[0]
     warps = WARPS_PER_SM_BWD if D <= WIDE_COLUMNS else WARPS_PER_SM_BWD_WIDE
-    tiles = int(triton.cdiv(num_rows, params["ROWS"]))
+    tiles = cdiv(num_rows, params["ROWS"])
     programs = min(tiles, num_programs(h, warps, params["num_warps"])) if want_dw else tiles
     partial = h.new_empty((programs, D) if want_dw else (0,), dtype=accum_dtype(h))
     with torch.cuda.device_of(h):
@@ -270,7 +278,7 @@ def _rms_norm_bwd(
         )  # fmt: skip
         if want_dw:
             params = _launch_params("dw", D)
-            _rms_norm_dw_kernel[(triton.cdiv(D, params["BLOCK_D"]),)](partial, dw, programs, D, **params)
+            _rms_norm_dw_kernel[(cdiv(D, params["BLOCK_D"]),)](partial, dw, programs, D, **params)
     return dx, dw
 
 

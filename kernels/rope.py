@@ -27,7 +27,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimind_fast.kernels.common import accum_dtype, as_rows, num_programs, refuse_second_derivative
+from minimind_fast.kernels.common import (
+    accum_dtype,
+    as_op,
+    as_rows,
+    cdiv,
+    next_power_of_2,
+    num_programs,
+    refuse_second_derivative,
+)
 
 # A program holds all heads of its tokens, so the cosines are read once; a head lies within one warp, so its norm is a
 # shuffle. At most this many values of q and k a thread: MiniMind3 has 48 with one token in one warp (12 heads of 96,
@@ -57,8 +65,8 @@ def _launch_params(kernel: str, num_heads: int, num_kv_heads: int, head_dim: int
     """
     if kernel == "dw":
         return {"BLOCK_ROWS": DW_BLOCK_ROWS, "BLOCK_D": DW_BLOCK_D, "num_warps": DW_NUM_WARPS, "num_stages": 1}
-    block_h, block_k = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_kv_heads)
-    block_half = triton.next_power_of_2(head_dim // 2)
+    block_h, block_k = next_power_of_2(num_heads), next_power_of_2(num_kv_heads)
+    block_half = next_power_of_2(head_dim // 2)
     limit = VALUES_PER_THREAD_NORM_BWD if kernel == "bwd" and has_norm else VALUES_PER_THREAD
     block_t, num_warps = 1, 1
     values = (block_h + block_k) * 2 * block_half / 32  # per thread, for one token in one warp
@@ -284,7 +292,7 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("minimind_fast::rope_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::rope_fwd")
 def _rope_fwd(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     num_heads: int, num_kv_heads: int, eps: float,
@@ -298,7 +306,7 @@ def _rope_fwd(
         wq = x if q_weight is None else q_weight.contiguous()
         wk = x if k_weight is None else k_weight.contiguous()
         with torch.cuda.device_of(x):
-            _rope_fwd_kernel[(triton.cdiv(x.shape[0], params["BLOCK_T"]),)](
+            _rope_fwd_kernel[(cdiv(x.shape[0], params["BLOCK_T"]),)](
                 x, cos.contiguous(), sin.contiguous(), positions.contiguous(), wq, wk, q, k, x.shape[0], x.stride(0),
                 eps, num_heads, num_kv_heads, head_dim // 2, q_weight is not None, k_weight is not None, **params,
             )  # fmt: skip
@@ -312,7 +320,7 @@ def _(qkv, cos, sin, positions, q_weight, k_weight, num_heads, num_kv_heads, eps
     return q, qkv.new_empty(*qkv.shape[:-1], num_kv_heads, head_dim)
 
 
-@torch.library.custom_op("minimind_fast::rope_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::rope_bwd")
 def _rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     qkv: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, want_dx: bool, want_dw: bool,
@@ -329,7 +337,7 @@ def _rope_bwd(
     wq = dq if q_weight is None else q_weight.contiguous()
     wk = dq if k_weight is None else k_weight.contiguous()
     params = _launch_params("bwd", num_heads, num_kv_heads, head_dim, qkv is not None)
-    tiles = int(triton.cdiv(dq.shape[0], params["BLOCK_T"]))
+    tiles = cdiv(dq.shape[0], params["BLOCK_T"])
     programs = min(tiles, num_programs(dq, WARPS_PER_SM_BWD, params["num_warps"])) if want_dw else tiles
     # A missing norm leaves its half of the partial rows unwritten.
     new = dq.new_empty if q_weight is not None and k_weight is not None else dq.new_zeros
@@ -343,9 +351,7 @@ def _rope_bwd(
         )  # fmt: skip
         if want_dw:
             params = _launch_params("dw", num_heads, num_kv_heads, head_dim, True)
-            _rope_dw_kernel[(triton.cdiv(2 * head_dim, params["BLOCK_D"]),)](
-                partial, dw, programs, 2 * head_dim, **params
-            )
+            _rope_dw_kernel[(cdiv(2 * head_dim, params["BLOCK_D"]),)](partial, dw, programs, 2 * head_dim, **params)
     return d_qkv, dw
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimind_fast.kernels.common import as_rows, refuse_second_derivative
+from minimind_fast.kernels.common import as_op, as_rows, cdiv, next_power_of_2, refuse_second_derivative
 
 # A tile is a few rows by 128 columns: 256 bytes of a 16-bit row (whole cache lines), and 128 divides the presets' ffn
 # sizes or nearly (1408 = 11 x 128, 1728 = 13.5, 2048 = 16, 2432 = 19). One row a program, padded to a power of two,
@@ -39,7 +39,7 @@ def _launch_params(F: int) -> dict[str, int]:
     Returns:
         BLOCK_T, BLOCK_F, num_warps, num_stages: keyword arguments of both kernels.
     """
-    block_f = min(BLOCK_F, triton.next_power_of_2(F))
+    block_f = min(BLOCK_F, next_power_of_2(F))
     return {"BLOCK_T": TILE // block_f, "BLOCK_F": block_f, "num_warps": NUM_WARPS, "num_stages": 1}
 
 
@@ -90,13 +90,13 @@ def _swiglu_bwd_kernel(
     tl.store(d_gate_at + F, d_up.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("minimind_fast::swiglu_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::swiglu_fwd")
 def _swiglu_fwd(gate_up: Tensor) -> Tensor:
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], F)
     if out.numel() > 0:
         x, params = as_rows(gate_up), _launch_params(F)
-        grid = (triton.cdiv(x.shape[0], params["BLOCK_T"]) * triton.cdiv(F, params["BLOCK_F"]),)
+        grid = (cdiv(x.shape[0], params["BLOCK_T"]) * cdiv(F, params["BLOCK_F"]),)
         with torch.cuda.device_of(x):
             _swiglu_fwd_kernel[grid](x, out, x.shape[0], x.stride(0), F, **params)
     return out
@@ -107,13 +107,13 @@ def _(gate_up):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@torch.library.custom_op("minimind_fast::swiglu_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::swiglu_bwd")
 def _swiglu_bwd(grad: Tensor, gate_up: Tensor) -> Tensor:
     F = gate_up.shape[-1] // 2
     d_gate_up = gate_up.new_empty(gate_up.shape)
     if grad.numel() > 0:
         x, g, params = as_rows(gate_up), as_rows(grad), _launch_params(F)
-        grid = (triton.cdiv(x.shape[0], params["BLOCK_T"]) * triton.cdiv(F, params["BLOCK_F"]),)
+        grid = (cdiv(x.shape[0], params["BLOCK_T"]) * cdiv(F, params["BLOCK_F"]),)
         with torch.cuda.device_of(x):
             _swiglu_bwd_kernel[grid](g, x, d_gate_up, x.shape[0], g.stride(0), x.stride(0), F, **params)
     return d_gate_up

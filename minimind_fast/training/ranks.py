@@ -124,7 +124,7 @@ def grow_segments() -> None:
     """Let PyTorch's allocator grow its segments, unless the user has set it up; before the first tensor on a GPU.
 
     Packs vary in length, and blocks of one length are cut out of segments made for another: what is left over is too small
-    for the next. A segment that grows leaves no such rest.
+    for the next. A segment that grows leaves no such rest (benchmarks/studies/allocator.py).
     """
     names = [f"PYTORCH_{kind}ALLOC_CONF" for kind in ("", "CUDA_", "HIP_")]  # the older two are still read
     if not any(name in os.environ for name in names):

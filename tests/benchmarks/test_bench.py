@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import report, timing
 from benchmarks.record import ROOT
+from benchmarks.studies import allocator
 from benchmarks.suite import (
     goals,
     harness,
@@ -470,3 +471,8 @@ def test_a_peer_may_write_to_the_gradients_that_it_is_given():
 
     for _ in range(2):  # the second would see zeros
         assert all(c.passed for c in _check("swiglu", Writes.apply).values())
+
+
+def test_by_the_allocator_s_model_packs_of_different_length_cost_fixed_segments_only():
+    assert allocator.reserved_share(0.0, False, packs=3) < 1.1
+    assert allocator.reserved_share(0.02, False, packs=20) > 1.2 > 1.02 > allocator.reserved_share(0.02, True, packs=20)

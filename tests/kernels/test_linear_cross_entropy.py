@@ -305,14 +305,14 @@ def test_custom_ops_and_compile():
     logprobs, entropy, lse = module._linear_cross_entropy_fwd(*inputs, 1.0, True)
     # Ops without a gradient need no test of autograd tracing.
     traced = ("test_schema", "test_faketensor")
-    torch.library.opcheck(module._linear_cross_entropy_fwd, (*leaves, 0.7, True))
+    torch.library.opcheck(module._linear_cross_entropy_fwd.op, (*leaves, 0.7, True))
     backward = (grad, grad, *inputs, entropy, lse, 0.7, True, True)
-    torch.library.opcheck(module._linear_cross_entropy_bwd, backward, test_utils=traced)
+    torch.library.opcheck(module._linear_cross_entropy_bwd.op, backward, test_utils=traced)
     # The op's backward checks the promise; opcheck's gradients of ones keep it.
     ones = torch.ones_like(grad)
-    torch.library.opcheck(module._linear_cross_entropy_both, (*leaves, ones, 0.7, True, True))
+    torch.library.opcheck(module._linear_cross_entropy_both.op, (*leaves, ones, 0.7, True, True))
     scale = (ones, inputs[2], ones, *inputs[:2])
-    torch.library.opcheck(module._linear_cross_entropy_scale, scale, test_utils=traced)
+    torch.library.opcheck(module._linear_cross_entropy_scale.op, scale, test_utils=traced)
     hidden, weight, targets = inputs
 
     def with_entropy(x, y):

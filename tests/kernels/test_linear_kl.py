@@ -170,10 +170,10 @@ def test_custom_ops_and_compile():
     inputs, mask, grad = draw((7,), 12, 8, 40, 44, torch.float32)
     kl, lse = module._linear_kl_fwd(*inputs, mask, 0.7, False)
     leaves = [t.clone().requires_grad_() for t in inputs[:2]]
-    torch.library.opcheck(module._linear_kl_fwd, (*leaves, *inputs[2:], mask, 0.7, True))
+    torch.library.opcheck(module._linear_kl_fwd.op, (*leaves, *inputs[2:], mask, 0.7, True))
     # Ops without a gradient need no test of autograd tracing.
     backward = (grad, *inputs, None, kl, lse, 0.7, False, True, True)
-    torch.library.opcheck(module._linear_kl_bwd, backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(module._linear_kl_bwd.op, backward, test_utils=("test_schema", "test_faketensor"))
     kh.assert_compiles(lambda x, w: linear_kl(x, w, *inputs[2:], mask, 0.7), inputs[:2], [grad])
 
 

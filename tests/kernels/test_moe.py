@@ -316,20 +316,20 @@ def test_custom_ops_and_compile():
     inputs, grads = layer_tensors(20, 16, 8, 3, 2, torch.float32)
     x, gate, gate_up, down = (t.clone().requires_grad_() for t in inputs)
     cu = torch.tensor([0, 7, 20], dtype=torch.int32, device=kh.DEVICE)
-    torch.library.opcheck(route_module._route_fwd, (x, gate, 2, True, cu, padding(20)))
+    torch.library.opcheck(route_module._route_fwd.op, (x, gate, 2, True, cu, padding(20)))
     outputs = route_module._route_fwd(*inputs[:2], 2, True, cu, padding(20))
     weights, experts, counts, order, inverse, aux, scores, slope, scale = outputs
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        route_module._route_bwd,
+        route_module._route_bwd.op,
         (weights, aux, None, *inputs[:2], experts, scores, slope, scale, cu, padding(20), True, True, True),
         test_utils=checks,
     )
     plan_of = weights.clone().requires_grad_(), counts, order, inverse
-    torch.library.opcheck(mlp_module._moe_mlp_fwd, (x, *plan_of, gate_up, down, True))
+    torch.library.opcheck(mlp_module._moe_mlp_fwd.op, (x, *plan_of, gate_up, down, True))
     _, hidden = mlp_module._moe_mlp_fwd(inputs[0], weights, counts, order, inverse, *inputs[2:], True)
     torch.library.opcheck(
-        mlp_module._moe_mlp_bwd,
+        mlp_module._moe_mlp_bwd.op,
         (grads[0], inputs[0], weights, counts, order, inverse, *inputs[2:], hidden, True, False, True, False),
         test_utils=checks,
     )

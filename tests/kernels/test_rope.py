@@ -203,9 +203,9 @@ def test_custom_ops_and_compile():
     cos, sin = tables(12)
     # A Function around these ops does their autograd, so opcheck covers only schema and fakes.
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(module._rope_fwd, (x, cos, sin, positions, wq, wk, 4, 2, 1e-6), test_utils=checks)
+    torch.library.opcheck(module._rope_fwd.op, (x, cos, sin, positions, wq, wk, 4, 2, 1e-6), test_utils=checks)
     backward = (*grads, cos, sin, positions, x, wq, wk, 1e-6, True, True)
-    torch.library.opcheck(module._rope_bwd, backward, test_utils=checks)
+    torch.library.opcheck(module._rope_bwd.op, backward, test_utils=checks)
     kh.assert_compiles(function(rope, heads, positions, "qk"), [x, wq, wk], grads)
     kh.assert_compiles(function(rope, heads, positions, ""), [x], grads)
 

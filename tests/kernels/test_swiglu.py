@@ -92,8 +92,8 @@ def test_repeatable():
 
 def test_custom_ops_and_compile():
     x, grad = kh.randn(5, 2 * 20, dtype=torch.float32), kh.randn(5, 20, dtype=torch.float32, seed=1)
-    torch.library.opcheck(module._swiglu_fwd, (x.clone().requires_grad_(),))
-    torch.library.opcheck(module._swiglu_bwd, (grad, x))
+    torch.library.opcheck(module._swiglu_fwd.op, (x.clone().requires_grad_(),))
+    torch.library.opcheck(module._swiglu_bwd.op, (grad, x))
     kh.assert_compiles(swiglu, [x], [grad])
 
 

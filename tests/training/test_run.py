@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from pages import fenced
 
 from minimind_fast.config import ModelConfig
 from minimind_fast.data import samples
+from minimind_fast.model import MiniMind
 from minimind_fast.ops import precision
+from minimind_fast.ops.attention import use
 from minimind_fast.proof.memory import micro_batch
 from minimind_fast.recipes import RECIPES
+from minimind_fast.training import ranks, setup, words
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig, option, with_defaults
 from minimind_fast.training.run import JOINED, Run, Stage, activation_bytes, resolve
@@ -131,6 +135,23 @@ def test_on_a_gpu_a_step_is_as_few_micro_batches_as_fit(memory, given, size):
     config = resolve(TrainConfig(data_path=["mine.jsonl"], **options), SAMPLE, memory=memory * GIB).config
     assert (config.batch_size, config.accumulation_steps) == size
     assert (config.why("batch_size") == config.why("accumulation_steps") == JOINED) == (size != (32, 8))
+
+
+def test_the_smallest_gpu_among_the_ranks_decides_and_the_log_says_what(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ranks, "world", lambda: (0, 2))
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda x, op: x.clamp_(max=24 * GIB))
+    for name in ("prepare", "first"):
+        monkeypatch.setattr(ranks, name, lambda _: None)
+    options = dict(preset="minimind3", data_path=["mine.jsonl"], save_dir=str(tmp_path), attention="eager")
+    run = setup.begin(TrainConfig(**options, dtype="float32"), SAMPLE)
+    assert (run.config.batch_size, run.config.accumulation_steps) == (64, 4)  # float32: half of bfloat16's
+    model = MiniMind(ModelConfig.preset("tiny", num_hidden_layers=1))
+    with use("auto"):
+        said = "\n".join(words.introduction(run, model, "cpu", 10, 64 * 340))
+    assert "--batch_size 64 --accumulation_steps 4" in said
 
 
 @pytest.mark.parametrize("preset", ["minimind2", "minimind3", "minimind2-moe", "minimind3-moe"])

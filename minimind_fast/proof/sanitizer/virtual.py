@@ -130,7 +130,8 @@ class Virtual(Watcher):
 @contextlib.contextmanager
 def _a_card_that_is_not_there(module: Any) -> Iterator[None]:
     """Fake tensors say that they are on a GPU, and an op's launcher runs where its fake implementation would."""
-    parts = [value for value in vars(module).values() if isinstance(value, torch.library.CustomOpDef)]
+    found = (getattr(value, "op", None) for value in vars(module).values())
+    parts = [op for op in found if isinstance(op, torch.library.CustomOpDef)]
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(FakeTensor, "is_cuda", True))
