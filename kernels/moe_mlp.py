@@ -75,7 +75,7 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
         capability: compute capability of the card, 90 for 9.0; 0 without a card.
     Returns:
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M (row blocks that share a pass over the columns), num_warps, num_stages and,
-        where limiting registers pays, maxnreg.
+        where limiting registers pays, maxnreg, with the SUM_PARTS that go with it.
     """
 
     def tile(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[str, int]:
@@ -100,8 +100,9 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
         return tile(128, 128, 32, 8, 8, 4)
     if kernel == "d_hidden":
         # The epilogue moves 10F bytes a row, which takes as long as the matmul: with two programs an SM, one computes
-        # while the other stores. On sm_90 this needs a limit of 128 registers (no spills).
-        return tile(128, 128, 64, 8, 8, 3) | ({"maxnreg": 128} if capability == 90 else {})
+        # while the other stores. On sm_90 this needs a limit of 128 registers (no spills if all eight parts are one sum;
+        # on sm_80 they would).
+        return tile(128, 128, 64, 8, 8, 3) | ({"maxnreg": 128, "SUM_PARTS": 8} if capability == 90 else {})
     # 128 x 256 in 8 warps reads 48 KB from L2 every 4.2 MFLOP; 128 x 128 reads a third more at the same rate.
     # dW on sm_80 would spill with one more stage.
     return tile(128, 256, 64, 8, 8, 3 if kernel == "dw" and capability < 90 else 4)
@@ -182,6 +183,7 @@ def _moe_d_hidden_kernel(
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     WANT_D_HIDDEN: tl.constexpr, WANT_ACT: tl.constexpr, WANT_D_WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    SUM_PARTS: tl.constexpr = 4,
 ):  # fmt: skip
     """d-hidden (S, 2F), w * act (S, F) for d-down, and this column block's part of the routing weights' gradient."""
     wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -201,9 +203,7 @@ def _moe_d_hidden_kernel(
     weight = tl.load(weights_ptr + slot, mask=live, other=0.0)[:, None]
     # An eighth of the columns at a time, to hold only an eighth of g, u and the results in registers.
     PART: tl.constexpr = BLOCK_N // 8
-    # Summed over the columns at the end. A sum of a part's products would differ between the lanes that share a row: the
-    # compiler fuses a lane's own product into the sum, unrounded, and not those that shuffles bring.
-    d_weights = tl.zeros((BLOCK_M, PART), dtype=wide)
+    d_weights = tl.zeros((BLOCK_M,), dtype=wide)
     left, right = halves(d_act, BLOCK_M, BLOCK_N // 2)
     hidden_ptr += first.to(tl.int64) * (2 * F)  # int32 offsets from here on: half the registers
     d_hidden_ptr += first.to(tl.int64) * (2 * F)
@@ -220,7 +220,14 @@ def _moe_d_hidden_kernel(
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
         if WANT_D_WEIGHTS:
-            d_weights += d_act * silu * up
+            # Several parts a sum: of a bare product the compiler would fuse a lane's own into the sum, unrounded, but not
+            # those that shuffles bring, so that the lanes of a row would end with different last bits.
+            if part % SUM_PARTS == 0:
+                products = d_act * silu * up
+            else:
+                products += d_act * silu * up
+            if part % SUM_PARTS == SUM_PARTS - 1:
+                d_weights += tl.sum(products, axis=1)
         if WANT_ACT:
             act_at = act_ptr + within * F + f[None, :]
             tl.store(act_at, (weight * silu * up).to(act_ptr.dtype.element_ty), mask=mask)
@@ -230,8 +237,7 @@ def _moe_d_hidden_kernel(
             tl.store(d_hidden_ptr + hidden_at, d_gate.to(d_hidden_ptr.dtype.element_ty), mask=mask)
             tl.store(d_hidden_ptr + hidden_at + F, (d_act * silu).to(d_hidden_ptr.dtype.element_ty), mask=mask)
     if WANT_D_WEIGHTS:
-        at = partial_ptr + column.to(tl.int64) * num_slots + slot
-        tl.store(at, tl.sum(d_weights, axis=1), mask=live)
+        tl.store(partial_ptr + column.to(tl.int64) * num_slots + slot, d_weights, mask=live)
 
 
 class _Launcher:

@@ -148,11 +148,13 @@ def _rms_norm_bwd_kernel(
     pid = tl.program_id(0)
     a = tl.arange(0, BLOCK_A)
     w_a = tl.load(weight_ptr + a).to(wide)[None, :]
-    dw_a = tl.zeros((BLOCK_A,), dtype=wide)
+    # Summed over the rows at the end: the compiler would fuse a lane's bare product into a sum of two lanes, unrounded, but
+    # not the other's, so that lanes that share a column would end with different last bits.
+    dw_a = tl.zeros((ROWS, BLOCK_A), dtype=wide)
     if BLOCK_B > 0:
         b = BLOCK_A + tl.arange(0, BLOCK_B)
         w_b = tl.load(weight_ptr + b, mask=b < D, other=0.0).to(wide)[None, :]
-        dw_b = tl.zeros((BLOCK_B,), dtype=wide)
+        dw_b = tl.zeros((ROWS, BLOCK_B), dtype=wide)
 
     for tile in range(pid, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -177,14 +179,14 @@ def _rms_norm_bwd_kernel(
             s_b = dy_b * rstd[:, None]
         if WANT_DW:
             if CAST_FIRST:
-                dw_a += tl.sum(dy_a * _normalise(h_a, rstd, True, narrow, wide), axis=0)
+                dw_a += dy_a * _normalise(h_a, rstd, True, narrow, wide)
             else:
-                dw_a += tl.sum(s_a * h_a, axis=0)
+                dw_a += s_a * h_a
             if BLOCK_B > 0:
                 if CAST_FIRST:
-                    dw_b += tl.sum(dy_b * _normalise(h_b, rstd, True, narrow, wide), axis=0)
+                    dw_b += dy_b * _normalise(h_b, rstd, True, narrow, wide)
                 else:
-                    dw_b += tl.sum(s_b * h_b, axis=0)
+                    dw_b += s_b * h_b
         if WANT_DX:
             s_a *= w_a
             dot = tl.sum(s_a * h_a, axis=1)
@@ -204,9 +206,9 @@ def _rms_norm_bwd_kernel(
 
     if WANT_DW:
         partial_at = partial_ptr + pid.to(tl.int64) * D
-        tl.store(partial_at + a, dw_a)
+        tl.store(partial_at + a, tl.sum(dw_a, axis=0))
         if BLOCK_B > 0:
-            tl.store(partial_at + b, dw_b, mask=b < D)
+            tl.store(partial_at + b, tl.sum(dw_b, axis=0), mask=b < D)
 
 
 @triton.jit
