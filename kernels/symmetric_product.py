@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minimind_fast.kernels.common import as_op, cdiv, next_power_of_2
+
 
 def _launch_params(M: int, K: int, element_bytes: int) -> dict[str, int]:
     """Choose the tile: square, so that the diagonal passes through corners.
@@ -35,8 +37,8 @@ def _launch_params(M: int, K: int, element_bytes: int) -> dict[str, int]:
         block, depth, warps, stages = 64, 32, 4, 2
     else:  # 128 x 128: 32 KB a stage, four stages fit the 163 KB of an A100; three the 99 KB of a desktop card
         block, depth, warps, stages = 128, 64, 8, 3
-    block = min(block, max(16, triton.next_power_of_2(M)))
-    depth = min(depth, max(16, triton.next_power_of_2(K)))
+    block = min(block, max(16, next_power_of_2(M)))
+    depth = min(depth, max(16, next_power_of_2(K)))
     return {"BLOCK": block, "BLOCK_K": depth, "num_warps": warps if block > 32 else 4, "num_stages": stages}
 
 
@@ -91,13 +93,13 @@ def _symmetric_product_kernel(
         tl.store(y_ptr + there, value.to(y_ptr.dtype.element_ty), mask=mirrored)
 
 
-@torch.library.custom_op("minimind_fast::symmetric_product", mutates_args=(), device_types=("cuda", "cpu"))
+@as_op("minimind_fast::symmetric_product")
 def _symmetric_product(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
     N, M, K = x.shape
     y = x.new_empty(N, M, M)
     if y.numel() > 0:
         x, summand, params = x.contiguous(), x if c is None else c.contiguous(), _launch_params(M, K, x.element_size())
-        side = triton.cdiv(M, params["BLOCK"])
+        side = cdiv(M, params["BLOCK"])
         with torch.cuda.device_of(x):
             _symmetric_product_kernel[(N * side * (side + 1) // 2,)](
                 x, summand, y, alpha, beta, M, K, c is not None, **params

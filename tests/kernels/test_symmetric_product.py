@@ -95,7 +95,7 @@ def test_repeatable():
 
 def test_custom_ops_and_compile():
     x, grad = kh.randn(2, 20, 24, dtype=torch.float32), kh.randn(2, 20, 20, dtype=torch.float32, seed=1)
-    torch.library.opcheck(module._symmetric_product, (x.clone().requires_grad_(), grad, 2.0, -1.0))
+    torch.library.opcheck(module._symmetric_product.op, (x.clone().requires_grad_(), grad, 2.0, -1.0))
     kh.assert_compiles(symmetric_product, [x, grad], [grad])
 
 
