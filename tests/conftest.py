@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(config, items):
     skips = {}
     if not torch.cuda.is_available():
         skips["gpu"] = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
+    if "aot" not in asked:
+        skips["aot"] = "minutes of compilation: run with -m aot, as CI does"
     if "slow" not in asked:
         skips["slow"] = "minutes of installing and launching: run with -m slow, as CI does"
     if "proof" not in asked:

@@ -183,6 +183,7 @@ def test_the_switch_the_help_and_the_roofline_have_it(house):
     assert "linear_cross_entropy" in done.stdout and "dummy" in done.stdout
 
 
+@pytest.mark.slow
 def test_its_own_test_and_those_of_the_switch_and_the_cases_pass(house):
     files = ["tests/kernels/test_dummy.py", "tests/ops/test_ops.py", "tests/proof/test_verify.py"]
     chosen = "dummy or switch or every_op or unknown or error_rule"
@@ -191,6 +192,7 @@ def test_its_own_test_and_those_of_the_switch_and_the_cases_pass(house):
     assert "passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_verify_reports_it_and_sees_a_broken_kernel(house):
     command = [
         "-m",
@@ -216,6 +218,7 @@ def test_verify_reports_it_and_sees_a_broken_kernel(house):
         file.write_text(KERNEL, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_it_is_compiled_ahead_of_time_into_the_source_of_the_docs_tables(house, tmp_path):
     argv = ["--ops", "dummy", "--targets", "sm_90", "--presets", "minimind3", "--out", str(tmp_path)]
     done = python(house, "benchmarks/aot.py", *argv, interpret=False)
@@ -225,6 +228,7 @@ def test_it_is_compiled_ahead_of_time_into_the_source_of_the_docs_tables(house, 
     assert [(row["op"], row["direction"]) for row in found["ops"]] == [("dummy", "forward"), ("dummy", "backward")]
 
 
+@pytest.mark.slow
 def test_the_benchmarks_list_it(house):
     argv = ["-m", "pytest", "benchmarks", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "dummy"]
     done = python(house, *argv)

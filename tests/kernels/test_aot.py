@@ -47,6 +47,7 @@ def test_the_newest_model_on_hopper(tmp_path):
     assert floors["swiglu", "forward"] == 65536 * 3 * 2432 * 2
 
 
+@pytest.mark.aot
 def test_a_dense_model_on_turing(tmp_path):
     """A T4 has tensor cores only for float16, and the smallest shared memory."""
     names = {"rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_kl"}
@@ -56,9 +57,7 @@ def test_a_dense_model_on_turing(tmp_path):
 
 @pytest.mark.aot
 @pytest.mark.timeout(3000)
-def test_every_model_on_every_architecture(tmp_path, request):
-    if "aot" not in request.config.getoption("markexpr"):
-        pytest.skip("minutes of compilation: run with -m aot, as CI does")
+def test_every_model_on_every_architecture(tmp_path):
     found = compile_all(tmp_path, timeout_s=2900)
     check_table(
         found,

@@ -34,6 +34,7 @@ def case(request, monkeypatch):
     assert asked >= {"rms_norm", "rope", "linear_cross_entropy"} | own
 
 
+@pytest.mark.parametrize("case", ["minimind2_dense", "minimind3_moe"], indirect=True)
 def test_the_pretraining_loss_computes_its_gradients_in_the_forward(case, monkeypatch):
     """The stages' loss promises the head its token weights; the gradients equal those without the promise."""
     model, golden, targets = case

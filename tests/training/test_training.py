@@ -212,7 +212,7 @@ def test_an_older_run_is_moved_aside(corpus, tmp_path):
     assert (tmp_path / "pretrain.old1" / "weights" / "config.json").exists()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_ranks_under_the_launchers(corpus, tmp_path, launcher):
     command = {
         "deepspeed": ["deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port())],
