@@ -84,6 +84,8 @@ class TransformersReward:
         except ImportError:
             raise UserError(f"{before or where}. Transformers may know it: pip install transformers") from None
         raw = read_json(Path(folder) / "config.json")
+        if not isinstance(raw, dict):
+            raise UserError(f"{where}: config.json must hold an object")
         if "auto_map" in raw and not trust_remote_code:
             raise UserError(
                 f"{where} brings Python code of its own ({', '.join(sorted(p.name for p in Path(folder).glob('*.py')))}): "

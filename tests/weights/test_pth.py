@@ -12,10 +12,10 @@ import minimind_fast as mm
 from minimind_fast.commands import convert, options
 from minimind_fast.config import YARN, ModelConfig
 from minimind_fast.data import samples
-from minimind_fast.training import resume, setup
+from minimind_fast.training import resume, setup, words
 from minimind_fast.training.cli import parse
 from minimind_fast.training.config import TrainConfig
-from minimind_fast.training.run import Run
+from minimind_fast.training.run import Run, Stage, resolve
 from minimind_fast.weights.checkpoint import to_disk_names
 from minimind_fast.weights.pth import read_differently, shape_of
 from minimind_fast.weights.resume_pth import read_adamw
@@ -120,7 +120,10 @@ def test_a_checkpoint_to_resume_from_is_read_for_its_weights(tmp_path):
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
         "epoch": 1, "step": 30, "world_size": 1, "wandb_id": None, "scaler": {},
     }  # fmt: skip
-    torch.save(raw, tmp_path / "full_sft_64_resume.pth")
+    file = tmp_path / "full_sft_64_resume.pth"
+    torch.save(raw, file)
+    run = resolve(TrainConfig(from_weight=str(file), dtype="float32"), Stage("x"))
+    assert f"{file}: its weights are taken; --with_optimizer" in "\n".join(words.introduction(run, model, "cpu", 1, 1))
     assert torch.equal(mm.load_pretrained(tmp_path / "full_sft_64_resume.pth")(IDS).logits, model(IDS).logits)
 
 

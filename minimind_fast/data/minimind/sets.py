@@ -75,8 +75,8 @@ SETS = {
         DataSet("sft_1024.jsonl", 5600, ("sft",), edition=2),
         DataSet("sft_2048.jsonl", 9000, ("sft",), edition=2),
         DataSet("r1_mix_1024.jsonl", 340, ("reason",), edition=2, first=True),
-        DataSet("lora_identity.jsonl", 0.0228, ("lora",), edition=2, first=True),
-        DataSet("lora_medical.jsonl", 34, ("lora",), edition=2),
+        DataSet("lora_identity.jsonl", 0.0228, ("lora",), edition=2),
+        DataSet("lora_medical.jsonl", 34, ("lora",), edition=2, first=True),
         DataSet("rlaif-mini.jsonl", 1, ("grpo",), edition=2),
     )
 }
