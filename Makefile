@@ -53,9 +53,9 @@ format: $(VENV)/installed-test ## Format, and fix what can be fixed
 $(VENV)/triton-3.6/triton: $(VENV)/installed-test
 	$(BIN)/pip install --disable-pip-version-check -qq --no-deps --target $(VENV)/triton-3.6 "triton==3.6.*"
 
-proof: $(VENV)/installed-test $(VENV)/triton-3.6/triton ## Compile as `make aot` does, execute all compiled kernels, sanitize the interpreted ones, dry-run gpu.sh (an hour)
-	TRITON_3_6=$(abspath $(VENV)/triton-3.6) $(BIN)/python -m pytest -n 2 --dist worksteal -m "aot or proof" \
-		tests/kernels/test_aot.py tests/proof tests/benchmarks/test_gpu_button.py $(ARGS)
+proof: $(VENV)/installed-test $(if $(WHOLE),$(VENV)/triton-3.6/triton) ## Compile as `make aot` does, and execute the compiled kernels without a GPU (minutes; WHOLE=1: all dtypes, an hour)
+	TRITON_3_6=$(abspath $(VENV)/triton-3.6) $(BIN)/python -m pytest -n 2 --dist worksteal \
+		-m "aot or proof$(if $(WHOLE), or whole)" tests/kernels/test_aot.py tests/proof tests/benchmarks/test_gpu_button.py $(ARGS)
 
 aot: $(VENV)/installed-test ## Compile every kernel at every preset's shapes for all GPU architectures (minutes)
 	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py $(ARGS)

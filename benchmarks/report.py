@@ -134,7 +134,7 @@ def executed_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Sum the reports of `verify --device ptx:CARD --json FILE` by card, op and dtype.
 
     Args:
-        files: the reports; several of one card are taken together.
+        files: the reports; of several with one op and dtype for a card, the last counts.
 
     Returns:
         A row for each: cases, failed, seconds, launches, programs, instructions, findings.
@@ -144,6 +144,7 @@ def executed_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
     """
     sums: dict[tuple[str, str, str], dict[str, Any]] = {}
     for file in files:
+        mine: dict[tuple[str, str, str], dict[str, Any]] = {}
         report = json.loads(file.read_text(encoding="utf-8"))
         device = re.search(r"PTX compiled for (\w+)", report["device"])
         if device is None:
@@ -153,7 +154,7 @@ def executed_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
         for row in report["rows"]:
             key = device[1], row["op"], row["dtype"]
             empty = {"cases": 0, "failed": 0, "seconds": 0.0, "launches": 0, "programs": 0, "instructions": 0}
-            total = sums.setdefault(key, {**empty, "findings": []})
+            total = mine.setdefault(key, {**empty, "findings": []})
             ran = row.get("executed", {})
             total["cases"] += 1
             total["failed"] += not row["passed"]
@@ -162,6 +163,7 @@ def executed_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
                 total[name] += sum(ran.get(counts, {}).values())
             wrong = [f"{key}: {r['reason']}" for key, r in row["results"].items() if not r["passed"]]
             total["findings"] += [f"{row['case']}: {text}" for text in wrong]
+        sums |= mine
     return [dict(zip(("target", "op", "dtype"), key, strict=True)) | total for key, total in sorted(sums.items())]
 
 

@@ -75,7 +75,7 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
         capability: compute capability of the card, 90 for 9.0; 0 without a card.
     Returns:
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M (row blocks that share a pass over the columns), num_warps, num_stages and,
-        where limiting registers pays, maxnreg, with the SUM_PARTS that go with it.
+        where limiting registers pays, maxnreg.
     """
 
     def tile(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[str, int]:
@@ -100,9 +100,8 @@ def _launch_params(kernel: str, slots: int, experts: int, element_bytes: int, ca
         return tile(128, 128, 32, 8, 8, 4)
     if kernel == "d_hidden":
         # The epilogue moves 10F bytes a row, which takes as long as the matmul: with two programs an SM, one computes
-        # while the other stores. On sm_90 this needs a limit of 128 registers (no spills if all eight parts are one sum;
-        # on sm_80 they would).
-        return tile(128, 128, 64, 8, 8, 3) | ({"maxnreg": 128, "SUM_PARTS": 8} if capability == 90 else {})
+        # while the other stores. On sm_90 this needs a limit of 128 registers (no spills).
+        return tile(128, 128, 64, 8, 8, 3) | ({"maxnreg": 128} if capability == 90 else {})
     # 128 x 256 in 8 warps reads 48 KB from L2 every 4.2 MFLOP; 128 x 128 reads a third more at the same rate.
     # dW on sm_80 would spill with one more stage.
     return tile(128, 256, 64, 8, 8, 3 if kernel == "dw" and capability < 90 else 4)
@@ -183,7 +182,6 @@ def _moe_d_hidden_kernel(
     D: tl.constexpr, F: tl.constexpr, E: tl.constexpr, TOP_K: tl.constexpr,
     WANT_D_HIDDEN: tl.constexpr, WANT_ACT: tl.constexpr, WANT_D_WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
-    SUM_PARTS: tl.constexpr = 4,
 ):  # fmt: skip
     """d-hidden (S, 2F), w * act (S, F) for d-down, and this column block's part of the routing weights' gradient."""
     wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -220,14 +218,9 @@ def _moe_d_hidden_kernel(
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
         if WANT_D_WEIGHTS:
-            # Several parts a sum: of a bare product the compiler would fuse a lane's own into the sum, unrounded, but not
-            # those that shuffles bring, so that the lanes of a row would end with different last bits.
-            if part % SUM_PARTS == 0:
-                products = d_act * silu * up
-            else:
-                products += d_act * silu * up
-            if part % SUM_PARTS == SUM_PARTS - 1:
-                d_weights += tl.sum(products, axis=1)
+            # Masked, though zero there: the compiler would fuse a lane's bare product into the sum, unrounded, but not those
+            # that shuffles bring, so that the lanes of a row would end with different last bits.
+            d_weights += tl.sum(tl.where(mask, d_act * silu * up, 0.0), axis=1)
         if WANT_ACT:
             act_at = act_ptr + within * F + f[None, :]
             tl.store(act_at, (weight * silu * up).to(act_ptr.dtype.element_ty), mask=mask)

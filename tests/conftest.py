@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(config, items):
         skips["slow"] = "minutes of installing and launching: run with -m slow, as CI does"
     if "proof" not in asked:
         skips["proof"] = "minutes of compiling and executing: run make proof, as CI does"
+    if "whole" not in asked:
+        skips["whole"] = "an hour of compiling and executing: run make proof WHOLE=1"
     for item in items:
         for name in skips:
             if item.get_closest_marker(name):  # keywords would hold the names of folders too

@@ -1,5 +1,9 @@
 """What the README shows is made from what was printed and measured: the newcomer's minute, the proof."""
 
+import json
+
+import pytest
+
 from benchmarks import report
 
 OUTPUT = """Installing into .venv
@@ -45,6 +49,42 @@ def test_the_first_minute_keeps_whole_lines_and_marks_what_is_missing():
 
 def test_a_run_that_died_is_shown_as_far_as_it_came():
     assert report.shorten(["tiny: 5.0M parameters", "error"]) == ["tiny: 5.0M parameters"]
+
+
+def executed(folder, name, *rows, device="CPU, the PTX compiled for sm_90: small cases", complete=True):
+    file = folder / name
+    file.write_text(json.dumps({"device": device, "complete": complete, "rows": rows}))
+    return file
+
+
+def executed_case(op, passed=True, case="one row"):
+    ran = {"opcodes": {"add.f32": 7}, "launches": {"_k": 2}, "programs": {"_k": 3}}
+    result = {"passed": passed, "reason": "" if passed else "too far"}
+    return {
+        "op": op, "case": case, "dtype": "float16", "passed": passed, "seconds": 1.5, "executed": ran,
+        "results": {"out0": result},
+    }  # fmt: skip
+
+
+def test_what_was_executed_is_summed_by_card_op_and_dtype_and_the_last_report_counts(tmp_path):
+    first = executed(tmp_path, "a", executed_case("rope"), executed_case("rope"), executed_case("swiglu", False))
+    other = executed(tmp_path, "b", executed_case("rope"), device="CPU, the PTX compiled for sm_80: small cases")
+    rows = report.executed_rows([first, other])
+    assert [(row["target"], row["op"], row["cases"], row["failed"]) for row in rows] == [
+        ("sm_80", "rope", 1, 0), ("sm_90", "rope", 2, 0), ("sm_90", "swiglu", 1, 1),
+    ]  # fmt: skip
+    assert (rows[1]["launches"], rows[1]["programs"], rows[1]["instructions"], rows[1]["seconds"]) == (4, 6, 14, 3.0)
+    text = report.executed_table(rows)
+    assert (
+        "| swiglu | float16 | not run | 1 **1 fail**, 2 s |" in text
+        and "- sm_90 swiglu float16: one row: out0: too far" in text
+    )
+    again = executed(tmp_path, "c", executed_case("swiglu"))
+    assert [row["failed"] for row in report.executed_rows([first, other, again])] == [0, 0, 0]
+    with pytest.raises(ValueError, match="stopped"):
+        report.executed_rows([executed(tmp_path, "d", complete=False)])
+    with pytest.raises(ValueError, match="not from verify"):
+        report.executed_rows([executed(tmp_path, "e", device="CPU, Triton's interpreter")])
 
 
 def case(op, eager, ours, passed=True, dtype="float16"):

@@ -39,8 +39,8 @@ NO_LM_EVAL = "lm-eval is not installed here; tests/weights/test_exchange.py hold
 # commands of its stages (`check_chain`).
 NOT_RUN = {
     "make test": "it is this suite",
-    "make aot": "minutes; CI runs it after the suite",
-    "make proof": "an hour; its parts are tests of their own",
+    "make aot": "minutes; CI runs it in make proof",
+    "make proof": "minutes; CI runs it after the suite",
     "minimind-fast verify --device ptx:sm_90 --ops swiglu": "a minute; tests/proof/ptx/test_compiled.py runs such cases",
     "make bench": "minutes; tests/benchmarks/test_bench.py runs some of the suite",
     "pytest benchmarks/ --benchmark-json=run.json": "minutes; tests/benchmarks/test_bench.py runs some of the suite",

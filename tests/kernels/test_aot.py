@@ -67,7 +67,7 @@ def test_every_model_on_every_architecture(tmp_path):
     )
 
 
-@pytest.mark.proof
+@pytest.mark.whole
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_compilation_that_can_be_met(tmp_path, dtype):

@@ -437,7 +437,7 @@ def test_a_broken_route_is_seen(tmp_path, old, new):
         ("value * tl.load(scale_ptr + t * TOP_K + j", "value * tl.load(scale_ptr + t * TOP_K"),
         ("d_act = d_act * weight", "d_act = d_act"),
         ("(weight * silu * up)", "(silu * up)"),
-        ("products += d_act * silu * up", "products += d_act * silu"),
+        ("d_act * silu * up, 0.0)", "d_act * silu, 0.0)"),
         ("(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
         ("live = row < high", "live = row < high - 1"),
         (

@@ -1,6 +1,6 @@
 """The interpreter's sanitizer: it sees planted faults, is silent where there are none, and so on every kernel.
 
-A few cases of each op run with the suite; all of them, and every shape that no memory holds, with `make proof`.
+A few cases of each op run with the suite; all of them, and every shape that no memory holds, with `make proof WHOLE=1`.
 """
 
 # isort: off
@@ -227,7 +227,7 @@ def test_a_kernel_is_clean_in_any_order(op, case, dtype):
     assert_clean(op, case, dtype)
 
 
-@pytest.mark.proof
+@pytest.mark.whole
 @pytest.mark.parametrize("op, case, dtype", cases(few=False))
 def test_every_case_of_every_kernel_is_clean_in_any_order(op, case, dtype):
     assert_clean(op, case, dtype, seed=1)
@@ -277,7 +277,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.proof
+@pytest.mark.whole
 @pytest.mark.parametrize("op, preset, dtype", SHAPES)
 def test_every_kernel_of_every_model_addresses_more_than_memory_holds(op, preset, dtype):
     assert_shape_clean(op, preset, dtype)

@@ -133,16 +133,19 @@ class Faults:
                 line = (re.findall(r"\.loc\t[^\n]*// (.*)", before) or [""])[-1]
                 following = re.search(r"\n\t(?!\.)([\w.]+)", after)
                 where[0] = f"{line}, before {following[1] if following else '?'}"
+                target = re.match(r"shfl\.\S+\s+(%r\d+)", hits[i][0])
+                if target and len(re.findall(rf"{target[1]}\b", text)) == 1:
+                    where[0] += ", nobody reads it"
                 return before + instead(hits[i]) + after
 
             seen = self.run(change)
             yield i, seen, "" if seen else f"{where[0]}{', no bit changes' if self.same_bits() else ''}"
 
     def wrong(self) -> list[str]:
-        """What is seen of a kernel that computes something else: products become sums, or sums differences."""
+        """What is seen of a kernel that computes something else: products become sums, or sums products."""
 
         def change(text: str) -> str:
-            for old, new in (("mul.f32", "add.f32"), ("add.f32", "sub.f32")):
+            for old, new in (("mul.f32", "add.f32"), ("add.f32", "mul.f32")):
                 if re.search(rf"\b{re.escape(old)}\b", text):
                     return re.sub(rf"\b{re.escape(old)}\b", new, text)
             head, found, tail = text.rpartition("add.s32")  # no float arithmetic: the last address or count
