@@ -110,11 +110,11 @@ several=()
 text=() # default: the shipped sample
 [[ ! -f $corpus/pretrain.jsonl ]] || text=(--data_path "$corpus/pretrain.jsonl" --tokenizer_path "$corpus/tokenizer")
 if [[ $dry == 1 && $call == first ]]; then
-  part verify 50 "$python" -m minimind_fast.commands.verify --ops swiglu --dtype float32 --models no --json "$out/verify.json"
-  [[ ! -f $out/verify.json ]] || part verify_report 10 "$python" -m benchmarks.report verify "$out/verify.json"
-  suite steps 45 benchmarks/suite/test_steps.py --presets tiny -k "model_step"
-  suite kernels 40 benchmarks/suite/test_kernels.py -k "swiglu and not compile"
-  part loss_curves 50 "$python" -m benchmarks.studies.loss_curves --dry_run --steps 2 --corpus "$corpus" --out "$out"
+  part verify 45 "$python" -m minimind_fast.commands.verify --ops swiglu --dtype float32 --models no --json "$out/verify.json"
+  [[ ! -f $out/verify.json ]] || part verify_report 15 "$python" -m benchmarks.report verify "$out/verify.json"
+  suite steps 40 benchmarks/suite/test_steps.py --presets tiny -k "model_step"
+  suite kernels 35 benchmarks/suite/test_kernels.py -k "swiglu and not compile"
+  part loss_curves 60 "$python" -m benchmarks.studies.loss_curves --dry_run --steps 2 --corpus "$corpus" --out "$out"
 elif [[ $dry == 1 && $call == second ]]; then
   part tests 90 "$python" -m pytest -p no:cacheprovider -rs tests/proof/test_on_gpu.py -k "backends or cuda_graph"
   part train_step 60 "$python" -m benchmarks.studies.train_step --preset tiny --pack_tokens 2048 --rungs eager joined ours --out "$out"
