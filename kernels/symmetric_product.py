@@ -59,8 +59,8 @@ def _symmetric_product_kernel(
     j = tile - i * (i + 1) // 2
     matrix = (pid // tiles).to(tl.int64)
 
-    rows = i * BLOCK + tl.arange(0, BLOCK)
-    cols = j * BLOCK + tl.arange(0, BLOCK)
+    rows = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # a row's offset can pass 2^31 elements
+    cols = (j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     # Rows past the end read the last one; only stores are masked.
     a_at = x_ptr + matrix * (M * K) + tl.minimum(rows, M - 1)[:, None] * K + k[None, :]

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from launching import TINY, finish, finish_all, read_log, run, start, write_corpus
+from torch.utils.flop_counter import FlopCounterMode
 
 import minimind_fast as mm
+from minimind_fast.proof.roofline import muon_work
 from minimind_fast.training.optimizers import shares
 from minimind_fast.training.optimizers.muon import COEFFICIENTS, STEPS, Muon, Place, matrices, orthogonalise
 from minimind_fast.weights.checkpoint import to_disk_names
@@ -56,6 +58,15 @@ def test_newton_schulz_maps_singular_values_by_its_polynomial(shape):
     torch.testing.assert_close(orthogonalise(given, torch.float32).double(), want, atol=2e-5, rtol=0)
     assert (orthogonalise(given, torch.bfloat16) - want).norm() < 0.05 * want.norm()
     assert not orthogonalise(torch.zeros(shape), torch.float32).any()
+
+
+def test_the_roofline_counts_what_newton_schulz_multiplies():
+    model = small("minimind2-moe")
+    with FlopCounterMode(display=False) as counter:
+        for shape in (shape for shapes in matrices(model).values() for shape in shapes):
+            orthogonalise(torch.zeros(1, *sorted(shape)), torch.float32)
+    whole, half = (muon_work(model.config, halved=halved).flops for halved in (False, True))
+    assert whole == counter.get_total_flops() and 0.6 * whole < half < 0.8 * whole
 
 
 def by_hand(model, gradients, lr, decay):
