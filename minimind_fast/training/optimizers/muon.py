@@ -3,7 +3,7 @@
 Purpose: `Muon(model, ...)`, an optimizer that DeepSpeed can wrap under every ZeRO stage, however it cuts the parameters.
 Principle: the momentum's nearest orthogonal matrix is the step, so that it is equally long in every direction:
         m += (1 - mu) (g - m);  u = g + mu (m - g);  W -= lr (decay W + 0.2 sqrt(max(rows, columns)) U V^T),  u = U S V^T
-    U V^T comes from five Newton-Schulz steps, which bring every singular value to 0.7-1.2. The factor gives the update the
+    U V^T comes from five Newton-Schulz steps, which bring all but tiny singular values to 0.7-1.2. The factor gives it the
     root mean square of AdamW's, so that one --learning_rate serves both. Decay is decoupled, as AdamW's.
 Properties: q, k, v, gate and up are matrices of their own although fused in one parameter, and so is each expert; those of
     one shape are multiplied as a batch. Momentum and masters are float32; Newton-Schulz runs in bfloat16 where the run's
