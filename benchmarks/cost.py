@@ -255,7 +255,10 @@ def worst_table(rows: Sequence[Mapping[str, Any]], op: str = "") -> list[str]:
         op: only this op's; all if "".
     """
     names = [name for name in TARGETS if any(row["target"] == name and row.get("cost") for row in rows)]
-    lines = ["| issue time / bytes' time | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = [
+        "| instructions' time / bytes' time, a model | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     mine = [row for row in rows if not op or row["op"] == op]
     for kernel in dict.fromkeys(row["kernel"] for row in mine):
         cells = []

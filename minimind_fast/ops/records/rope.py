@@ -126,4 +126,9 @@ OP = Op(
     place=2,
     timing=Timing(place=3, cpu_tokens=2048),
     page="kernel_rope",
+    # On sm_100 only: a B200's memory gives each multiprocessor half as many bytes again as an H200's.
+    issue_bound={
+        "_rope_fwd_kernel": "with q/k norm: sums over the heads, narrow loads of the angles",
+        "_rope_bwd_kernel": "with q/k norm: the norm's sums are made again for its gradient",
+    },
 )

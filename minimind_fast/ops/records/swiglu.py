@@ -71,4 +71,7 @@ OP = Op(
     place=3,
     timing=Timing(place=1, cpu_tokens=2048, compile_on_cpu=True),
     page="kernel_swiglu",
+    issue_bound={
+        "_swiglu_fwd_kernel": "on sm_100 only: a sigmoid for 6 bytes, and a B200 has the fastest memory an SM"
+    },
 )
