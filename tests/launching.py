@@ -186,6 +186,11 @@ def read_log(folder: Path) -> dict[int, dict]:
     return rows
 
 
+def hears(number: int) -> str:
+    """For `start(before=...)`: the signal acts as usual, though the suite may run where it is ignored (nohup, a job)."""
+    return f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n"
+
+
 def held_at(step: int, go: Path) -> str:
     """For `start(before=...)`: once a step is logged, the run waits until `go` exists, so that no machine is too fast."""
     return (

@@ -73,6 +73,7 @@ class Op:
         needs: "ampere": on an older GPU the reference runs; "" for no requirement.
         of_mixtures: only mixtures of experts use it.
         in_forward: whether a model's forward calls it, so that whole-model checks cover it.
+        forward_only: its backward launches no kernel.
         place: position in tables and lists.
         timing: how it is timed.
         page: its page in docs/, without language and suffix; "" if it has none.
@@ -93,6 +94,7 @@ class Op:
     needs: str = ""
     of_mixtures: bool = False
     in_forward: bool = True
+    forward_only: bool = False
     place: int = 100
     timing: Timing = Timing()
     page: str = ""

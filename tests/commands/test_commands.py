@@ -109,6 +109,7 @@ def needs_interpreter(words: list[str]) -> bool:
 def write_data(folder: Path) -> None:
     """The files that the pages name: few rows of the samples."""
     sources = {"a": "pretrain", "b": "pretrain_val", "val": "pretrain_val", "chats": "sft", "sft_mini_512": "sft"}
+    sources |= {"pretrain_t2t_mini": "pretrain", "sft_t2t_mini": "sft"}
     sources |= {"pairs": "dpo", "val_pairs": "dpo_val", "prompts": "grpo", "identity": "lora_identity"}
     sources |= {"reason": "reason", "my": "pretrain"}
     for name, source in sources.items():

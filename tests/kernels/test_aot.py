@@ -28,7 +28,7 @@ def check_table(found: dict, targets: set[str], presets: set[str], names: set[st
     assert {row["preset"] for row in rows} == presets
     assert {row["op"] for row in rows} == names
     for op in names:
-        own = {"forward"} if ops.OPS[op].timing.no_backward else {"forward", "backward"}
+        own = {"forward"} if ops.OPS[op].forward_only else {"forward", "backward"}
         assert {row["direction"] for row in rows if row["op"] == op} == own
     for row in rows:
         assert row["problems"] == []

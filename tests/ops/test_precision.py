@@ -116,8 +116,8 @@ def test_a_gpu_trains_in_what_its_tensor_cores_take(cpu, monkeypatch, capability
     monkeypatch.setattr(precision, "_card", {})
     monkeypatch.setattr(sys.modules[resolve.__module__], "_flash_attn", lambda: (print, "installed"))
     assert precision.choose("auto") == training
-    mixtures = {name for name, how in ops.describe("cuda").items() if how.startswith("reference")}
-    assert mixtures == ({"moe_route", "moe_mlp"} if training == "float16" else set())
+    plain = {name for name, how in ops.describe("cuda").items() if how.startswith("reference")}
+    assert plain == ({"moe_route", "moe_mlp", "symmetric_product"} if training == "float16" else set())
     backend, _ = resolve("auto", "cuda", getattr(torch, training))
     assert backend == ("sdpa" if training == "float16" else "flash_attn")
 

@@ -8,7 +8,7 @@ import socket
 import sys
 
 import pytest
-from launching import TINY, finish, read_log, run, start, wait_for_step, write_corpus
+from launching import TINY, finish, hears, read_log, run, start, wait_for_step, write_corpus
 
 import minimind_fast as mm
 from minimind_fast.config import ModelConfig
@@ -148,8 +148,7 @@ def test_another_shape_is_told_before_anything_is_loaded(trained, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_lost_terminal_and_slurms_warning_save_and_end(corpus, tmp_path, number):
     args = [*TINY, *corpus, "--save_dir", tmp_path, "--max_steps", 100_000, "--epochs", 100_000]
-    heard = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)"  # the suite itself may run under nohup
-    processes = start("pretrain.py", args, before=heard)
+    processes = start("pretrain.py", args, before=hears(number))
     wait_for_step(tmp_path / "pretrain", 2, processes)
     processes[0].send_signal(number)
     assert "as asked" in finish(processes)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from halves import HALF
-from launching import ROOT, TINY, finish, free_port, held_at, read_log, run, start, wait_for_step, write_corpus
+from launching import ROOT, TINY, finish, free_port, hears, held_at, read_log, run, start, wait_for_step, write_corpus
 
 import minimind_fast as mm
 from minimind_fast.data.bpe import train_bpe
@@ -107,7 +107,7 @@ def test_a_signal_saves_and_no_token_is_lost(corpus, tmp_path, number):
     args = [*TINY, *corpus, "--accumulation_steps", 1, "--max_steps", 5]
     run("pretrain.py", [*args, "--save_dir", tmp_path / "whole"])
     args += ["--save_dir", tmp_path]
-    processes = start("pretrain.py", args, before=held_at(2, tmp_path / "go"))
+    processes = start("pretrain.py", args, before=hears(number) + held_at(2, tmp_path / "go"))
     wait_for_step(tmp_path / "pretrain", 2, processes)
     processes[0].send_signal(number)
     (tmp_path / "go").touch()

@@ -75,6 +75,7 @@ OP = Op(
     small={"hidden_size": 96},
     needs="ampere",
     in_forward=False,
+    forward_only=True,
     place=8,
     timing=Timing(
         place=8,
