@@ -41,7 +41,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TARGET = "minimind"
 # name -> (options, learning rates to choose from); {} is our packed loop.
 RECIPES: dict[str, tuple[dict[str, Any], Sequence[float]]] = {
-    TARGET: (dict(packing=False, batch_size=32, accumulation_steps=8, beta2=0.999), (5e-4,)),
+    TARGET: (dict(recipe="minimind3", packing=False, batch_size=32, accumulation_steps=8), (5e-4,)),
     "adamw": ({}, RATES),
     "muon": (dict(optimizer="muon"), RATES),
 }

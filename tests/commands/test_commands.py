@@ -59,6 +59,8 @@ NOT_RUN = {
     "benchmarks/gpu.sh --third": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "benchmarks/gpu.sh --second": "needs a GPU; tests/benchmarks/test_gpu_button.py goes through its parts",
     "PARTS=verify benchmarks/gpu.sh": "needs a GPU; tests/benchmarks/test_gpu_button.py chooses parts",
+    "deepspeed train/grpo.py --data_path rlaif.jsonl --recipe minimind3 --reward_model_path internlm2-1_8b-reward "
+    "--trust_remote_code": "needs a network for the model; tests/rl/test_rewards.py has a tiny one of its kind",
     "python train/pipeline.py --save_dir out/try --max_steps 3": "tests/stages/test_pipeline.py runs the chain so",
 }
 # What stands before the script -> why the script runs on one rank all the same. test_docs.py parses it.
@@ -109,8 +111,8 @@ def needs_interpreter(words: list[str]) -> bool:
 def write_data(folder: Path) -> None:
     """The files that the pages name: few rows of the samples."""
     sources = {"a": "pretrain", "b": "pretrain_val", "val": "pretrain_val", "chats": "sft", "sft_mini_512": "sft"}
-    sources |= {"pretrain_t2t_mini": "pretrain", "sft_t2t_mini": "sft"}
-    sources |= {"pairs": "dpo", "val_pairs": "dpo_val", "prompts": "grpo", "identity": "lora_identity"}
+    sources |= {"pretrain_t2t_mini": "pretrain", "sft_t2t_mini": "sft", "rlaif": "grpo"}  # as MiniMind names them
+    sources |= {"dpo": "dpo", "pairs": "dpo", "val_pairs": "dpo_val", "prompts": "grpo", "identity": "lora_identity"}
     sources |= {"reason": "reason", "my": "pretrain"}
     for name, source in sources.items():
         lines = samples.path(f"{source}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:60]
