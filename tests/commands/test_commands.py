@@ -326,7 +326,7 @@ def check_chain(argv: list[str]) -> None:
         parse(own_config(load_script(stage.name)), words[at + 1 :])
 
 
-@pytest.fixture(params=["", "1"], ids=["plain", "interpreter"])
+@pytest.fixture(params=[pytest.param("", id="plain", marks=pytest.mark.slow), pytest.param("1", id="interpreter")])
 def reader(request, folder) -> Iterator[Reader]:
     """With Triton as it is, or under its interpreter: that is decided when it is imported."""
     dropped = ("TRITON_INTERPRET", "MINIMIND_KERNELS", "MINIMIND_API_KEY")
