@@ -37,7 +37,7 @@ pipeline: $(VENV)/installed ## The whole chain on the shipped samples, tokenizer
 test: $(VENV)/installed-test ## Run the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-slow: $(VENV)/installed-test ## Run the tests that `make test` skips: a wheel under every launcher (minutes)
+slow: $(VENV)/installed-test ## Run the tests that `make test` skips: a wheel under every launcher, the commands of the pages (minutes)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/installed-test ## Check formatting, lint and types, as CI does
