@@ -207,8 +207,8 @@ def held(stage: int, dtype: str, world_size: int) -> Held:
 
     Returns:
         Held. Transients at stages 2 and 3 assume that all gradients fit in one bucket (`REDUCE_BUCKET`); larger models
-        take less. Measured on one and two ranks in bfloat16 at every stage and in float32 at 0 and 1; the rest follows
-        from the same partitioning.
+        take less. Measured on one and two ranks in bfloat16 at every stage and in float32 at 0 and 1, and on one at 3; the
+        rest follows from the same partitioning.
     """
     w, item = world_size, ITEM_BYTES[dtype]
     if item == 4:
@@ -216,7 +216,7 @@ def held(stage: int, dtype: str, world_size: int) -> Held:
             0: Held(4, 0, 8, 4 if w == 1 else 8),  # gradients, and their flat copy for the all-reduce
             1: Held(4, 0, 12 / w, 8),
             2: Held(4, 0, 12 / w, 8 + 4 / w),
-            3: Held(4 / w, 4 / w + 4, 12 / w, 12),
+            3: Held(4 / w, 4 / w, 12 / w, 8),  # gradients need no copy in another dtype
         }[stage]
     return {
         0: Held(2, 0, 12, 6),  # gradients and their fp32 copies
