@@ -580,7 +580,7 @@ def test_a_client_that_leaves_while_it_waits_for_a_whole_answer_frees_its_row_to
 
 
 def test_queue_bound_turns_time_limit_and_leaving_the_queue(slow):
-    with serving(rows=2, queue=3, timeout_s=0.5) as (url, service), ThreadPoolExecutor(8) as pool:
+    with serving(rows=2, queue=3, timeout_s=2.0) as (url, service), ThreadPoolExecutor(8) as pool:
         body = {"prompt": "a", "max_tokens": 200, "temperature": 0}
         service.batcher._turn, turn = lambda: threading.Event().wait(0.01), service.batcher._turn
         replies = [pool.submit(httpx.post, url + COMPLETION, json=body) for _ in range(3)]
@@ -591,7 +591,7 @@ def test_queue_bound_turns_time_limit_and_leaving_the_queue(slow):
         late = [r.result() for r in replies]
         assert [r.status_code for r in late] == [504] * 3 and late[0].json()["error"]["code"] == "timeout"
         wait_for(lambda: service.batcher.waiting == 0 and not service.calls.open_calls)
-        service.batcher._turn = turn
+        service.batcher._turn, service.calls.timeout_s = turn, 0.5
         with httpx.stream("POST", url + COMPLETION, json={**body, "stream": True}) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert json.loads(lines[-1][6:])["error"]["code"] == "timeout" and "[DONE]" not in lines[-1]
