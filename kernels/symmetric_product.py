@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minimind_fast.kernels.common import as_op, cdiv, next_power_of_2
+from minimind_fast.kernels.grouped_matmul import matmul
 
 
 def _launch_params(M: int, K: int, element_bytes: int) -> dict[str, int]:
@@ -66,16 +67,7 @@ def _symmetric_product_kernel(
     a_at = x_ptr + matrix * (M * K) + tl.minimum(rows, M - 1)[:, None] * K + k[None, :]
     b_at = x_ptr + matrix * (M * K) + tl.minimum(cols, M - 1)[None, :] * K + k[:, None]
     acc = tl.zeros((BLOCK, BLOCK), dtype=wide)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            a = tl.load(a_at, mask=(k < K - start)[None, :], other=0.0)
-            b = tl.load(b_at, mask=(k < K - start)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=wide)
-        a_at += BLOCK_K
-        b_at += BLOCK_K
+    acc = matmul(a_at, b_at, acc, k, K, 1, wide, BLOCK_K)
     acc = acc * alpha
 
     mask = (rows < M)[:, None] & (cols < M)[None, :]
